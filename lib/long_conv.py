@@ -1,0 +1,162 @@
+"""Convolutions as long as the text: how every token sees every other below O(L²).
+
+Attention compares all pairs of tokens. A long convolution applies one filter,
+as long as the text, to every position; the FFT does it in O(L log L). Here it
+is bidirectional: one kernel looks back, another looks ahead.
+
+    long_conv_direct(u, k, k_rev, bias)    the definition, O(L²)
+    long_conv(u, k, k_rev, bias)           the same through the FFT
+    short_conv(x, weight, bias)            depthwise and causal, width 3
+    ImplicitFilter                         a small MLP that writes the kernels
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3); Poli et al. 2023 (Hyena,
+        arXiv 2302.10866) for the implicit filter. Checked against tests/golden.
+Axes:   B batch, D channels, L positions.
+"""
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def long_conv_direct(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """y[i] = Σ_{m≤i} k[i-m] u[m] + Σ_{m>i} k_rev[m-i-1] u[m] + bias · u[i].
+
+    Tap 0 of `k_rev` acts on the *next* position; its last tap never acts.
+
+    Args:
+        u: (B, D, L). k, k_rev: (D, L). bias: (D,), a gain on u, not an addend.
+
+    Returns:
+        (B, D, L).
+    """
+    i = torch.arange(u.shape[-1], device=u.device)
+    lag = i[:, None] - i                                                   # (L, L)
+    toeplitz = k[:, lag.clamp(min=0)] * (lag >= 0)                         # (D, L, L)
+    if k_rev is not None:
+        toeplitz = toeplitz + k_rev[:, (-lag - 1).clamp(min=0)] * (lag < 0)
+    if bias is not None:
+        toeplitz = toeplitz + bias[:, None, None] * (lag == 0)
+    return torch.einsum("dij,bdj->bdi", toeplitz, u)                       # (B, D, L)
+
+
+@lru_cache(maxsize=None)
+def fft_length(n: int) -> int:
+    """The smallest 2^a 3^b 5^c ≥ n: lengths the FFT is fast at."""
+    best = 1 << (n - 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = three << max(0, math.ceil(math.log2(n / three)))
+            if n <= two < best:
+                best = two
+            three *= 3
+        five *= 5
+    return best
+
+
+def kernel_spectrum(k: Tensor, k_rev: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
+    """FFT of both kernels and the gain in one circular kernel of size n ≥ 2L-1.
+
+    K[j] = k[j] for 0 ≤ j < L, K[n-1-j] = k_rev[j] for 0 ≤ j < L-1, K[0] += bias:
+    negative lags live at the end of the circle, and the padding between the two
+    halves keeps them from meeting. Shape (D, n//2 + 1), complex.
+    """
+    L = k.shape[-1]
+    gap = k.new_zeros(k.shape[0], n - 2 * L + 1)
+    back = gap.new_zeros(k.shape[0], L - 1) if k_rev is None else k_rev[:, : L - 1].flip(-1)
+    spectrum = torch.fft.rfft(torch.cat([k, gap, back], dim=-1))
+    # A gain on lag 0 is the constant spectrum `bias`.
+    return spectrum if bias is None else spectrum + bias[:, None]
+
+
+def long_conv(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Same as `long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around."""
+    L = u.shape[-1]
+    n = fft_length(2 * L - 1)
+    return torch.fft.irfft(torch.fft.rfft(u, n=n) * kernel_spectrum(k, k_rev, bias, n), n=n)[..., :L]
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y[t] = bias + w[0] x[t-2] + w[1] x[t-1] + w[2] x[t]: depthwise, causal, zeros before the text.
+
+    Args:
+        x: (B, C, L). weight: (C, 1, 3). bias: (C,).
+    """
+    return F.conv1d(F.pad(x, (2, 0)), weight, bias, groups=x.shape[1])
+
+
+class ImplicitFilter(nn.Module):
+    """An MLP from position to filter tap, so a filter's size does not grow with its length.
+
+        z_i = [t_i, cos(f w_i) …, -sin(f w_i) …],  t_i = i / (N-1),  w_i = 2π i / N
+        k_i = MLP(z_i) · exp(-t_i |δ_c|),  three hidden layers h -> sin(F · (h W^T + b))
+
+    N is `filter_length`, the length the time axis was made for. The reverse
+    kernel has its own MLP; both share the sine frequencies F, the inputs z
+    (trained) and the decay δ_c, from slow (4.6 / 1.5) to fast (4.6 / 0.3).
+    """
+
+    def __init__(self, channels: int, max_length: int, emb_dim: int = 5, order: int = 128,
+                 frequency: float = 10.0, bidirectional: bool = True, filter_length: int | None = None):
+        super().__init__()
+        if emb_dim < 3 or emb_dim % 2 == 0:
+            raise ValueError(f"filter_emb_dim={emb_dim}: an odd number ≥ 3 (time, cosines, sines)")
+        self.channels, self.max_length, self.emb_dim = channels, max_length, emb_dim
+        self.frequency, self.filter_length = frequency, filter_length or max_length
+
+        def mlp() -> nn.ModuleList:
+            return nn.ModuleList([nn.Linear(emb_dim, order), nn.Linear(order, order), nn.Linear(order, order),
+                                  nn.Linear(order, channels, bias=False)])
+
+        self.inputs = nn.Parameter(torch.empty(max_length, emb_dim))       # z
+        self.freq = nn.Parameter(torch.empty(order))                       # F: one vector for every depth and direction
+        self.bias = nn.Parameter(torch.empty(channels))                    # gain on the input
+        self.ahead = mlp() if bidirectional else None
+        self.back = mlp()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """z, F and the gain; the linear layers are drawn by the model that owns them."""
+        with torch.no_grad():
+            self.inputs.copy_(filter_inputs(self.max_length, self.emb_dim, self.filter_length))
+            self.freq.fill_(self.frequency)
+            self.bias.normal_()
+
+    def decay(self, length: int) -> Tensor:
+        """exp(-t_i |δ_c|), (L, D)."""
+        # Computed, not stored: a buffer would have to survive saving, resizing and meta devices.
+        device, dtype = self.inputs.device, self.inputs.dtype
+        if self.filter_length == self.max_length:
+            t = torch.linspace(0, 1, self.max_length, device=device, dtype=dtype)[:length]
+        else:
+            t = torch.arange(length, device=device, dtype=dtype) / max(1, self.filter_length - 1)
+        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, device=device, dtype=dtype)
+        return torch.exp(-t[:, None] * deltas.abs())
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""
+        decay = self.decay(length)                                         # (L, D)
+
+        def kernel(mlp: nn.ModuleList) -> Tensor:
+            h = self.inputs[:length]                                       # (L, E)
+            for layer in mlp[:3]:
+                h = torch.sin(self.freq * layer(h))                        # (L, O)
+            return (mlp[3](h) * decay).t()                                 # (D, L)
+
+        return kernel(self.back), kernel(self.ahead) if self.ahead is not None else None
+
+
+def filter_inputs(length: int, emb_dim: int, filter_length: int | None = None) -> Tensor:
+    """z: (length, emb_dim), the time and its Fourier features, before training."""
+    n = filter_length or length
+    bands = (emb_dim - 1) // 2
+    # On the CPU by name: a model may be under construction on the meta device.
+    f = torch.linspace(1e-4, bands - 1, bands, device="cpu")
+    i = torch.arange(length, dtype=torch.float32, device="cpu")
+    t = torch.linspace(0, 1, n, device="cpu") if n == length else i / max(1, n - 1)
+    angle = f * (2 * math.pi * i / n)[:, None]                             # (length, bands)
+    return torch.cat([t[:, None], angle.cos(), -angle.sin()], dim=-1)

@@ -1,0 +1,94 @@
+"""Losses that turn a pretrained encoder into a retriever.
+
+At 32k tokens a GPU holds one or two documents, so the in-batch negatives that
+MNRL ranks against are gone. OPL scores each (query, document) pair by itself.
+
+    multiple_negatives_ranking_loss(q, d)         compares every query with every document
+    orthogonal_projection_loss(q, d, y)           compares each query with its own document
+    prototype_loss(q, d, teacher_q, teacher_d)    copies a short-context teacher
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section on fine-tuning.
+Axes:   B pairs in the batch, N candidate documents, D embedding width.
+"""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
+    """Move relevant pairs to cosine 1 and irrelevant pairs to cosine 0.
+
+        OPL(q, d, y) = mean_b (cos(q_b, d_b) - y_b)²
+
+    A pair's gradient does not depend on its batch mates, so batch size 1 is
+    a legitimate setting rather than a degenerate one.
+
+    Args:
+        q: query embeddings, (B, D), any norm.
+        d: document embeddings, (B, D), any norm.
+        y: 1.0 where the document answers the query, else 0.0, (B,).
+
+    Returns:
+        Scalar in [0, 4].
+
+    Raises:
+        ValueError: the three inputs disagree about B.
+    """
+    if not len(q) == len(d) == len(y):
+        raise ValueError(f"one label per pair: got {len(q)} queries, {len(d)} documents, {len(y)} labels")
+    return F.mse_loss(F.cosine_similarity(q, d), y.to(q.dtype))
+
+
+def multiple_negatives_ranking_loss(q: Tensor, d: Tensor, negatives: Tensor | None = None, scale: float = 20.0,
+                                    targets: Tensor | None = None) -> Tensor:
+    """Rank each query's own document above everybody else's.
+
+        s_bj = scale · cos(q_b, c_j),  c = d followed by the negatives
+        MNRL = mean_b -log softmax_j(s_b)[target_b]
+
+    With one pair in the batch and no negatives there is nothing to rank: the
+    loss is 0 and so is its gradient.
+
+    Args:
+        q: query embeddings, (B, D), any norm.
+        d: document embeddings, (N, D); d_b answers q_b unless `targets` says otherwise.
+        negatives: documents that answer none of the queries, (M, D).
+        scale: inverse temperature.
+        targets: which document answers each query, (B,), when queries share documents.
+
+    Raises:
+        ValueError: a query without a document.
+    """
+    if targets is None:
+        if len(q) != len(d):
+            raise ValueError(f"one document per query: got {len(q)} queries, {len(d)} documents; pass `targets` where queries share them")
+        targets = torch.arange(len(q), device=q.device)
+    candidates = d if negatives is None else torch.cat([d, negatives])     # (N + M, D)
+    scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
+    return F.cross_entropy(scores, targets)
+
+
+def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -> Tensor:
+    """Keep a long-context student where a short-context teacher already is.
+
+        PL = mean_b [1 - cos(teacher(q_b), student(q_b))] + [1 - cos(teacher(d_b), student(d_b))]
+
+    The paper prints the sum of the cosines; what is minimised is their distance
+    from 1. The teacher reads the first 128 tokens only. No gradient reaches it.
+
+    Args:
+        q, d: the student's embeddings, (B, D).
+        teacher_q, teacher_d: the teacher's for the same texts, (B, D).
+
+    Returns:
+        Scalar in [0, 4].
+
+    Raises:
+        ValueError: student and teacher disagree about B or D.
+    """
+    if q.shape != teacher_q.shape or d.shape != teacher_d.shape:
+        raise ValueError(f"student and teacher embed the same texts into one space: got {tuple(q.shape)} and "
+                         f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} for documents")
+    near_q = F.cosine_similarity(q, teacher_q.detach())
+    near_d = F.cosine_similarity(d, teacher_d.detach())
+    return (1 - near_q).mean() + (1 - near_d).mean()

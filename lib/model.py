@@ -1,0 +1,357 @@
+"""M2-BERT: an encoder whose every layer is subquadratic in the length of the text.
+
+A BERT in which attention became a gated long convolution (cost L log L) and the
+MLP became block-diagonal. One layer:
+
+    h  = Mixer(x)                       gate -> long convolution -> gate, plus a residual long convolution
+    x' = LayerNorm(h + MLP(h))          the skip starts at the mixer's output; x reaches it only through h
+
+    M2BertModel          encoder and pooled embedding
+    M2BertForMaskedLM    pretraining head
+    M2BertForRetrieval   what a retriever is: ids -> one vector a text
+    extend               the same model for longer texts
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the published weights'
+        layout; reproduced within 2e-5 of the reference outputs in tests/golden.
+Axes:   B batch, L tokens, D width, K blocks, V vocabulary.
+"""
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+
+from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, short_conv
+from lib.monarch import BlockDiagonalLinear
+
+CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
+
+
+class M2BertConfig(PreTrainedConfig):
+    """Sizes and switches of an M2-BERT; the defaults are the published 80M model at 128 tokens.
+
+    Names that BERT has too mean the same. The others:
+
+        mlp_blocks            K, blocks of the block-diagonal MLP
+        filter_order, filter_emb_dim, filter_frequency   width, inputs and initial sine frequency of the filter MLP
+        filter_length         time unit of the filters, in tokens; None: max_position_embeddings (see `extend`)
+        bidirectional         a second kernel looks ahead
+        residual_long_conv    an ungated long convolution beside the gated one: the layer's skip path
+        mixer_layer_norm      LayerNorm (eps 1e-5) in front of the mixer: the oldest published 80M model only
+        mask_padding          zero padded positions before every convolution and in the pooling, so that an
+                              embedding depends neither on its padding nor on its batch. Published models: False
+        pooling               cls: token 0 (published); mean: the mean over real tokens
+        initialization        reference: as the authors'; identity: every layer starts close to x' = x
+    """
+
+    model_type = "m2bert"
+
+    def __init__(self, vocab_size: int = 30528, hidden_size: int = 768, num_hidden_layers: int = 12,
+                 intermediate_size: int = 3072, max_position_embeddings: int = 128, type_vocab_size: int = 2,
+                 layer_norm_eps: float = 1e-12, hidden_dropout_prob: float = 0.0, pad_token_id: int = 0,
+                 mlp_blocks: int = 4, filter_order: int = 128, filter_emb_dim: int = 5,
+                 filter_frequency: float = 10.0, filter_length: int | None = None, bidirectional: bool = True,
+                 residual_long_conv: bool = True, mixer_layer_norm: bool = False, mask_padding: bool = True,
+                 pooling: str = "cls", initialization: str = "reference", **kwargs):
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.intermediate_size, self.max_position_embeddings = intermediate_size, max_position_embeddings
+        self.type_vocab_size, self.layer_norm_eps = type_vocab_size, layer_norm_eps
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.mlp_blocks, self.filter_order, self.filter_emb_dim = mlp_blocks, filter_order, filter_emb_dim
+        self.filter_frequency, self.filter_length = filter_frequency, filter_length
+        self.bidirectional, self.residual_long_conv = bidirectional, residual_long_conv
+        self.mixer_layer_norm, self.mask_padding = mixer_layer_norm, mask_padding
+        self.pooling, self.initialization = pooling, initialization
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
+        super().__init__(pad_token_id=pad_token_id, **({"tie_word_embeddings": True} | kwargs))
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + type + position), dropout."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
+        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        x = self.word_embeddings(input_ids)                                # (B, L, D)
+        # Position and type are added at (L, D) where possible: the batch is many times larger.
+        where = self.position_embeddings.weight[: input_ids.shape[1]]
+        kind = self.token_type_embeddings.weight[0] if token_type_ids is None else self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(x + (where + kind)))
+
+
+class SequenceMixer(nn.Module):
+    """x2 · LongConv(x1 · v) + ResidualLongConv(u): mixes tokens, channel by channel.
+
+    x1, x2 and v are three projections of the input u, each passed through a
+    causal convolution of width 3.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        D = config.hidden_size
+
+        def long_filter() -> ImplicitFilter:
+            return ImplicitFilter(D, config.max_position_embeddings, config.filter_emb_dim, config.filter_order,
+                                  config.filter_frequency, config.bidirectional, config.filter_length)
+
+        self.mask_padding = config.mask_padding
+        self.layernorm = nn.LayerNorm(D) if config.mixer_layer_norm else None
+        self.in_linear = nn.Linear(D, 3 * D)
+        self.short_filter = nn.Conv1d(3 * D, 3 * D, 3, groups=3 * D)
+        self.gated_filter = long_filter()
+        self.residual_filter = long_filter() if config.residual_long_conv else None
+        self.out_linear = nn.Linear(D, D)
+
+    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:    # (B, L, D), (B, 1, L) of 0 and 1
+        L = u.shape[1]
+        if self.layernorm is not None:
+            u = self.layernorm(u)
+        u = u.transpose(1, 2)                                              # (B, D, L)
+        p = torch.matmul(self.in_linear.weight, u) + self.in_linear.bias[:, None]        # (B, 3D, L)
+        if mask is not None:
+            u, p = u * mask, p * mask
+        x1, x2, v = short_conv(p, self.short_filter.weight, self.short_filter.bias).chunk(3, dim=1)
+        g = v * x1
+        if mask is not None:
+            # The short convolution's bias and its two taps reach into the padding again.
+            g = g * mask
+        y = long_conv(g, *self.gated_filter(L), self.gated_filter.bias) * x2
+        if self.residual_filter is not None:
+            y = y + long_conv(u, *self.residual_filter(L), self.residual_filter.bias)
+        return self.out_linear(y.transpose(1, 2))                          # (B, L, D)
+
+
+class MLP(nn.Module):
+    """LayerNorm(h + W_o(GELU(a) · b)), (a, b) = W_g h, both block-diagonal."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        D, I, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+        self.gated_layers = BlockDiagonalLinear(D, 2 * I, K, bias=False)
+        self.wo = BlockDiagonalLinear(I, D, K)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
+        gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (B, L, I) each
+        return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        self.mixer = SequenceMixer(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.mlp(self.mixer(x, mask))
+
+
+class M2BertPreTrainedModel(PreTrainedModel):
+    config_class = M2BertConfig
+    base_model_prefix = "model"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02) for linear and embedding weights, zero biases; the rest as each module draws itself."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+            if getattr(module, "padding_idx", None) is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv1d):
+            # Fan-in of a depthwise convolution is its width.
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter)):
+            module.reset_parameters()
+
+
+@torch.no_grad()
+def start_near_identity(model: "M2BertModel") -> None:
+    """Move every layer next to the identity, x' ≈ LayerNorm(x) = x, and the pooler to e ≈ tanh(h).
+
+    out_linear = I, the residual convolution's gain 1, its taps and the MLP's output a tenth; positions and types
+    a tenth of the words. A stack of random layers scrambles the word embeddings that a young retriever lives on;
+    this start lets the loss reach them from the first step.
+    """
+    model.embeddings.position_embeddings.weight.mul_(0.1)
+    model.embeddings.token_type_embeddings.weight.mul_(0.1)
+    for layer in model.layers:
+        nn.init.eye_(layer.mixer.out_linear.weight)
+        if layer.mixer.residual_filter is not None:
+            nn.init.ones_(layer.mixer.residual_filter.bias)
+            for mlp in filter(None, (layer.mixer.residual_filter.back, layer.mixer.residual_filter.ahead)):
+                mlp[3].weight.mul_(0.1)
+        layer.mlp.wo.weight.mul_(0.1)
+        nn.init.zeros_(layer.mlp.wo.bias)
+    if model.pooler is not None:
+        nn.init.eye_(model.pooler.weight)
+
+
+class M2BertModel(M2BertPreTrainedModel):
+    """The encoder: ids (B, L) -> hidden states (B, L, D) and, unless pooler=False, an embedding (B, D).
+
+        cls:   e = tanh(W h_0 + b)
+        mean:  e = tanh(W mean_{real t} h_t + b)
+
+    The embedding is not normalised: retrieval compares cosines.
+    """
+
+    def __init__(self, config: M2BertConfig, pooler: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
+        self.post_init()
+        if config.initialization == "identity":
+            start_near_identity(self)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+                output_hidden_states: bool | None = None, return_dict: bool | None = None, **_) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: (B, L), L at most max_position_embeddings.
+            attention_mask: 1 for a token, 0 for padding, (B, L); None: every position is a token. Without
+                `mask_padding` it matters to mean pooling only, as in the published models.
+
+        Raises:
+            ValueError: the text is longer than the model.
+        """
+        L, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if L > limit:
+            raise ValueError(f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen the model with `extend`")
+        mask = None
+        if self.config.mask_padding and attention_mask is not None and not bool(attention_mask.all()):
+            mask = attention_mask[:, None, :].to(self.embeddings.LayerNorm.weight.dtype)     # (B, 1, L)
+        x = self.embeddings(input_ids, token_type_ids)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            if output_hidden_states:
+                states.append(x)
+        pooled = None if self.pooler is None else self.pool(x, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled,
+                                          hidden_states=tuple(states) if output_hidden_states else None)
+
+    def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:    # (B, L, D) -> (B, D)
+        if self.config.pooling == "cls":
+            summary = x[:, 0]
+        elif attention_mask is None:
+            summary = x.mean(dim=1)
+        else:
+            weight = attention_mask.to(x.dtype) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+            summary = torch.einsum("bld,bl->bd", x, weight)
+        return torch.tanh(self.pooler(summary))
+
+
+class M2BertForRetrieval(M2BertPreTrainedModel):
+    """A text encoder: `pooler_output` (B, D) is the embedding, compared by cosine."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model(input_ids, attention_mask, **kwargs)
+
+
+class M2BertForMaskedLM(M2BertPreTrainedModel):
+    """The encoder with BERT's head: logits = LayerNorm(GELU(x W + b)) E^T + c, E the word embeddings."""
+
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        D = config.hidden_size
+        self.model = M2BertModel(config, pooler=False)
+        self.dense = nn.Linear(D, D)
+        self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(D, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.decoder = value
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> MaskedLMOutput:
+        """Without labels: logits (B, L, V). With labels (B, L): the loss, and logits (M, V) at the M labelled
+        positions only, in reading order; 0 and below (-100) is "no label". The head is most of a small model's cost.
+        """
+        x = self.model(input_ids, attention_mask, **kwargs).last_hidden_state
+        if labels is not None:
+            x, labels = x[labels > 0], labels[labels > 0]                  # (M, D), (M,)
+        logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+@torch.no_grad()
+def extend(model: PreTrainedModel, new_length: int, positions: str = "tile", filters: str = "stretch") -> PreTrainedModel:
+    """The same model for texts of up to `new_length` tokens; weights copied, `model` unchanged.
+
+    Positions, P of length N -> P' of length N':
+        tile         P'[i] = P[i mod N]                        the paper's 32K model
+    Filters, k(i) of a model of length N:
+        stretch      k'(i) ≈ k(i (N-1)/(N'-1))                 the same shape on a slower axis: z is interpolated, t rescaled
+        tile         z'[i] = z[i mod N], t rescaled            the paper's recipe for positions, applied to z
+        extrapolate  k'(i) = k(i) for i < N, then the same formula continued: nothing changes for a short text
+
+    Raises:
+        ValueError: new_length is shorter than the model, or an unknown choice.
+    """
+    config = copy.deepcopy(model.config)
+    old = config.max_position_embeddings
+    if new_length < old:
+        raise ValueError(f"extend to {new_length} tokens: the model already reads {old}")
+    if positions != "tile" or filters not in ("stretch", "tile", "extrapolate"):
+        raise ValueError(f"positions={positions!r}, filters={filters!r}: tile; stretch, tile or extrapolate")
+    config.max_position_embeddings = new_length
+    if filters == "extrapolate":
+        config.filter_length = config.filter_length or old
+    elif config.filter_length is not None:
+        config.filter_length = round(config.filter_length * new_length / old)
+    longer = type(model)(config)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("position_embeddings.weight"):
+            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
+        elif name.endswith("filter.inputs") and filters == "stretch":
+            state[name] = F.interpolate(tensor.t()[None], size=new_length, mode="linear", align_corners=True)[0].t()
+        elif name.endswith("filter.inputs") and filters == "tile":
+            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
+        elif name.endswith("filter.inputs"):
+            state[name] = torch.cat([tensor, filter_inputs(new_length, config.filter_emb_dim, config.filter_length)[old:].to(tensor)])
+    longer.load_state_dict(state)
+    return longer.to(next(model.parameters()).device).train(model.training)
+
+
+AutoConfig.register(M2BertConfig.model_type, M2BertConfig)
+AutoModel.register(M2BertConfig, M2BertForRetrieval)
+AutoModelForMaskedLM.register(M2BertConfig, M2BertForMaskedLM)

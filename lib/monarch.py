@@ -1,0 +1,94 @@
+"""Structured matrices: a dense layer's work for a fraction of its weights.
+
+A dense layer of width D costs D² weights. A Monarch matrix of order 2 is a
+product of two block-diagonal matrices with a transposition between them, and
+costs 2 D √D. M2-BERT's MLPs use the simplest member of the family, a single
+block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
+
+    block_diagonal(x, weight)      what the model runs
+    block_diagonal_dense(weight)   the same matrix written out, zeros included
+    monarch_dense(left, right)     the full Monarch product, to look at and to test
+
+Source: Fu et al. 2023 (Monarch Mixer, arXiv 2310.12109) and Saad-Falcon et al.
+        2024 (arXiv 2402.07440v3); layout of the weights as in the published files.
+Axes:   K blocks, I input width, O output width.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def block_diagonal_dense(weight: Tensor) -> Tensor:
+    """The block-diagonal matrix in full: (K, O/K, I/K) -> (O, I). The definition."""
+    return torch.block_diag(*weight)
+
+
+def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
+    """y = blockdiag(W_0 … W_{K-1}) x, without forming the zeros.
+
+    Args:
+        x: (…, I). Where K does not divide I, x is padded with zeros to K · ceil(I/K).
+        weight: (K, ceil(O/K), ceil(I/K)).
+
+    Returns:
+        (…, K · ceil(O/K)); the caller cuts it to O.
+
+    Raises:
+        ValueError: x is wider than the blocks together.
+    """
+    blocks, _, fan_in = weight.shape
+    missing = blocks * fan_in - x.shape[-1]
+    if not 0 <= missing < blocks:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit {blocks} blocks of {fan_in}")
+    if missing:
+        x = F.pad(x, (0, missing))
+    flat = x.reshape(-1, blocks, fan_in).transpose(0, 1)         # (K, n, I/K)
+    y = torch.bmm(flat, weight.transpose(1, 2))                  # (K, n, O/K)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)          # (…, O)
+
+
+def monarch_dense(left: Tensor, right: Tensor) -> Tensor:
+    """M = P L P R for n = K²: two block-diagonal factors around the transposition P.
+
+    P sends index (i, j) of a K x K grid to (j, i), so R mixes within the rows
+    and L within the columns: after both, every output has seen every input.
+
+    Args:
+        left, right: (K, K, K), the blocks of L and R.
+
+    Returns:
+        (K², K²).
+    """
+    n = left.shape[0]
+    if left.shape != (n, n, n) or right.shape != (n, n, n):
+        raise ValueError(f"two stacks of K blocks of K x K: got {tuple(left.shape)} and {tuple(right.shape)}")
+    transpose = torch.eye(n * n, dtype=left.dtype).reshape(n, n, -1).transpose(0, 1).reshape(n * n, -1)
+    return transpose @ block_diagonal_dense(left) @ transpose @ block_diagonal_dense(right)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear layer whose weight is K blocks on a diagonal: K times fewer weights.
+
+    Initialised as the published models are: U(-s, s) with s = √(K / d_in), which
+    is the dense layer's Kaiming bound scaled up by √K because K times fewer
+    inputs add up; the bias U(-1/√d_out, 1/√d_out).
+    """
+
+    def __init__(self, d_in: int, d_out: int, blocks: int = 4, bias: bool = True):
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        self.weight = nn.Parameter(torch.empty(blocks, math.ceil(d_out / blocks), math.ceil(d_in / blocks)))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(self.weight.shape[0] / self.d_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(self.d_out), 1 / math.sqrt(self.d_out))
+
+    def forward(self, x: Tensor) -> Tensor:                      # (…, d_in)
+        y = block_diagonal(x, self.weight)[..., : self.d_out]    # (…, d_out)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,207 @@
+"""The encoder against the authors' reference values, its definition, and its promises."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lib import checkpoint
+from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, M2BertModel, extend
+
+GOLDEN = Path(__file__).parent / "golden"
+VARIANTS = ("tiny_base", "tiny_len96", "tiny_training_additions", "tiny_no_residual_conv", "tiny_causal")
+
+
+def arrays(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) if file[key].dtype.kind != "U" else str(file[key]) for key in file.files}
+
+
+def state(golden):
+    return checkpoint.from_authors({key.removeprefix("param/"): value for key, value in golden.items() if key.startswith("param/")})
+
+
+def build(golden, architecture, **changes):
+    tensors = state(golden)
+    model = architecture(checkpoint.infer_config(tensors, **changes))
+    head = ("decoder.", "dense.", "layernorm.")
+    keep = (lambda name: not name.startswith(head)) if architecture is M2BertForRetrieval else (lambda name: "pooler" not in name)
+    checkpoint.load_strictly(model, {name: tensor for name, tensor in tensors.items() if keep(name)}, "golden")
+    return model.eval()
+
+
+def close(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_encoder_reproduces_the_reference(variant):
+    golden = arrays(variant)
+    model = build(golden, M2BertForRetrieval)
+    ids, mask = golden["input/input_ids"], golden["input/attention_mask"]
+    out = model(ids, mask, output_hidden_states=True)
+    close(out.hidden_states[0], golden["output/embedding_output"])
+    close(out.hidden_states[1], golden["output/hidden/0"])
+    close(out.last_hidden_state, golden["output/hidden/1"])
+    close(out.pooler_output, golden["output/pooled"])
+    close(model.model.layers[0].mixer(out.hidden_states[0]), golden["output/layer0/mixer_output"])
+    model.config.pooling = "mean"
+    close(model(ids, mask).pooler_output, golden["output/pooled_mean"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_kernels_reproduce_the_reference(variant):
+    golden = arrays(variant)
+    mixer = build(golden, M2BertForRetrieval).model.layers[0].mixer
+    for name, module in (("filter_fn", mixer.gated_filter), ("filter_fn2", mixer.residual_filter)):
+        if module is None:
+            assert f"output/kernel/{name}/k" not in golden
+            continue
+        k, k_rev = module(module.max_length)
+        close(k, golden[f"output/kernel/{name}/k"], 1e-6)
+        if k_rev is None:
+            assert f"output/kernel/{name}/k_rev" not in golden
+        else:
+            close(k_rev, golden[f"output/kernel/{name}/k_rev"], 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_masked_lm_reproduces_the_reference(variant):
+    golden = arrays(variant)
+    model = build(golden, M2BertForMaskedLM)
+    ids, mask, labels = golden["input/input_ids"], golden["input/attention_mask"], golden["input/mlm_labels"]
+    close(model(ids, mask).logits, golden["output/mlm_logits"])
+    out = model(ids, mask, labels=labels)
+    close(out.loss, golden["output/mlm_loss"])
+    close(out.logits, golden["output/mlm_logits"][labels > 0])
+
+
+def test_gradients_reproduce_the_reference():
+    golden = arrays("tiny_base")
+    model = build(golden, M2BertForMaskedLM)
+    model(golden["input/input_ids"], golden["input/attention_mask"], labels=golden["input/mlm_labels"]).loss.backward()
+    expected = checkpoint.from_authors({key.removeprefix("grad_mlm_loss/"): value for key, value in golden.items() if key.startswith("grad_mlm_loss/")})
+    expected.pop("decoder.weight", None)
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert set(expected) - set(ours) == set()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=2e-4, atol=2e-6, msg=lambda text: f"{name}: {text}")
+
+
+@torch.no_grad()
+def test_short_inputs_use_the_first_taps_of_the_same_kernels():
+    golden = arrays("tiny_base")
+    model = build(golden, M2BertForRetrieval)
+    ids, mask = golden["short/input/input_ids"], golden["short/input/attention_mask"]
+    out = model(ids, mask, output_hidden_states=True)
+    close(out.hidden_states[1], golden["short/output/hidden/0"])
+    close(out.pooler_output, golden["short/output/pooled"])
+    close(model.model.layers[0].mixer.gated_filter(24)[0], golden["short/output/kernel/filter_fn/k"], 1e-6)
+    padded = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]))
+    close(model(padded).pooler_output, golden["short_padded_to_full/output/pooled"])
+
+
+def test_a_fresh_filter_holds_the_reference_constants():
+    golden = arrays("tiny_base")
+    module = M2BertModel(M2BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, intermediate_size=64, max_position_embeddings=64, filter_order=16)).layers[0].mixer.gated_filter
+    close(module.inputs.detach(), golden["init/pos_emb.z"][0], 1e-6)
+    decay = torch.exp(-golden["init/pos_emb.t"][0] * golden["init/modulation.deltas"][0].abs())
+    close(module.decay(64), decay, 1e-6)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, intermediate_size=32, max_position_embeddings=64, filter_order=8, pooling="mean")
+    model = M2BertForRetrieval(M2BertConfig(**(sizes | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():                               # off the initial values, where much is zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@settings(deadline=None, max_examples=25)
+@given(length=st.integers(1, 40), padding=st.integers(0, 24), seed=st.integers(0, 99))
+def test_padding_never_changes_an_embedding(pooling, length, padding, seed):
+    model = tiny(pooling=pooling)
+    ids = torch.randint(1, 50, (1, length), generator=torch.Generator().manual_seed(seed))
+    alone = model(ids, torch.ones_like(ids)).pooler_output
+    neighbour = torch.randint(1, 50, (1, length + padding))
+    batch = torch.cat([torch.nn.functional.pad(ids, (0, padding)), neighbour])
+    mask = torch.ones_like(batch)
+    mask[0, length:] = 0
+    close(model(batch, mask).pooler_output[:1], alone, 1e-5)
+
+
+def test_without_mask_padding_the_padding_leaks_as_in_the_published_models():
+    model = tiny(mask_padding=False)
+    ids = torch.randint(1, 50, (1, 20))
+    padded = torch.nn.functional.pad(ids, (0, 20))
+    mask = (torch.arange(40) < 20).long()[None]
+    assert (model(padded, mask).pooler_output - model(ids).pooler_output).abs().max() > 1e-3
+
+
+# Exact sizes: spec of the published family, V = 30528.
+@pytest.mark.parametrize("width, length, encoder, with_head", [
+    (768, 128, 80_235_264, 80_267_328), (768, 2048, 81_940_224, 81_972_288), (768, 8192, 87_396_096, 87_428_160),
+    (768, 32768, 109_219_584, 109_251_648), (960, 128, 115_551_168, 115_583_616),
+    (1536, 128, 259_100_160, 259_133_760), (1792, 128, 341_004_032, 341_038_144)])
+def test_parameter_counts_are_the_published_ones(width, length, encoder, with_head):
+    config = M2BertConfig(hidden_size=width, intermediate_size=4 * width, max_position_embeddings=length)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in M2BertForRetrieval(config).parameters()) == encoder
+        assert sum(p.numel() for p in M2BertForMaskedLM(config).parameters()) == with_head
+
+
+@torch.no_grad()
+def test_identity_initialisation_starts_at_the_embeddings():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, intermediate_size=128, max_position_embeddings=64, filter_order=16)
+    cosine = {}
+    for initialization in ("identity", "reference"):
+        model = M2BertModel(M2BertConfig(**sizes, initialization=initialization)).eval()
+        out = model(torch.randint(1, 50, (4, 64)), output_hidden_states=True)
+        cosine[initialization] = torch.cosine_similarity(out.hidden_states[0], out.last_hidden_state, dim=-1).mean()
+    assert cosine["identity"] > 0.95
+    assert cosine["reference"] < 0.5
+
+
+def test_too_long_a_text_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="65 tokens exceed max_length=64.*extend"):
+        tiny()(torch.ones(1, 65, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_extend_keeps_what_each_choice_promises():
+    model = tiny()
+    old = model.model.layers[0].mixer.gated_filter
+    ids = torch.randint(1, 50, (2, 50))
+    for filters in ("stretch", "tile", "extrapolate"):
+        longer = extend(model, 160, filters=filters)
+        new = longer.model.layers[0].mixer.gated_filter
+        assert longer(torch.randint(1, 50, (1, 160))).pooler_output.shape == (1, 16)
+        positions = longer.model.embeddings.position_embeddings.weight
+        assert torch.equal(positions[64:128], model.model.embeddings.position_embeddings.weight)
+        if filters == "extrapolate":
+            close(longer(ids).pooler_output, model(ids).pooler_output, 1e-6)
+        if filters == "stretch":                                           # the ends of the axis map to the ends
+            close(new(160)[0][:, [0, -1]], old(64)[0][:, [0, -1]], 1e-5)
+        if filters == "tile":
+            assert torch.equal(new.inputs[64:128], old.inputs)
+    with pytest.raises(ValueError, match="already reads 64"):
+        extend(model, 32)
+
+
+@torch.no_grad()
+def test_save_pretrained_round_trip_and_auto_classes(tmp_path):
+    from transformers import AutoModel
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=False).eval()
+    ids = torch.randint(1, 50, (2, 30))
+    close(model(ids).pooler_output, again(ids).pooler_output, 1e-6)
