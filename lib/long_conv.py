@@ -58,26 +58,53 @@ def fft_length(n: int) -> int:
     return best
 
 
-def kernel_spectrum(k: Tensor, k_rev: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
-    """FFT of both kernels and the gain in one circular kernel of size n ≥ 2L-1.
+class CircularConv(torch.autograd.Function):
+    """y = irfft(rfft(u) · rfft(K)): the product of spectra, with a backward pass that stays in real FFTs.
+
+    Autograd's own backward of rfft is a complex FFT of twice the size. Here:
+
+        du = irfft(rfft(dy) · conj(K^)),   dK = irfft(Σ_b rfft(dy) · conj(u^))
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, kernel: Tensor, n: int) -> Tensor:         # (B, D, L), (D, n) -> (B, D, L)
+        u_f, k_f = torch.fft.rfft(u, n=n), torch.fft.rfft(kernel)          # (B, D, n/2+1), (D, n/2+1)
+        ctx.save_for_backward(u_f, k_f)
+        ctx.n = n
+        return torch.fft.irfft(u_f * k_f, n=n)[..., : u.shape[-1]]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        u_f, k_f = ctx.saved_tensors
+        n, L = ctx.n, dy.shape[-1]
+        dy_f = torch.fft.rfft(dy, n=n)
+        dk = du = None
+        if ctx.needs_input_grad[1]:
+            dk = torch.fft.irfft((dy_f * u_f.conj()).sum(dim=0), n=n)
+        if ctx.needs_input_grad[0]:
+            du = torch.fft.irfft(dy_f.mul_(k_f.conj()), n=n)[..., :L]
+        return du, dk, None
+
+
+def circular_kernel(k: Tensor, k_rev: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
+    """Both kernels and the gain as one circular kernel of size n ≥ 2L-1, (D, n).
 
     K[j] = k[j] for 0 ≤ j < L, K[n-1-j] = k_rev[j] for 0 ≤ j < L-1, K[0] += bias:
     negative lags live at the end of the circle, and the padding between the two
-    halves keeps them from meeting. Shape (D, n//2 + 1), complex.
+    halves keeps them from meeting.
     """
-    L = k.shape[-1]
-    gap = k.new_zeros(k.shape[0], n - 2 * L + 1)
-    back = gap.new_zeros(k.shape[0], L - 1) if k_rev is None else k_rev[:, : L - 1].flip(-1)
-    spectrum = torch.fft.rfft(torch.cat([k, gap, back], dim=-1))
-    # A gain on lag 0 is the constant spectrum `bias`.
-    return spectrum if bias is None else spectrum + bias[:, None]
+    D, L = k.shape
+    if bias is not None:
+        k = torch.cat([k[:, :1] + bias[:, None], k[:, 1:]], dim=-1)
+    gap = k.new_zeros(D, n - 2 * L + 1)
+    back = k.new_zeros(D, L - 1) if k_rev is None else k_rev[:, : L - 1].flip(-1)
+    return torch.cat([k, gap, back], dim=-1)
 
 
 def long_conv(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Same as `long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around."""
-    L = u.shape[-1]
-    n = fft_length(2 * L - 1)
-    return torch.fft.irfft(torch.fft.rfft(u, n=n) * kernel_spectrum(k, k_rev, bias, n), n=n)[..., :L]
+    n = fft_length(2 * u.shape[-1] - 1)
+    return CircularConv.apply(u, circular_kernel(k, k_rev, bias, n), n)
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,388 @@
+"""Training: masked-language pretraining, and fine-tuning into a retriever.
+
+    pretrain(model, texts, …)      MLM at 0.30 on short, concatenated or mixed examples
+    finetune(model, pairs, …)      OPL, MNRL or prototype loss, any batch in any memory
+
+What goes into step t is a pure function of (seed, t): the same settings give
+the same bits on the same machine, and no shuffle buffer has to be saved.
+Budgets are counts (tokens, pairs), never seconds.
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), pretraining mixture and
+        appendix A.3; loss by loss see lib/losses.py.
+Axes:   B texts in a batch, L tokens, D width.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss, prototype_loss
+from lib.retrieve import bar, pad, tokenize
+
+LOSSES = ("mnrl", "opl", "prototype", "none")
+MIXTURES = ("short", "long", "mixed")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, and why."""
+
+
+def optimizer(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None) -> torch.optim.AdamW:
+    """AdamW; no decay on biases, norms and gains (any vector), nor on the filters' inputs.
+
+    The word embeddings may learn faster than the rest: a row is touched only when its word occurs.
+    """
+    words = model.get_input_embeddings().weight
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and p is not words and not name.endswith("filter.inputs")]
+    chosen = {id(p) for p in decayed} | {id(words)}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0),
+              dict(params=[words], weight_decay=weight_decay, lr=embedding_lr or lr)]
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def warmup_then_linear(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
+    """The share of the peak rate at a step: 0 -> 1 over the first `warmup` of the steps, then down to `floor`."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return floor + (1 - floor) * (steps - step) / max(1, steps - rise)
+
+
+def update(model: nn.Module, optim: torch.optim.Optimizer, share: float, max_grad_norm: float) -> None:
+    """One optimizer step at `share` of each group's peak rate, gradients clipped and cleared."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for group in optim.param_groups:
+        group["lr"] = group.setdefault("peak", group["lr"]) * share
+    optim.step()
+    optim.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------ pretraining
+
+@dataclass
+class PretrainingText:
+    """Token streams to draw examples from.
+
+        variable    one example a text: its first `length` tokens, at least 10 (the paper's "10 tokens up to the maximum")
+        maximum     texts run into each other, cut every length - 2 tokens, [CLS] … [SEP] around each
+    """
+    variable: list[np.ndarray]
+    maximum: np.ndarray
+    tokenizer: object
+    length: int
+
+    @classmethod
+    def from_texts(cls, short: list[str], long: list[str], tokenizer, length: int, limit_tokens: int | None = None) -> "PretrainingText":
+        """Tokenise at most about `limit_tokens` of each kind (None: everything)."""
+        def ids(texts: list[str], cut: int) -> Iterator[np.ndarray]:
+            total = 0
+            for start in range(0, len(texts), 256):
+                for row in tokenize(texts[start : start + 256], tokenizer, cut)[0]:
+                    total += len(row)
+                    yield np.asarray(row, dtype=np.int32)
+                if limit_tokens is not None and total >= limit_tokens:
+                    return
+
+        variable = [row for row in ids(short, length) if len(row) >= min(10, length)]
+        inner = [row[1:-1] for row in ids(long, 4 * 8192)]
+        room = length - 2
+        stream = np.concatenate(inner) if inner else np.empty(0, dtype=np.int32)
+        stream = stream[: len(stream) // room * room].reshape(-1, room)
+        n = len(stream)
+        edges = [np.full((n, 1), token, dtype=np.int32) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+        return cls(variable, np.hstack([edges[0], stream, edges[1]]), tokenizer, length)
+
+    def batch(self, step: int, seed: int, tokens: int, mixture: str, variable_share: float) -> list[list[np.ndarray]]:
+        """The examples of a step, as groups of like length: `variable_share` of the examples variable, the others of maximum length.
+
+        mixture: `mixed`; `short` (variable only) and `long` (maximum only) are the ablation's ends.
+        """
+        share = {"short": 1.0, "long": 0.0, "mixed": variable_share}[mixture]
+        rng = np.random.default_rng([seed, step])
+        variable, maximum, used = [], [], 0
+        while used < tokens:
+            if rng.random() < share:
+                row = self.variable[rng.integers(len(self.variable))]
+                variable.append(row)
+            else:
+                row = self.maximum[rng.integers(len(self.maximum))]
+                maximum.append(row)
+            used += len(row)
+        variable.sort(key=len)
+        groups = [maximum] if maximum else []
+        # Like lengths together: padding is computed and thrown away.
+        groups += [variable[i : i + max(1, len(variable) // 4 + 1)] for i in range(0, len(variable), max(1, len(variable) // 4 + 1))]
+        return groups
+
+
+def mask_tokens(ids: Tensor, real: Tensor, tokenizer, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """BERT's corruption: `rate` of the real tokens are targets; 80 % of them become [MASK], 10 % a random word, 10 % stay.
+
+    Args:
+        ids, real: (B, L); real is 1 where there is a token.
+
+    Returns:
+        (corrupted ids, labels), labels -100 where there is no target. [CLS] and [SEP] never are.
+    """
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    target = (torch.rand(ids.shape, generator=generator) < rate) & real.bool() & ~special
+    labels = ids.masked_fill(~target, -100)
+    dice = torch.rand(ids.shape, generator=generator)
+    corrupted = ids.masked_fill(target & (dice < 0.8), tokenizer.mask_token_id)
+    random = torch.randint(len(tokenizer.all_special_ids), len(tokenizer), ids.shape, generator=generator)
+    return torch.where(target & (dice >= 0.8) & (dice < 0.9), random, corrupted), labels
+
+
+def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens: int, lr: float, mixture: str = "mixed",
+             variable_share: float = 0.30, mask_rate: float = 0.30, betas=(0.9, 0.98), eps: float = 1e-6,
+             weight_decay: float = 1e-5, warmup: float = 0.06, max_grad_norm: float = 1.0, final_lr: float = 0.02,
+             embedding_lr: float | None = None, seed: int = 17, show_progress: bool = True) -> list[dict]:
+    """Masked-language pretraining, in place.
+
+    Returns:
+        The curve: one {"step", "tokens", "loss", "accuracy", "lr"} a step, measured before the step's update.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    steps = math.ceil(tokens / batch_tokens) if tokens else 0
+    if steps and mixture != "long" and not text.variable or steps and mixture != "short" and not len(text.maximum):
+        raise TrainingError(f"mixture {mixture!r} finds no text: {len(text.variable)} short texts, {len(text.maximum)} stretches of {text.length} tokens")
+    device = next(model.parameters()).device
+    optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
+    model.train()
+    curve, seen = [], 0
+    progress = bar(total=tokens, desc=f"pretrain ({mixture})", show=show_progress)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batches = []
+        for group in text.batch(step, seed, batch_tokens, mixture, variable_share):
+            ids, real = pad([row.tolist() for row in group], text.tokenizer.pad_token_id)
+            batches.append((*mask_tokens(ids, real, text.tokenizer, mask_rate, generator), real))
+        targets = sum(int((labels > 0).sum()) for _, labels, _ in batches)
+        loss = correct = 0.0
+        for ids, labels, real in batches:
+            n = int((labels > 0).sum())
+            if not n:
+                continue
+            out = model(ids.to(device), real.to(device), labels=labels.to(device))
+            (out.loss * n / targets).backward()                            # the mean over the step's targets, however grouped
+            loss += out.loss.item() * n / targets
+            correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
+        check(loss, step, optim, "pretraining")
+        share = warmup_then_linear(step, steps, warmup, final_lr)
+        update(model, optim, share, max_grad_norm)
+        fresh = sum(int(real.sum()) for _, _, real in batches)
+        seen += fresh
+        curve.append(dict(step=step, tokens=seen, loss=loss, accuracy=correct / max(1, targets), lr=lr * share))
+        progress.update(fresh)
+    progress.close()
+    model.eval()
+    return curve
+
+
+def check(loss: float, step: int, optim: torch.optim.Optimizer, what: str) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(f"{what}: the loss is {loss} at step {step} (lr {optim.param_groups[0]['lr']:.2g}); lower lr or max_grad_norm")
+
+
+@torch.no_grad()
+def mlm_accuracy(model: nn.Module, text: PretrainingText, batches: int = 8, batch_tokens: int = 8192, mixture: str = "mixed",
+                 mask_rate: float = 0.15, seed: int = 1) -> float:
+    """Share of masked tokens predicted right, over a fixed sample. The paper validates at 0.15."""
+    model.eval()
+    device = next(model.parameters()).device
+    right = total = 0
+    for step in range(batches):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in text.batch(step, seed, batch_tokens, mixture, 0.30):
+            ids, real = pad([row.tolist() for row in group], text.tokenizer.pad_token_id)
+            ids, labels = mask_tokens(ids, real, text.tokenizer, mask_rate, generator)
+            logits = model(ids.to(device), real.to(device), labels=labels.to(device)).logits
+            right += int((logits.argmax(-1).cpu() == labels[labels > 0]).sum())
+            total += int((labels > 0).sum())
+    return right / max(1, total)
+
+
+# ------------------------------------------------------------------ fine-tuning
+
+class Pairs:
+    """Training pairs, kept by document: a document's embedding serves all its queries.
+
+    Args:
+        tasks: of lib.locov1, train split. Queries and documents are tokenised
+            once, cut to `max_length`.
+    """
+
+    def __init__(self, tasks, tokenizer, max_length: int, query_length: int = 64):
+        self.pad_id = tokenizer.pad_token_id
+        texts: dict[str, int] = {}
+        queries, groups = [], {}
+        for task in tasks:
+            for qid, judged in task.qrels.items():
+                for pid in judged:
+                    where = texts.setdefault(task.documents[pid], len(texts))  # the same text under two ids is one document
+                    groups.setdefault(where, []).append(len(queries))
+                queries.append(task.queries[qid])
+        if not queries:
+            raise TrainingError(f"no training pairs in {', '.join(task.name for task in tasks) or 'no task'}")
+        self.documents = [np.asarray(row, dtype=np.int32) for row in tokenize(list(texts), tokenizer, max_length)[0]]
+        self.queries = [np.asarray(row, dtype=np.int32) for row in tokenize(queries, tokenizer, query_length)[0]]
+        self.answers = groups                                              # document -> its queries
+
+    def batch(self, step: int, seed: int, documents: int, queries_per_document: int) -> tuple[list[int], list[int], list[int]]:
+        """(documents, queries, target): epoch after epoch without repetition, whatever the batch size.
+
+        Query i is answered by the batch's target[i]-th document.
+        """
+        chosen, queries, target = [], [], []
+        keys = sorted(self.answers)
+        for place in range(step * documents, (step + 1) * documents):
+            epoch, index = divmod(place, len(keys))
+            where = keys[permutation(len(keys), seed, epoch)[index]]
+            if where in chosen:
+                continue                                                   # the seam of two epochs
+            rng = np.random.default_rng([seed, epoch, where])
+            own = rng.permutation(self.answers[where])[:queries_per_document]
+            target += [len(chosen)] * len(own)
+            queries += own.tolist()
+            chosen.append(where)
+        return chosen, queries, target
+
+
+_orders: dict = {}
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of epoch `epoch`: a function of its three arguments; the last one is remembered."""
+    key = (n, seed, epoch)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = np.random.default_rng([seed, epoch, n]).permutation(n)
+    return _orders[key]
+
+
+def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None) -> Tensor:
+    """Embeddings (n, D) of token rows, sorted by length inside so that little padding is computed."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    size = micro_batch or len(rows)
+    parts = []
+    for start in range(0, len(order), size):
+        ids, real = pad([rows[i].tolist() for i in order[start : start + size]], pad_id)
+        parts.append(model(ids.to(device), real.to(device)).pooler_output)
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(parts)[back.to(device)]
+
+
+def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int, lr: float, loss: str = "mnrl", teacher=None,
+             teacher_pairs: Pairs | None = None, queries_per_document: int = 1, negatives: int = 1, scale: float = 20.0,
+             micro_batch: int | None = None, weight_decay: float = 0.01, warmup: float = 0.10, max_grad_norm: float = 1.0,
+             betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None, seed: int = 42, show_progress: bool = True) -> list[dict]:
+    """Turn an encoder into a retriever, in place.
+
+    Each step embeds `documents` documents and up to `queries_per_document` queries of each. MNRL ranks every query
+    against all of them. OPL takes the pairs one by one: each query with its document (label 1) and with
+    `negatives` others drawn from the step's documents (label 0), or, at `documents: 1`, one pair a step: a
+    positive, then `negatives` negatives with a document drawn from the whole corpus. The prototype loss compares
+    each text with the teacher's embedding of it.
+
+    With `micro_batch`, texts are embedded that many at a time and twice: first without a graph, to get the loss's
+    gradient with respect to every embedding; then with one, a part at a time. The gradient is that of the whole
+    batch, for every loss, and memory that of the part (gradient caching: Gao et al. 2021, arXiv 2101.06983).
+
+    Args:
+        documents_seen: budget, in documents embedded.
+
+    Returns:
+        The curve: one {"step", "tokens", "loss", "lr"} a step.
+    """
+    if loss not in LOSSES:
+        raise TrainingError(f"loss {loss!r}: one of {', '.join(LOSSES)}")
+    if loss == "none" or not documents_seen:
+        model.eval()
+        return []
+    steps = math.ceil(documents_seen / documents)
+    optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
+    model.train()
+    curve, seen = [], 0
+    progress = bar(total=steps, desc=f"fine-tune ({loss})", show=show_progress)
+    for step in range(steps):
+        if loss == "opl" and documents == 1:
+            cycle, phase = divmod(step, 1 + negatives)
+            docs, queries, target = pairs.batch(cycle, seed, 1, 1)
+            labels = torch.tensor([1.0])
+            if phase:
+                docs, labels = [other(pairs, docs[0], seed, step)], torch.tensor([0.0])
+        else:
+            docs, queries, target = pairs.batch(step, seed, documents, queries_per_document)
+            labels = None
+        rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+        n, target = len(docs), torch.tensor(target)
+
+        def value(vectors: Tensor) -> Tensor:                              # (n + Q, D) -> scalar
+            d, q = vectors[:n], vectors[n:]
+            where = target.to(d.device)
+            if loss == "mnrl":
+                return multiple_negatives_ranking_loss(q, d, scale=scale, targets=where)
+            if loss == "prototype":
+                with torch.no_grad():
+                    t = embed(teacher, [teacher_pairs.documents[i] for i in docs] + [teacher_pairs.queries[i] for i in queries], pairs.pad_id)
+                return prototype_loss(q, d[where], t[n:], t[:n][where])
+            if labels is not None:
+                return orthogonal_projection_loss(q, d, labels.to(d.device))
+            rng = np.random.default_rng([seed, step])
+            wrong = [int((i + 1 + rng.integers(n - 1)) % n) for i in target.tolist() for _ in range(negatives)] if n > 1 else []
+            asked = torch.arange(len(q)).repeat_interleave(negatives) if wrong else torch.empty(0, dtype=torch.long)
+            y = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
+            return orthogonal_projection_loss(torch.cat([q, q[asked]]), torch.cat([d[where], d[wrong]]), y)
+
+        total = backward(model, rows, value, pairs.pad_id, micro_batch, n)
+        check(total, step, optim, "fine-tuning")
+        share = warmup_then_linear(step, steps, warmup)
+        update(model, optim, share, max_grad_norm)
+        seen += sum(len(row) for row in rows)
+        curve.append(dict(step=step, tokens=seen, loss=total, lr=lr * share))
+        progress.update(1)
+    progress.close()
+    model.eval()
+    return curve
+
+
+def other(pairs: Pairs, answer: int, seed: int, step: int) -> int:
+    """A document drawn from the corpus that is not the answer."""
+    rng = np.random.default_rng([seed, step, 1])
+    return int((answer + 1 + rng.integers(len(pairs.documents) - 1)) % len(pairs.documents))
+
+
+def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int) -> float:
+    """Add the gradient of value(embeddings of rows) to the model; returns the value.
+
+    Documents and queries go through the model separately: their lengths differ a hundredfold.
+    """
+    kinds = (rows[:documents], rows[documents:])
+    if micro_batch is None or len(rows) <= micro_batch:
+        total = value(torch.cat([embed(model, kind, pad_id) for kind in kinds if kind]))
+        total.backward()
+        return total.item()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        vectors = torch.cat([embed(model, kind, pad_id, micro_batch) for kind in kinds if kind])
+    vectors.requires_grad_()
+    total = value(vectors)
+    total.backward()
+    torch.set_rng_state(state)                                             # dropout falls on the same units again
+    start = 0
+    for kind in kinds:
+        order = sorted(range(len(kind)), key=lambda i: len(kind[i]))
+        for place in range(0, len(kind), micro_batch):
+            some = order[place : place + micro_batch]
+            out = embed(model, [kind[i] for i in some], pad_id)
+            out.backward(vectors.grad[[start + i for i in some]])
+        start += len(kind)
+    return total.item()
