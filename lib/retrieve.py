@@ -2,6 +2,7 @@
 
     Encoder(model, tokenizer).encode(texts)    one vector a text, whatever the batch
     search(q, d, …)                            exact cosine search, one tie rule
+    rank(encoder, tasks)                       both, for several tasks
     bm25(documents, queries)                   the yardstick that reads words
     write_run, read_run                        TREC run files, recomputable by trec_eval
     evaluate(task, run)                        nDCG@10 with its interval
@@ -145,6 +146,21 @@ def search(queries: np.ndarray, documents: np.ndarray, qids: list[str], pids: li
         for qid, values, places in zip(qids[start : start + block], best[:, :k].tolist(), where[:, :k].tolist()):
             run[qid] = {pids[columns[place]]: value for value, place in zip(values, places)}
     return run
+
+
+def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: bool = True) -> dict[str, tuple[dict, int]]:
+    """{task name: (run, documents longer than the encoder reads)}; documents that tasks share are embedded once."""
+    texts = sorted({text for task in tasks for text in task.documents.values()})
+    place = {text: i for i, text in enumerate(texts)}
+    long = [cut for start in range(0, len(texts), 512) for cut in tokenize(texts[start : start + 512], encoder.tokenizer, encoder.max_length)[1]]
+    vectors = encoder.encode(texts, batch_size, show_progress=show_progress)
+    ranked = {}
+    for task in tasks:
+        pids, qids = list(task.documents), list(task.queries)
+        columns = [place[task.documents[pid]] for pid in pids]
+        queries = encoder.encode([task.queries[qid] for qid in qids], batch_size, show_progress=False)
+        ranked[task.name] = search(queries, vectors[columns], qids, pids), sum(long[i] for i in columns)
+    return ranked
 
 
 # The most frequent English function words; other languages lose nothing but these.

@@ -30,6 +30,20 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
 
 
+def use(compute: dict) -> torch.device:
+    """Set the number of threads of `compute: {threads, device}` and return the device; auto is a GPU where there is one.
+
+    The same settings give the same bits for one number of threads, so the number is a setting and not the machine's.
+    """
+    torch.set_num_threads(compute["threads"])
+    name = compute["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TrainingError(f"device {name!r}: no CUDA device here; set compute.device to auto or cpu")
+    return torch.device(name)
+
+
 def optimizer(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW; no decay on biases, norms and gains (any vector), nor on the filters' inputs.
 
