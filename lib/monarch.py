@@ -36,7 +36,7 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
         (…, K · ceil(O/K)); the caller cuts it to O.
 
     Raises:
-        ValueError: x is wider than the blocks together.
+        ValueError: x is wider than the blocks together, or a whole block narrower.
     """
     blocks, _, fan_in = weight.shape
     missing = blocks * fan_in - x.shape[-1]
@@ -60,11 +60,14 @@ def monarch_dense(left: Tensor, right: Tensor) -> Tensor:
 
     Returns:
         (K², K²).
+
+    Raises:
+        ValueError: the factors are not K blocks of K x K each.
     """
     n = left.shape[0]
     if left.shape != (n, n, n) or right.shape != (n, n, n):
         raise ValueError(f"two stacks of K blocks of K x K: got {tuple(left.shape)} and {tuple(right.shape)}")
-    transpose = torch.eye(n * n, dtype=left.dtype).reshape(n, n, -1).transpose(0, 1).reshape(n * n, -1)
+    transpose = torch.eye(n * n, dtype=left.dtype, device=left.device).reshape(n, n, -1).transpose(0, 1).reshape(n * n, -1)
     return transpose @ block_diagonal_dense(left) @ transpose @ block_diagonal_dense(right)
 
 
@@ -78,6 +81,8 @@ class BlockDiagonalLinear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, blocks: int = 4, bias: bool = True):
         super().__init__()
+        if not 1 <= blocks <= min(d_in, d_out):
+            raise ValueError(f"{blocks} blocks for {d_in} inputs and {d_out} outputs: between 1 and the smaller of the two")
         self.d_in, self.d_out = d_in, d_out
         self.weight = nn.Parameter(torch.empty(blocks, math.ceil(d_out / blocks), math.ceil(d_in / blocks)))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
