@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -27,11 +28,15 @@ def long_conv_direct(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Te
     Tap 0 of `k_rev` acts on the *next* position; its last tap never acts.
 
     Args:
-        u: (B, D, L). k, k_rev: (D, L). bias: (D,), a gain on u, not an addend.
+        u: (B, D, L). k, k_rev: (D, L) or longer. bias: (D,), a gain on u, not an addend.
 
     Returns:
         (B, D, L).
+
+    Raises:
+        ValueError: a kernel is shorter than the input.
     """
+    check_kernels(u, k, k_rev)
     i = torch.arange(u.shape[-1], device=u.device)
     lag = i[:, None] - i                                                   # (L, L)
     toeplitz = k[:, lag.clamp(min=0)] * (lag >= 0)                         # (D, L, L)
@@ -40,6 +45,13 @@ def long_conv_direct(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Te
     if bias is not None:
         toeplitz = toeplitz + bias[:, None, None] * (lag == 0)
     return torch.einsum("dij,bdj->bdi", toeplitz, u)                       # (B, D, L)
+
+
+def check_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None) -> None:
+    for kernel in (k, k_rev):
+        if kernel is not None and (kernel.shape[0] != u.shape[1] or kernel.shape[-1] < u.shape[-1]):
+            raise ValueError(f"a kernel of {tuple(kernel.shape)} does not span an input of {tuple(u.shape)}: "
+                             f"one row per channel, one tap per position")
 
 
 @lru_cache(maxsize=None)
@@ -73,7 +85,9 @@ class CircularConv(torch.autograd.Function):
         ctx.n = n
         return torch.fft.irfft(u_f * k_f, n=n)[..., : u.shape[-1]]
 
+    # Spectra are saved, not inputs: a second derivative would be silently wrong.
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         u_f, k_f = ctx.saved_tensors
         n, L = ctx.n, dy.shape[-1]
@@ -102,9 +116,18 @@ def circular_kernel(k: Tensor, k_rev: Tensor | None, bias: Tensor | None, n: int
 
 
 def long_conv(u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Same as `long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around."""
-    n = fft_length(2 * u.shape[-1] - 1)
-    return CircularConv.apply(u, circular_kernel(k, k_rev, bias, n), n)
+    """Same as `long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around.
+
+    16-bit inputs are convolved in float32 and come back as they were.
+    """
+    check_kernels(u, k, k_rev)
+    L = u.shape[-1]
+    n = fft_length(2 * L - 1)
+    kernel = circular_kernel(k[:, :L], None if k_rev is None else k_rev[:, :L], bias, n)
+    if u.dtype == kernel.dtype and u.element_size() >= 4:
+        return CircularConv.apply(u, kernel, n)
+    wide = torch.promote_types(torch.promote_types(u.dtype, kernel.dtype), torch.float32)
+    return CircularConv.apply(u.to(wide), kernel.to(wide), n).to(u.dtype)
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -166,6 +189,8 @@ class ImplicitFilter(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""
+        if length > self.max_length:
+            raise ValueError(f"{length} taps of a filter made for {self.max_length}: lengthen the model with `extend`")
         decay = self.decay(length)                                         # (L, D)
 
         def kernel(mlp: nn.ModuleList) -> Tensor:
