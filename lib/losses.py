@@ -32,10 +32,11 @@ def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
         Scalar in [0, 4].
 
     Raises:
-        ValueError: the three inputs disagree about B.
+        ValueError: no pair, or the three inputs disagree about B or D.
     """
-    if not len(q) == len(d) == len(y):
-        raise ValueError(f"one label per pair: got {len(q)} queries, {len(d)} documents, {len(y)} labels")
+    if not len(q) == len(d) == len(y) or y.ndim != 1:
+        raise ValueError(f"one label per pair: got {len(q)} queries, {len(d)} documents, labels of shape {tuple(y.shape)}")
+    check_widths(q, d)
     return F.mse_loss(F.cosine_similarity(q, d), y.to(q.dtype))
 
 
@@ -57,12 +58,15 @@ def multiple_negatives_ranking_loss(q: Tensor, d: Tensor, negatives: Tensor | No
         targets: which document answers each query, (B,), when queries share documents.
 
     Raises:
-        ValueError: a query without a document.
+        ValueError: no query, a query without a document, or widths that differ.
     """
+    check_widths(q, d, *([] if negatives is None else [negatives]))
     if targets is None:
         if len(q) != len(d):
             raise ValueError(f"one document per query: got {len(q)} queries, {len(d)} documents; pass `targets` where queries share them")
         targets = torch.arange(len(q), device=q.device)
+    elif targets.shape != (len(q),) or targets.min() < 0 or targets.max() >= len(d):
+        raise ValueError(f"one target per query, each one of {len(d)} documents: got {targets.tolist()} for {len(q)} queries")
     candidates = d if negatives is None else torch.cat([d, negatives])     # (N + M, D)
     scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
     return F.cross_entropy(scores, targets)
@@ -77,18 +81,25 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
     from 1. The teacher reads the first 128 tokens only. No gradient reaches it.
 
     Args:
-        q, d: the student's embeddings, (B, D).
+        q, d: the student's embeddings, (B, D), any norm.
         teacher_q, teacher_d: the teacher's for the same texts, (B, D).
 
     Returns:
         Scalar in [0, 4].
 
     Raises:
-        ValueError: student and teacher disagree about B or D.
+        ValueError: no pair, or student and teacher disagree about B or D.
     """
     if q.shape != teacher_q.shape or d.shape != teacher_d.shape:
         raise ValueError(f"student and teacher embed the same texts into one space: got {tuple(q.shape)} and "
                          f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} for documents")
+    check_widths(q, d)
     near_q = F.cosine_similarity(q, teacher_q.detach())
     near_d = F.cosine_similarity(d, teacher_d.detach())
     return (1 - near_q).mean() + (1 - near_d).mean()
+
+
+def check_widths(q: Tensor, *others: Tensor) -> None:
+    """A shape that broadcasts by accident is a wrong loss without a warning."""
+    if q.ndim != 2 or not len(q) or any(other.ndim != 2 or other.shape[1] != q.shape[1] for other in others):
+        raise ValueError(f"embeddings are (B, D) with B ≥ 1 and one D: got {', '.join(str(tuple(x.shape)) for x in (q, *others))}")
