@@ -32,8 +32,10 @@ def ndcg(run: dict, qrels: dict, k: int = 10, per_query: bool = False):
         A fraction in [0, 1]. A judged query that the run lacks scores 0 and counts.
 
     Raises:
-        ValueError: no judged query, a score that is not finite, or a query whose judgements hold nothing relevant.
+        ValueError: no judged query, a score that is not finite, a query whose judgements hold nothing relevant, or k < 1.
     """
+    if k < 1:
+        raise ValueError(f"nDCG@{k}: k counts documents, from 1")
     if not qrels:
         raise ValueError("no judged query: nothing to average")
     values = {}
@@ -58,7 +60,7 @@ def interval(values: Sequence[float], confidence: float = 0.95, resamples: int =
     """(mean, low, high): percentile bootstrap over queries, the same bits every time."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"an interval needs finite values of one kind: got shape {values.shape}")
+        raise ValueError(f"an interval needs one row of finite values: got shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite")
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // len(values))                               # 32 MB of indices at a time
     means = np.concatenate([values[rng.integers(len(values), size=(min(block, resamples - done), len(values)))].mean(axis=1)

@@ -1,0 +1,163 @@
+"""nDCG by hand and against trec_eval's own code; intervals against distributions we know."""
+import math
+import random
+
+import numpy as np
+import pytest
+import pytrec_eval
+from hypothesis import given, settings, strategies as st
+
+from lib import metrics
+
+
+def trec_eval(run, qrels, k):
+    """{query: nDCG@k} by trec_eval; it drops queries that the run lacks."""
+    found = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}"}).evaluate(run)
+    return {query: values[f"ndcg_cut_{k}"] for query, values in found.items()}
+
+
+# ---------------------------------------------------------------- nDCG
+
+def test_ndcg_by_hand():
+    qrels = {"q": {"a": 3, "b": 1, "missing": 2}}
+    run = {"q": {"x": 9.0, "a": 8.0, "y": 7.0, "b": 6.0}}
+    # gains 0 3 0 1 against the ideal 3 2 1
+    expected = (3 / math.log2(3) + 1 / math.log2(5)) / (3 + 2 / math.log2(3) + 1 / math.log2(4))
+    assert metrics.ndcg(run, qrels) == pytest.approx(expected)
+    assert metrics.ndcg(run, qrels, k=2) == pytest.approx(3 / math.log2(3) / (3 + 2 / math.log2(3)))
+    assert metrics.ndcg(run, qrels, k=1) == 0
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 10, 11])
+def test_one_answer_scores_by_its_place(place):
+    run = {"q": {f"d{i:02}": -i for i in range(1, 20)}}
+    expected = 1 / math.log2(place + 1) if place <= 10 else 0
+    assert metrics.ndcg(run, {"q": {f"d{place:02}": 1}}) == pytest.approx(expected)
+
+
+def test_ties_fall_to_the_later_id():
+    run = {"q": {"a": 1.0, "c": 1.0, "b": 1.0, "z": 0.5}}
+    assert metrics.ranking(run["q"]) == ["c", "b", "a", "z"]
+    assert metrics.ndcg(run, {"q": {"c": 1}}, k=1) == 1
+    assert metrics.ndcg(run, {"q": {"a": 1}}, k=2) == 0
+    # closer than float32 can tell apart is a tie
+    assert metrics.ranking({"a": 1.0 + 1e-9, "b": 1.0}) == ["b", "a"]
+    assert metrics.ranking({"a": 1.0 + 1e-6, "b": 1.0}) == ["a", "b"]
+
+
+def test_a_query_the_run_lacks_scores_zero_and_counts():
+    qrels = {"found": {"a": 1}, "lost": {"a": 1}, "empty": {"a": 1}}
+    run = {"found": {"a": 1.0}, "empty": {}, "unjudged": {"a": 1.0}}
+    assert metrics.ndcg(run, qrels, per_query=True) == {"found": 1.0, "lost": 0.0, "empty": 0.0}
+    assert metrics.ndcg(run, qrels) == pytest.approx(1 / 3)
+    assert trec_eval(run, qrels, 10).keys() <= {"found", "empty"}          # a mean over fewer queries, without a word
+
+
+def test_random_runs_equal_trec_eval():
+    """Graded and negative judgements, unjudged documents, many ties, scores a float32 apart or less."""
+    rng = random.Random(0)
+    for trial in range(60):
+        docs = [f"d{i}" for i in range(rng.randint(1, 30))]
+        qrels = {f"q{q}": {doc: rng.choice([-1, 0, 0, 1, 1, 2, 5]) for doc in rng.sample(docs, rng.randint(1, len(docs)))} | {"answer": 1}
+                 for q in range(4)}
+        score = [lambda: rng.random(), lambda: rng.randint(0, 3), lambda: 0.7 + rng.randint(0, 4) * 2e-8][trial % 3]
+        run = {query: {doc: float(score()) for doc in rng.sample(docs, rng.randint(1, len(docs)))} for query in qrels}
+        for k in (1, 3, 10, 100):
+            assert metrics.ndcg(run, qrels, k, per_query=True) == pytest.approx(trec_eval(run, qrels, k), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=80)
+@given(scores=st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=4),
+                              st.sampled_from([-1.0, 0.0, -0.0, 0.25, 0.25 + 1e-9, 3.0]), min_size=1, max_size=12), data=st.data())
+def test_any_ids_rank_as_in_trec_eval(scores, data):
+    """One judged document at k = its place is found exactly there, also for ids outside ASCII."""
+    wanted = data.draw(st.sampled_from(sorted(scores)))
+    place = metrics.ranking(scores).index(wanted) + 1
+    qrels = {"q": {wanted: 1}}
+    found = trec_eval({"q": scores}, qrels, 12)["q"]
+    assert found == pytest.approx(1 / math.log2(place + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_a_score_that_is_not_finite_is_refused_by_name(score):
+    with pytest.raises(ValueError, match="query q7: the score of d9 is"):
+        metrics.ndcg({"q7": {"d8": 1.0, "d9": score}}, {"q7": {"d8": 1}})
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(ValueError, match="no judged query"):
+        metrics.ndcg({"q": {"d": 1.0}}, {})
+    for judged in ({}, {"d": 0}, {"d": -1}):
+        with pytest.raises(ValueError, match="query q has no relevant document"):
+            metrics.ndcg({"q": {"d": 1.0}}, {"q": judged})
+    with pytest.raises(ValueError, match="nDCG@0"):
+        metrics.ndcg({"q": {"d": 1.0}}, {"q": {"d": 1}}, k=0)
+
+
+# ---------------------------------------------------------------- intervals
+
+def test_interval_of_a_constant_is_the_constant():
+    assert metrics.interval([0.25] * 7) == (0.25, 0.25, 0.25)
+    assert metrics.interval([0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_interval_is_the_same_every_time_and_wider_with_more_confidence():
+    values = np.random.default_rng(3).random(50)
+    mean, low, high = metrics.interval(values)
+    assert metrics.interval(list(values)) == (mean, low, high)
+    assert mean == pytest.approx(values.mean()) and low < mean < high
+    wide = metrics.interval(values, confidence=0.99)
+    narrow = metrics.interval(values, confidence=0.5)
+    assert wide[1] < low < narrow[1] < mean < narrow[2] < high < wide[2]
+
+
+@pytest.mark.parametrize("n", [400, 2_000])                                # 2,000 values are resampled in several blocks
+def test_interval_has_the_normal_approximations_width(n):
+    """Means of many values are close to normal: ±1.96 standard errors."""
+    values = np.random.default_rng(0).random(n)
+    mean, low, high = metrics.interval(values)
+    error = values.std() / n**0.5
+    assert (mean - low) / error == pytest.approx(1.96, rel=0.05)
+    assert (high - mean) / error == pytest.approx(1.96, rel=0.05)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    """400 experiments with a known mean: 95 % intervals should hold it in 93 to 97 % of them."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for experiment in range(400):
+        values = rng.beta(2, 3, size=120)                                  # mean 0.4, between 0 and 1 like nDCG
+        _, low, high = metrics.interval(values, resamples=600, seed=experiment)
+        held += low <= 0.4 <= high
+    assert 0.93 <= held / 400 <= 0.97
+
+
+@pytest.mark.parametrize("values", [[], [0.1, math.nan], [[0.1, 0.2]], [math.inf]])
+def test_interval_refuses_what_has_no_mean(values):
+    with pytest.raises(ValueError, match="one row of finite values"):
+        metrics.interval(values)
+
+
+def test_paired_sees_through_what_queries_have_in_common():
+    """Queries differ a lot, systems by 0.02: apart their intervals overlap, paired the difference is certain."""
+    rng = np.random.default_rng(0)
+    base = rng.random(100) * 0.9
+    a = {f"q{i}": value + 0.02 + 0.01 * rng.standard_normal() for i, value in enumerate(base)}
+    b = {f"q{i}": value for i, value in enumerate(base)}
+    difference, low, high = metrics.paired(a, b)
+    assert 0.01 < low < difference < high < 0.03
+    assert metrics.interval(list(a.values()))[1] < metrics.interval(list(b.values()))[2]
+
+
+def test_paired_ignores_the_order_of_queries_and_changes_sign():
+    a, b = {"x": 0.5, "y": 1.0, "z": 0.0}, {"z": 0.5, "y": 0.5, "x": 0.25}
+    difference, low, high = metrics.paired(a, b)
+    assert difference == pytest.approx(0.25 / 3)
+    assert metrics.paired(dict(reversed(a.items())), b) == (difference, low, high)
+    assert metrics.paired(b, a)[0] == -difference
+    assert metrics.paired(a, a) == (0, 0, 0)
+
+
+def test_paired_refuses_different_queries():
+    with pytest.raises(ValueError, match="2 queries are in one only"):
+        metrics.paired({"x": 1.0, "y": 1.0}, {"x": 1.0, "z": 1.0})
