@@ -29,6 +29,7 @@ from transformers import BertConfig, BertModel
 
 from lib.long_conv import fft_length
 from lib.model import M2BertConfig, M2BertForRetrieval
+from lib.train import use
 
 
 def twin(config: M2BertConfig) -> BertConfig:
@@ -130,7 +131,7 @@ def transformer_activations(config: BertConfig, length: int, flash: bool = False
 
 # ------------------------------------------------------------------ measurements
 
-def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, threads: int = 2, seed: int = 0) -> list[dict]:
+def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, threads: int = 2, device: str = "cpu", seed: int = 0) -> list[dict]:
     """Let models encode the same random tokens, taking turns, each in a process of its own.
 
     Turns (A B, A B, …) put a slow moment of the machine on both sides of a ratio; a process of its own gives each
@@ -138,7 +139,8 @@ def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, th
 
     Returns:
         One {"model", "length_tokens", "batch", "turn", "encode_s", "peak_gib"} per model, length and turn, shortest
-        first. peak_gib is the whole process's, Python, torch and weights included; NaN where the system does not tell.
+        first. peak_gib is the whole process's, Python, torch and weights included, NaN where the system does not tell;
+        on a GPU it is what torch allocated there.
 
     Raises:
         RuntimeError: a process died; the message says at which length, and what to lower.
@@ -149,7 +151,7 @@ def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, th
     try:
         for name, config in configs.items():
             kind = "m2bert" if isinstance(config, M2BertConfig) else "bert"
-            say(runners[name], {"kind": kind, "config": config.to_dict(), "threads": threads, "seed": seed})
+            say(runners[name], {"kind": kind, "config": config.to_dict(), "compute": {"threads": threads, "device": device}, "seed": seed})
         for length in sorted(lengths):
             for turn in range(repeats + 1):
                 for name in configs:
@@ -182,19 +184,22 @@ def runner() -> None:
     """The other end of `race`: builds a model from the first line, then encodes once per line until the lines end."""
     die_with_parent()
     task = json.loads(sys.stdin.readline())
-    torch.set_num_threads(task["threads"])
+    device = use(task["compute"])
     torch.manual_seed(task["seed"])
-    model = build((M2BertConfig if task["kind"] == "m2bert" else BertConfig).from_dict(task["config"]))
+    model = build((M2BertConfig if task["kind"] == "m2bert" else BertConfig).from_dict(task["config"])).to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None         # a GPU answers before it has finished
     print(json.dumps({}), flush=True)
     for line in sys.stdin:
         turn = json.loads(line)
-        ids = torch.randint(5, model.config.vocab_size, (turn["batch"], turn["length_tokens"]))
+        ids = torch.randint(5, model.config.vocab_size, (turn["batch"], turn["length_tokens"])).to(device)
         mask = torch.ones_like(ids)
-        forget_peak()
+        forget_peak(device)
+        wait()
         start = time.perf_counter()
         with torch.inference_mode():
             model(ids, attention_mask=mask)
-        print(json.dumps({"encode_s": time.perf_counter() - start, "peak_gib": peak_gib()}), flush=True)
+        wait()
+        print(json.dumps({"encode_s": time.perf_counter() - start, "peak_gib": peak_gib(device)}), flush=True)
 
 
 def die_with_parent() -> None:
@@ -203,16 +208,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, 15)
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device) -> None:
     """Let the peak start again from what is in memory now; where the system refuses, it stays the highest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 
 
-def peak_gib() -> float:
-    """The largest resident memory of this process since `forget_peak`, in GiB."""
+def peak_gib(device: torch.device) -> float:
+    """The largest resident memory of this process since `forget_peak`, in GiB; on a GPU, torch's largest allocation there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     try:
         # Not getrusage: its peak starts at the parent's size.
         status = Path("/proc/self/status").read_text()
