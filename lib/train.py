@@ -75,6 +75,22 @@ def update(model: nn.Module, optim: torch.optim.Optimizer, share: float, max_gra
     optim.zero_grad(set_to_none=True)
 
 
+def like_lengths(lengths: list[int], most: int | None = None, waste_tokens: int = 2048) -> list[list[int]]:
+    """Indices in groups of like length, longest first, at most `most` a group.
+
+    A group ends where a text would pad less than 0.8 of its longest and the group holds enough tokens
+    (`waste_tokens`) to be worth a pass of its own: padding is computed and thrown away.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        group = groups[-1] if groups else None
+        if group is None or len(group) == most or (lengths[i] < 0.8 * lengths[group[0]] and len(group) * lengths[group[0]] > waste_tokens):
+            groups.append([i])
+        else:
+            group.append(i)
+    return groups
+
+
 # ------------------------------------------------------------------ pretraining
 
 @dataclass
@@ -91,9 +107,10 @@ class PretrainingText:
 
     @classmethod
     def from_texts(cls, short: list[str], long: list[str], tokenizer, length: int, limit_tokens: int | None = None) -> "PretrainingText":
-        """Tokenise at most about `limit_tokens` of each kind (None: everything)."""
+        """Tokenise about `limit_tokens` of each kind (None: everything), texts in a random order that is always the same."""
         def ids(texts: list[str], cut: int) -> Iterator[np.ndarray]:
             total = 0
+            texts = [texts[i] for i in np.random.default_rng(len(texts)).permutation(len(texts))]
             for start in range(0, len(texts), 256):
                 for row in tokenize(texts[start : start + 256], tokenizer, cut)[0]:
                     total += len(row)
@@ -117,20 +134,12 @@ class PretrainingText:
         """
         share = {"short": 1.0, "long": 0.0, "mixed": variable_share}[mixture]
         rng = np.random.default_rng([seed, step])
-        variable, maximum, used = [], [], 0
+        rows, used = [], 0
         while used < tokens:
-            if rng.random() < share:
-                row = self.variable[rng.integers(len(self.variable))]
-                variable.append(row)
-            else:
-                row = self.maximum[rng.integers(len(self.maximum))]
-                maximum.append(row)
-            used += len(row)
-        variable.sort(key=len)
-        groups = [maximum] if maximum else []
-        # Like lengths together: padding is computed and thrown away.
-        groups += [variable[i : i + max(1, len(variable) // 4 + 1)] for i in range(0, len(variable), max(1, len(variable) // 4 + 1))]
-        return groups
+            kind = self.variable if rng.random() < share else self.maximum
+            rows.append(kind[rng.integers(len(kind))])
+            used += len(rows[-1])
+        return [[rows[i] for i in group] for group in like_lengths([len(row) for row in rows])]
 
 
 def mask_tokens(ids: Tensor, real: Tensor, tokenizer, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -281,16 +290,15 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None) -> Tensor:
-    """Embeddings (n, D) of token rows, sorted by length inside so that little padding is computed."""
+    """Embeddings (n, D) of token rows, in their order; at most `micro_batch` go through the model at a time."""
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    size = micro_batch or len(rows)
+    groups = like_lengths([len(row) for row in rows], micro_batch)
     parts = []
-    for start in range(0, len(order), size):
-        ids, real = pad([rows[i].tolist() for i in order[start : start + size]], pad_id)
+    for group in groups:
+        ids, real = pad([rows[i].tolist() for i in group], pad_id)
         parts.append(model(ids.to(device), real.to(device)).pooler_output)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
+    back = torch.empty(len(rows), dtype=torch.long)
+    back[torch.tensor([i for group in groups for i in group])] = torch.arange(len(rows))
     return torch.cat(parts)[back.to(device)]
 
 
@@ -393,9 +401,7 @@ def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro
     torch.set_rng_state(state)                                             # dropout falls on the same units again
     start = 0
     for kind in kinds:
-        order = sorted(range(len(kind)), key=lambda i: len(kind[i]))
-        for place in range(0, len(kind), micro_batch):
-            some = order[place : place + micro_batch]
+        for some in like_lengths([len(row) for row in kind], micro_batch):
             out = embed(model, [kind[i] for i in some], pad_id)
             out.backward(vectors.grad[[start + i for i in some]])
         start += len(kind)
