@@ -1,0 +1,466 @@
+"""Notebooks as steps of a pipeline: the same bytes in, the same bytes out, and never a process left behind.
+
+    python -m lib.notebook strip notebooks data/source          clean copies, for the pipeline
+    python -m lib.notebook strip --in-place notebooks           the same in place, before a commit
+    python -m lib.notebook run data/source/03_pretrain.ipynb data/executed/pretrain-mixed_2k.ipynb profile=laptop row=mixed_2k out=data
+
+A run executes a notebook with papermill and keeps of it what does not depend
+on when, where and by whom it was run. If it fails, one line says in which cell
+and why, and the notebook as far as it came is kept beside the output as
+`<output>.failed.ipynb`.
+"""
+import argparse
+import ast
+import ctypes
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from lib import params
+
+KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+LANGUAGE = {"name": "python"}
+KERNEL_ENVIRONMENT = {
+    # glibc hands every large buffer back to the system when it is freed, and the next FFT faults its pages in again, one
+    # by one: about half the training speed of our models. These two keep freed memory in the process.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",             # figures go into the notebook, whatever the caller uses
+    "COLUMNS": "120",
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
+    "SOURCE_DATE_EPOCH": "0",                                              # the date that matplotlib writes into a figure
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class NotebookError(RuntimeError):
+    """A notebook cannot be read or run; the message is one line."""
+
+
+# ------------------------------------------------------------------ reading and writing
+
+def read(path: str | Path):
+    """The notebook, in the newest format; every cell has an id of its own."""
+    import nbformat
+
+    try:
+        return nbformat.reads(json.dumps(identified(json.loads(Path(path).read_text(encoding="utf-8")))), as_version=4)
+    except OSError as error:
+        raise NotebookError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:                                             # nbformat raises a dozen kinds, all meaning this
+        raise NotebookError(f"{path}: is not a notebook ({one_line(error)[:200]})") from None
+
+
+def identified(notebook: dict) -> dict:
+    """Ids for copied cells, and for those from before cells had ids: by place and text, where nbformat would draw them."""
+    seen: set[str] = set()
+    for place, cell in enumerate(notebook["cells"]):
+        if not cell.get("id") or cell["id"] in seen:
+            cell["id"] = hashlib.sha256(f"{place} {''.join(cell['source'])}".encode()).hexdigest()[:8]
+        seen.add(cell["id"])
+    return notebook | {"nbformat_minor": max(5, notebook["nbformat_minor"])}
+
+
+def write(path: str | Path, text: str) -> None:
+    """All of the text under that name, or what was there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def dumps(notebook) -> str:
+    """Sorted keys, one space of indent, a newline at the end: what Jupyter writes too."""
+    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def one_line(error: object) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+
+
+# ------------------------------------------------------------------ strip
+
+def strip(source: str | Path, destination: str | Path) -> list[Path]:
+    """Write the clean copy of every notebook of a folder, and remove copies whose notebook is gone.
+
+    Raises:
+        NotebookError: no folder, no notebooks in it, or one of them cannot be read; nothing is written then.
+    """
+    source, destination = Path(source), Path(destination)
+    if not source.is_dir():
+        raise NotebookError(f"{source}: is not a folder")
+    clean = {path.name: dumps(plain(bare(read(path)))) for path in sorted(source.glob("*.ipynb"))}
+    if not clean:
+        raise NotebookError(f"{source}: holds no notebooks")
+    destination.mkdir(parents=True, exist_ok=True)
+    for stale in destination.glob("*.ipynb"):
+        if stale.name not in clean:
+            stale.unlink()
+    for name, text in clean.items():
+        target = destination / name
+        if not target.is_file() or target.read_text(encoding="utf-8") != text:
+            write(target, text)
+    return [destination / name for name in clean]
+
+
+def bare(notebook):
+    """Without outputs, execution counts and metadata other than tags."""
+    for cell in notebook.cells:
+        cell.metadata = {"tags": list(cell.metadata["tags"])} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata = {"kernelspec": KERNELSPEC, "language_info": LANGUAGE}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def plain(notebook) -> dict:
+    """As it is stored: text as a list of lines."""
+    import nbformat
+
+    return json.loads(nbformat.writes(notebook, version=4))
+
+
+# ------------------------------------------------------------------ scrub
+
+def scrub(notebook, keep_stderr: bool = False):
+    """An executed notebook without what differs between two runs of the same thing.
+
+    Gone: times, papermill's notes, widgets, stderr (warnings with paths, progress bars). Rewritten: absolute paths and
+    memory addresses in text, random ids of styled tables. Streams are merged, since where a stream is cut depends on
+    the machine's speed. Figures, tables and printed text stay.
+    """
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": list(tags)} if tags else {}
+        if "injected-parameters" in (tags or []):
+            cell.id = "injected-parameters"
+        elif "papermill-error-cell-tag" in (tags or []):
+            cell.id = f"error-{hashlib.sha256(cell.source.encode()).hexdigest()[:8]}"
+        if cell.cell_type == "code":
+            cell.outputs = merged([o for o in cell.outputs if keep_stderr or o.get("name") != "stderr"])
+            for output in cell.outputs:
+                scrub_output(output)
+    notebook.metadata = {"kernelspec": KERNELSPEC, "language_info": LANGUAGE}
+    return notebook
+
+
+def merged(outputs: list) -> list:
+    """Neighbouring streams of one name as one, and no widgets."""
+    kept: list = []
+    for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
+        if kept and output.output_type == "stream" == kept[-1].output_type and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def scrub_output(output) -> None:
+    if output.output_type == "stream":
+        output.text = scrub_text(overwritten(output.text))
+    elif output.output_type == "error":
+        output.evalue, output.traceback = scrub_text(output.evalue), [scrub_text(line) for line in output.traceback]
+    for kind, value in output.get("data", {}).items():
+        if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
+            output.data[kind] = scrub_text(value)
+
+
+def scrub_text(text: str) -> str:
+    """No absolute path, no memory address, no random table id."""
+    for place, name in ((sys.prefix, "<python>"), (str(params.root()), "."), (tempfile.gettempdir(), "<tmp>"), (str(Path.home()), "~")):
+        if len(place) > 1:
+            text = re.sub(rf"(?<![\w.]){re.escape(place)}(?=[/\s'\":,)\]]|$)", name, text)
+    text = re.sub(r"\bat 0x[0-9a-fA-F]{6,}", "at 0x…", text)
+    for number, name in enumerate(dict.fromkeys(re.findall(r"\bT_[0-9a-f]{5}\b", text))):
+        text = text.replace(name, f"T_{number:05d}")
+    return text
+
+
+def overwritten(text: str) -> str:
+    """What a terminal shows after carriage returns: `1%\\r2%\\n` is `2%`."""
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+
+
+# ------------------------------------------------------------------ run
+
+def run(source: str | Path, output: str | Path, given: dict[str, str], timing: str | Path | None = None) -> dict:
+    """Execute a notebook in the root folder and write it, scrubbed, to `output`: whole or not at all.
+
+    Args:
+        given: values for names of the cell tagged `parameters`.
+        timing: folder for stages/<output's name>.json: {"stage", "seconds", "peak_gib"}, peak_gib the largest
+            resident memory of the kernel.
+
+    Raises:
+        NotebookError: one line, after the notebook as far as it came was kept as `<output>.failed.ipynb`.
+    """
+    source, output = Path(source).absolute(), Path(output).absolute()
+    notebook = bare(read(source))
+    values = parameters(notebook, given, source.name)
+    label = source.stem + (f" ({', '.join(f'{k}={v}' for k, v in values.items())})" if values else "")
+    failed = output.with_suffix(".failed.ipynb")
+    started = time.monotonic()
+    with Folder() as folder:
+        draft, begun = folder / "notebook.ipynb", []
+        try:
+            executed = execute(notebook, draft, values, folder, begun)
+            write(output, dumps(plain(scrub(executed))))
+        except (Exception, KeyboardInterrupt) as error:
+            reached = read(draft) if draft.is_file() else notebook
+            message = f"{label}: {explanation(error, begun)}"
+            try:
+                write(failed, dumps(plain(scrub(reached, keep_stderr=True))))
+                message += f"; all of it in {shown(failed)}"
+            except OSError as full:
+                message += f"; {shown(failed)} could not be written ({full.strerror})"
+            raise (Stopped if isinstance(error, KeyboardInterrupt) else NotebookError)(message) from None
+    failed.unlink(missing_ok=True)
+    unit = 2**30 if sys.platform == "darwin" else 2**20                    # getrusage: bytes there, KiB here
+    cost = {"stage": output.stem, "seconds": round(time.monotonic() - started, 1),
+            "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit, 2)}
+    if timing:
+        write(Path(timing) / "stages" / f"{output.stem}.json", json.dumps(cost, indent=1) + "\n")
+    return cost
+
+
+def parameters(notebook, given: dict[str, str], name: str) -> dict:
+    """The given values, each of the type that the cell tagged `parameters` gives it.
+
+    Raises:
+        NotebookError: a name that the cell does not assign, or a value of another type.
+    """
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise NotebookError(f"{name}: {len(cells)} cells are tagged `parameters`, should be one")
+    defaults = {}
+    try:
+        for line in ast.parse(cells[0].source).body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                defaults[line.targets[0].id] = ast.literal_eval(line.value)
+    except (SyntaxError, ValueError):
+        raise NotebookError(f"{name}: the cell tagged `parameters` may only hold lines such as `row = \"opl\"`") from None
+    values = {}
+    for key, text in given.items():
+        if key not in defaults:
+            raise NotebookError(f"{name}: unknown parameter {key!r}{params.nearest(key, defaults)}")
+        try:
+            values[key] = text if isinstance(defaults[key], str) else ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            values[key] = text
+        if type(values[key]) is not type(defaults[key]):
+            raise NotebookError(f"{name}: parameter {key} wants a value like {defaults[key]!r}, got {text!r}")
+    return values
+
+
+def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str]):
+    """The executed notebook. Cell by cell, papermill keeps `draft` up to date and `begun` gets the cell's id."""
+    root = params.root()
+    os.environ.update(KERNEL_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+                      IPYTHONDIR=str(folder / "ipython"), JUPYTER_RUNTIME_DIR=str(folder))
+    import logging
+
+    import papermill
+    from jupyter_client import AsyncKernelManager
+    from traitlets import CaselessStrEnum, Unicode
+
+    class Kernel(AsyncKernelManager):
+        """Talks through sockets in a private folder (parallel kernels race for TCP ports), and dies with us."""
+        transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
+        connection_file = Unicode(str(folder / "k.json"))
+
+        def format_kernel_cmd(self, extra_arguments=None):
+            return [sys.executable, "-m", "lib.notebook", "kernel", "-f", self.connection_file, *(extra_arguments or [])]
+
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options)
+            kernels.append(self.provisioner.pid)
+
+    kernels: list[int] = []
+    stop_with(kernels, folder)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)              # it would say in many lines what `explanation` says in one
+    return papermill.execute_notebook(notebook, str(draft), values, kernel_name="python3", progress_bar=False, cwd=root, start_timeout=300,
+                                      stderr_file=Terminal(), kernel_manager_class=Kernel, iopub_timeout=60,
+                                      on_cell_execute=lambda cell, cell_index: begun.append(cell.id))
+
+
+def explanation(error: BaseException, begun: list[str]) -> str:
+    """What went wrong and in which cell, in one line."""
+    kind = type(error).__name__
+    where = f"in cell {len(begun)} ({begun[-1]!r})" if begun else "before the first cell"
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {error} {where}"
+    if kind == "PapermillExecutionError":
+        return f"{error.ename}: {one_line(error.evalue)[:600]}, {where}"
+    if kind == "DeadKernelError":
+        return f"the kernel was killed by the system {where}, often out of memory: lower batch_tokens, documents, micro_batch or the profile's lengths"
+    return f"{kind}: {one_line(error)[:600]}, {where}"
+
+
+def shown(path: Path) -> str:
+    """The path as a reader in the root folder would type it."""
+    root = params.root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+class Terminal:
+    """The kernel's stderr, live; progress bars only where there is a terminal to redraw them."""
+
+    def __init__(self):
+        self.rest = ""
+
+    def write(self, text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(text)
+            return
+        *lines, self.rest = (self.rest + text).split("\n")
+        sys.stderr.writelines(f"{line}\n" for line in map(overwritten, lines) if line.strip())
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class Folder:
+    """A private folder with a path short enough for sockets (104 characters on macOS, 107 on Linux), gone at the end."""
+
+    def __enter__(self) -> Path:
+        base = tempfile.gettempdir()
+        self.path = Path(tempfile.mkdtemp(prefix="nb-", dir=base if len(base) < 70 else "/tmp"))
+        return self.path
+
+    def __exit__(self, *_) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ no process left behind
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or the system asked us to end. asyncio lets a KeyboardInterrupt through and nothing else."""
+
+
+def stop_with(kernels: list[int], folder: Path) -> None:
+    """End the kernels at a signal, and when the process that started us is gone (kill -9 of DVC sends no signal)."""
+    def end() -> None:
+        for pid in kernels:
+            try:
+                os.killpg(pid, signal.SIGKILL)                             # a kernel leads its own process group
+            except ProcessLookupError:
+                pass
+
+    def on_signal(number, _) -> None:
+        end()
+        raise Stopped(signal.Signals(number).name)
+
+    def orphaned() -> None:
+        end()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    watch(elders(), orphaned)
+
+
+def elders() -> tuple[int, ...]:
+    """Our parent and, where it can be read, the parent's parent: DVC may have a shell between itself and us."""
+    parent = os.getppid()
+    try:
+        return parent, int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return (parent,)
+
+
+def watch(before: tuple[int, ...], orphaned) -> None:
+    """Call `orphaned` soon after an elder has ended."""
+    def loop() -> None:
+        while elders() == before:
+            time.sleep(0.5)
+        orphaned()
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def kernel(arguments: list[str]) -> None:
+    """What the kernel process runs: IPython's kernel, ended by the system in the moment its parent is."""
+    parent = int(os.environ.get("JPY_PARENT_PID", 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
+    if parent and os.getppid() != parent:                                  # it ended before we could say so
+        os._exit(1)
+    from ipykernel.kernelapp import IPKernelApp
+
+    IPKernelApp.launch_instance(argv=arguments)
+
+
+# ------------------------------------------------------------------ command line
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["kernel"]:
+        kernel(arguments[1:])
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m lib.notebook", description="Strip notebooks, or run one.")
+    command = arguments[0] if arguments[:1] in (["strip"], ["run"]) else None
+    if command == "strip":
+        parser.prog += " strip"
+        parser.add_argument("--in-place", action="store_true")
+        parser.add_argument("source", type=Path)
+        parser.add_argument("destination", type=Path, nargs="?")
+    elif command == "run":
+        parser.prog += " run"
+        parser.add_argument("source", type=Path)
+        parser.add_argument("output", type=Path)
+        parser.add_argument("--timing", type=Path, metavar="FOLDER")
+        parser.add_argument("given", nargs="*", metavar="name=value")
+    else:
+        parser.add_argument("command", choices=("strip", "run"))
+    options = parser.parse_intermixed_args(arguments[1:] if command else arguments)
+    try:
+        if command == "strip":
+            if options.in_place == bool(options.destination):
+                parser.error("give a destination, or --in-place")
+            strip(options.source, options.destination or options.source)
+            return 0
+        if wrong := [text for text in options.given if "=" not in text]:
+            parser.error(f"{wrong[0]!r} is not name=value")
+        cost = run(options.source, options.output, dict(text.split("=", 1) for text in options.given), options.timing)
+        print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
+        return 0
+    except Stopped as error:
+        print(f"{error}", file=sys.stderr)
+        return 130
+    except (NotebookError, params.ParamsError) as error:
+        print(f"{error}", file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or options.source}: {error.strerror or error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
