@@ -19,6 +19,7 @@ Axes: B texts, L tokens, D width, I intermediate width, K blocks, O filter width
 import ctypes
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -138,15 +139,17 @@ def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, th
     model its own peak of memory. At each length, the first turn warms up and is not reported.
 
     Returns:
-        One {"model", "length_tokens", "batch", "turn", "encode_s", "peak_gib"} per model, length and turn, shortest
-        first. peak_gib is the whole process's, Python, torch and weights included, NaN where the system does not tell;
+        One {"model", "length_tokens", "batch", "turn", "encode_s", "cpu_s", "peak_gib"} per model, length and turn,
+        shortest first. encode_s is the wall's time, cpu_s the sum over threads, which a busy machine disturbs less. peak_gib is the whole process's, Python, torch and weights included, NaN where the system does not tell;
         on a GPU it is what torch allocated there.
 
     Raises:
         RuntimeError: a process died; the message says at which length, and what to lower.
     """
     command = [sys.executable, "-m", "lib.efficiency"]
-    runners = {name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in configs}
+    # Threads that wait sleep: spinning ones count as work, and on a busy machine they take the core from whom they wait for.
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    runners = {name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for name in configs}
     turns = []
     try:
         for name, config in configs.items():
@@ -195,11 +198,12 @@ def runner() -> None:
         mask = torch.ones_like(ids)
         forget_peak(device)
         wait()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             model(ids, attention_mask=mask)
         wait()
-        print(json.dumps({"encode_s": time.perf_counter() - start, "peak_gib": peak_gib(device)}), flush=True)
+        took = {"encode_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+        print(json.dumps(took | {"peak_gib": peak_gib(device)}), flush=True)
 
 
 def die_with_parent() -> None:
