@@ -360,6 +360,9 @@ def check_subset(design: dict, profile: str) -> None:
             if table != "ablations" and not any(own[key] in tables[target] for target in targets):
                 raise ParamsError(f"rows.{profile}: {row} of {table} needs {own[key]!r} ({key}), which this profile does not run; "
                                   f"add it to rows.{profile}.{next(t for t in targets if own[key] in design[t])}")
+    for name, own in tables["ablations"].items():
+        if not own["rows"]:
+            raise ParamsError(f"rows.{profile}: none of the rows that the ablation {name} compares is run; leave it out of rows.{profile}.ablations")
 
 
 # ------------------------------------------------------------------ messages

@@ -78,7 +78,7 @@ def test_a_models_shape_is_that_of_the_row_pretrained_from_scratch(edit):
 
 
 def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
-    edit(("rows.smoke", {"retrievers": ["opl", "reads_32k"], "pretrained": ["mixed_8k"], "distilled": []}))
+    edit(("rows.smoke", {"retrievers": ["opl", "reads_32k"], "pretrained": ["mixed_8k"], "distilled": [], "ablations": ["loss"]}))
     assert list(params.rows("smoke", "retrievers")) == ["reads_32k", "opl"]                      # the file's order
     assert params.rows("smoke", "ablations")["loss"]["rows"] == [r for r in params.rows("laptop", "ablations")["loss"]["rows"] if r in ("opl", "reads_32k")]
     assert params.rows("gpu", "retrievers") == params.load()["retrievers"]
@@ -129,6 +129,7 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
     (("profile", "labtop"), ("profile", "did you mean 'laptop'")),
     (("rows.smoke.retrievers", ["reads_129"]), ("rows.smoke.retrievers", "reads_129", "did you mean")),
     (("rows.smok", {}), ("smok", "did you mean 'smoke'")),
+    (("rows.smoke.ablations", ["mixture"]), ("rows.smoke", "mixture", "leave it out")),
     (("rows.smoke.continued", []), ("rows.smoke", "needs 'warm_32k'", "rows.smoke.continued")),
 ])
 def test_a_wrong_design_is_refused_by_name(change, parts):
