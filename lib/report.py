@@ -7,7 +7,6 @@
     metric(…), curve(…)                       numbers for later stages
     load_metrics, scores, per_query, curves   numbers of earlier ones; a row that has none is shown as "not run"
     paper(name)                               what the paper printed
-    claims(profile)                           each claim, our difference with its interval, the verdict
 
 Equal numbers give equal bytes: no date, no random id, no path. Figures are drawn from the written
 numbers. Scores are fractions in [0, 1]; what people read is multiplied by 100.
@@ -54,9 +53,8 @@ def svg(fig, title: str, caption: str) -> str:
     """The figure as SVG, with a title and a description for those who cannot see it."""
     stream = StringIO()
     fig.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    head, tag, rest = stream.getvalue().partition("<svg ")
-    attributes, end, rest = rest.partition(">")
-    return f'{head}{tag}{attributes} role="img"{end}\n <title>{escape(title)}</title>\n <desc>{escape(caption)}</desc>{rest}'
+    attributes, end, rest = stream.getvalue().partition("<svg ")[2].partition(">")  # without the DOCTYPE, which names a file on the web
+    return f'<?xml version="1.0" encoding="utf-8"?>\n<svg {attributes} role="img"{end}\n <title>{escape(title)}</title>\n <desc>{escape(caption)}</desc>{rest}'
 
 
 def figure(fig, name: str, out, profile: str, caption: str) -> None:
@@ -74,10 +72,9 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
 def note(profile: str) -> str:
     """Which profile, and which lengths stand for the paper's: the end of every caption."""
     there = {paper: params.length(profile, paper) for paper in params.PAPER_LENGTHS}
-    changed = {paper: here for paper, here in there.items() if paper != here}
-    if not changed:
+    if all(paper == here for paper, here in there.items()):
         return f"Profile {profile}, the paper's own lengths."
-    return f"Profile {profile}: " + listed([f"{here:,} tokens stand for the paper's {paper:,}" for paper, here in there.items()]) + "."
+    return f"Profile {profile}: {listed([f'{here:,}' for here in there.values()])} tokens stand for the paper's {listed([f'{paper:,}' for paper in there])}."
 
 
 # ------------------------------------------------------------------ tables
@@ -216,9 +213,9 @@ def load_metrics(profile: str, stage: str) -> pd.DataFrame:
     expected = [row for name in STAGE_TABLES[stage] for row in params.rows(profile, name)]
     place = source(profile) / "metrics" / stage
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("*.json"))}
-    lines = [{"row": row, "status": "run" if row in found else NOT_RUN, **flat(found.get(row, {}))} for row in expected]
-    lines += [{"row": row, "status": "not in params.yaml", **flat(values)} for row, values in found.items() if row not in expected]
-    return pd.DataFrame([{**line, "row": line["row"]} for line in lines]).set_index("row")
+    lines = [{**flat(found.get(row, {})), "row": row, "status": "run" if row in found else NOT_RUN} for row in expected]
+    lines += [{**flat(values), "row": row, "status": "not in params.yaml"} for row, values in found.items() if row not in expected]
+    return pd.DataFrame(lines, columns=list(dict.fromkeys(["row", "status", *(key for line in lines for key in line)]))).set_index("row")
 
 
 def flat(values: dict, prefix: str = "") -> dict:
