@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import params
-from lib.corpus import SPLITS, CorpusError
+from lib.corpus import BUILD, SPLITS, CorpusError
 
 HUB_DOCUMENTS = "hazyresearch/LoCoV1-Documents"
 HUB_QUERIES = "hazyresearch/LoCoV1-Queries"
-BUILD = "build the corpus with `make repro` or `dvc repro data`"
 
 
 @dataclass(frozen=True)
@@ -101,37 +100,36 @@ def folder_rows(folder: Path, task: str, split: str) -> tuple[Path, list[dict], 
     """(file of the documents, rows of documents, of queries, of evidence)."""
     documents, queries, evidence = (folder / f"{kind}-{split}.parquet" for kind in ("documents", "queries", "evidence"))
     if documents.is_file() or queries.is_file():
-        rows = [of_task(read_parquet(path, columns, task), columns) for path, columns in
-                ((documents, ["pid", "passage"]), (queries, ["qid", "query", "answer_pids"]))]
-        if not rows[1]:
+        asked = of_task(queries, task, ["qid", "query", "answer_pids"])
+        if not asked:
             raise unknown_task(task, tasks(folder, split), queries)
-        spans = of_task(read_parquet(evidence, columns := ["qid", "pid", "start_frac", "end_frac"], task), columns) if evidence.is_file() else []
-        return documents, *rows, spans
+        spans = of_task(evidence, task, ["qid", "pid", "start_frac", "end_frac"]) if evidence.is_file() else []
+        return documents, of_task(documents, task, ["pid", "passage"]), asked, spans
     documents, queries = (folder / kind / f"{task}_{split}.jsonl" for kind in ("documents", "queries"))
     if not queries.is_file() and not documents.is_file():
         raise unknown_task(task, tasks(folder, split), folder)
     return documents, read_jsonl(documents, ("pid", "passage")), read_jsonl(queries, ("qid", "query", "answer_pids")), []
 
 
-def read_parquet(path: Path, columns: list[str], task: str | None = None) -> dict[str, list]:
+def read_parquet(path: Path, columns: list[str], filters: list | None = None, optional: list[str] = ()) -> dict[str, list]:
+    """Columns of a file; the optional ones where it has them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        table = pq.read_table(path, columns=columns, filters=None if task is None else [("dataset", "==", task)])
+        names = pq.read_schema(path).names
+        absent = [name for name in columns if name not in names]
+        if absent:
+            raise CorpusError(f"{path} has no column {', '.join(absent)}: it needs {', '.join(columns)}")
+        return pq.read_table(path, columns=[*columns, *(name for name in optional if name in names)], filters=filters).to_pydict()
     except FileNotFoundError:
-        raise CorpusError(f"{path} is missing: a mirror has documents-<split>.parquet beside queries-<split>.parquet; fetch it, or {BUILD}") from None
+        raise CorpusError(f"{path} is missing: fetch it, or {BUILD}") from None
     except (pa.ArrowException, OSError) as error:
-        missing = [name for name in columns if name in str(error)] if isinstance(error, pa.ArrowInvalid | KeyError) and "Magic" not in str(error) else []
-        raise CorpusError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}): " +
-                          (f"it needs the columns {', '.join(columns)}" if missing else f"delete it and fetch it again, or {BUILD}")) from None
-    absent = [name for name in columns if name not in table.column_names]
-    if absent:
-        raise CorpusError(f"{path} has no column {', '.join(absent)}: it needs {', '.join(columns)}")
-    return table.to_pydict()
+        raise CorpusError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}): delete it and fetch it again, or {BUILD}") from None
 
 
-def of_task(columns: dict[str, list], names: list[str]) -> list[dict]:
-    return [dict(zip(names, row)) for row in zip(*(columns[name] for name in names))]
+def of_task(path: Path, task: str, columns: list[str]) -> list[dict]:
+    table = read_parquet(path, ["dataset", *columns], filters=[("dataset", "==", task)])
+    return [dict(zip(columns, row)) for row in zip(*(table[name] for name in columns))]
 
 
 def read_jsonl(path: Path, names: tuple[str, ...]) -> list[dict]:
