@@ -38,6 +38,7 @@ KERNEL_ENVIRONMENT = {
     "COLUMNS": "120",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",                        # tqdm's advice to install widgets, which a run drops
     "SOURCE_DATE_EPOCH": "0",                                              # the date that matplotlib writes into a figure
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -416,7 +417,7 @@ def kernel(arguments: list[str]) -> None:
         os._exit(1)
     from ipykernel.kernelapp import IPKernelApp
 
-    IPKernelApp.launch_instance(argv=arguments)
+    IPKernelApp.launch_instance(argv=[*arguments, "--log-level=CRITICAL"])  # it reports the interrupt that ends it as an error
 
 
 # ------------------------------------------------------------------ command line
@@ -425,6 +426,8 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["kernel"]:
         kernel(arguments[1:])
         return 0
+    # jsonschema would compile a grammar for URIs when it is imported: 2 s of every stage, and no notebook asks for it.
+    sys.modules.setdefault("rfc3987_syntax", None)
     parser = argparse.ArgumentParser(prog="python -m lib.notebook", description="Strip notebooks, or run one.")
     command = arguments[0] if arguments[:1] in (["strip"], ["run"]) else None
     if command == "strip":

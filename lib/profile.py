@@ -3,6 +3,7 @@
     python -m lib.profile repro                       everything, at the profile of params.yaml
     python -m lib.profile repro smoke                 everything, at smoke, in .work/smoke
     python -m lib.profile repro smoke finetune@opl    one row (or any other arguments of `dvc repro`)
+    python -m lib.profile report smoke                open its report
 
 A pipeline's stages are the rows of params.yaml, whatever the profile, and
 DVC's lock file remembers one profile. So another profile gets a copy of the
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import webbrowser
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,12 +193,29 @@ def summary(report: Path, root: Path) -> str:
             f"{slowest['seconds'] / 60:.1f} min), {max(cost['peak_gib'] for cost in costs)} GiB at most; see {where}")
 
 
+def report(profile: str | None = None) -> int:
+    """Open a profile's report in a browser, and print where it is.
+
+    Raises:
+        ParamsError: there is no such profile, or it has not been run.
+    """
+    root, design = params.root(), params.load()
+    profile = profile or design["profile"]
+    params.known(profile, design["lengths"], "profile")
+    page = root / "data" / "report" / profile / "index.html"
+    if not page.is_file():
+        raise ParamsError(f"no report at {profile} yet: make repro{'' if profile == design['profile'] else f' PROFILE={profile}'}")
+    print(page)
+    webbrowser.open(page.as_uri())
+    return 0
+
+
 def main(arguments: list[str]) -> int:
-    if arguments[:1] != ["repro"]:
-        print("usage: python -m lib.profile repro [PROFILE] [arguments of dvc repro]", file=sys.stderr)
+    if arguments[:1] not in (["repro"], ["report"]) or arguments[0] == "report" and len(arguments) > 2:
+        print("usage: python -m lib.profile repro [PROFILE] [arguments of dvc repro]\n       python -m lib.profile report [PROFILE]", file=sys.stderr)
         return 2
     try:
-        return repro(arguments[1:])
+        return repro(arguments[1:]) if arguments[0] == "repro" else report(*arguments[1:])
     except ParamsError as error:
         print(error, file=sys.stderr)
     except OSError as error:

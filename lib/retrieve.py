@@ -1,7 +1,7 @@
 """Search: texts to vectors, vectors to rankings, rankings to numbers.
 
     Encoder(model, tokenizer).encode(texts)    one vector a text, whatever the batch
-    search(q, d, …)                            exact cosine search, one tie rule
+    search(q, d, …)                            exact search with torch or faiss, one tie rule
     rank(encoder, tasks)                       both, for several tasks
     bm25(documents, queries)                   the yardstick that reads words
     write_run, read_run                        TREC run files, recomputable by trec_eval
@@ -24,22 +24,34 @@ from torch.nn import functional as F
 
 from lib import metrics
 
-CHARACTERS_PER_TOKEN = 16       # first guess of how much text can matter; doubled where it proves too little
+CHARACTERS_PER_TOKEN = 16       # first guess of how much text can matter; four times as much where it proves too little
 BATCH_TOKENS = 16_384           # one forward pass at most, padding included
+SCORES = 32_000_000             # held at a time: 128 MB
+BACKENDS = ("auto", "torch", "faiss")
 
 
 class Encoder:
     """Embeds texts with a model and its tokenizer, reading each text's first `max_length` tokens.
 
+    Args:
+        max_length: None, or more than the model reads: what the model reads.
+
     Attributes:
-        truncated: how many texts of the last `encode` were longer than that.
+        longer: for each text of the last `encode`, whether it was longer than that.
+        truncated: how many were.
     """
 
     def __init__(self, model, tokenizer, max_length: int | None = None):
         limit = model.config.max_position_embeddings
+        if max_length is not None and max_length < 3:
+            raise ValueError(f"max_length={max_length} leaves no room for a token between [CLS] and [SEP]")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length = min(max_length or limit, limit)
-        self.truncated = 0
+        self.longer: list[bool] = []
+
+    @property
+    def truncated(self) -> int:
+        return sum(self.longer)
 
     @torch.no_grad()
     def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True, show_progress: bool = True) -> np.ndarray:
@@ -49,7 +61,7 @@ class Encoder:
         neighbour; at most `batch_size` texts and 16,384 tokens go at a time.
 
         Raises:
-            TypeError: an element is no string; its index is named.
+            TypeError: an element is no string (its index is named), or `texts` is one string.
         """
         width = self.model.config.hidden_size
         ids = self.tokenize(texts)
@@ -69,9 +81,8 @@ class Encoder:
         return vectors
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids, [CLS] … [SEP], cut to `max_length`; sets `truncated`."""
-        ids, cut = tokenize(texts, self.tokenizer, self.max_length)
-        self.truncated = int(sum(cut))
+        """Token ids, [CLS] … [SEP], cut to `max_length`; sets `longer`."""
+        ids, self.longer = tokenize(texts, self.tokenizer, self.max_length)
         return ids
 
 
@@ -81,11 +92,12 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
     Only as many characters are tokenised as can matter: a million words cost
     no more than the first few thousand.
     """
+    if isinstance(texts, str):
+        raise TypeError("a list of texts, not one text")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"text {i} is {type(text).__name__}, not str")
-    # A lone surrogate is not encodable text; the tokenizer would refuse the whole batch.
-    texts = [text.encode("utf-8", "replace").decode("utf-8") if re.search("[\ud800-\udfff]", text) else text for text in texts]
+    texts = [encodable(text) for text in texts]
     ids: list = [None] * len(texts)
     cut = [False] * len(texts)
     pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
@@ -93,17 +105,31 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
         again = []
         for start in range(0, len(pending), 512):
             some = pending[start : start + 512]
+            parts = [beginning(texts[i], characters) for i in some]
             # One token more than fits tells a full text from a truncated one.
-            encoded = tokenizer([texts[i][:characters] for i in some], truncation=True, max_length=max_length + 1,
-                                padding=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-            for i, found in zip(some, encoded):
-                if len(found) <= max_length and len(texts[i]) > characters:
+            encoded = tokenizer(parts, truncation=True, max_length=max_length + 1, padding=False,
+                                return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+            for i, part, found in zip(some, parts, encoded):
+                if len(found) <= max_length and len(part) < len(texts[i]):
                     again.append(i)
                     continue
                 cut[i] = len(found) > max_length
                 ids[i] = found[: max_length - 1] + [found[-1]] if cut[i] and max_length > 1 else found[:max_length]
         pending, characters = again, characters * 4
     return ids, cut
+
+
+def beginning(text: str, characters: int) -> str:
+    """About the first `characters` of a text: cut at white space, so that no word is read in half; without any, all of it."""
+    if len(text) <= characters:
+        return text
+    end = max(text.rfind(space, 0, characters + 1) for space in " \n\t")
+    return text if end < 0 else text[:end]
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, for which a tokenizer would refuse the whole batch."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -120,46 +146,100 @@ def bar(total: int, desc: str, show: bool = True):
     return tqdm(total=total, desc=desc, disable=None if show else True, leave=False, mininterval=1)
 
 
-def search(queries: np.ndarray, documents: np.ndarray, qids: list[str], pids: list[str], k: int = 1000) -> dict[str, dict[str, float]]:
+def search(queries: np.ndarray, documents: np.ndarray, qids: list[str], pids: list[str], k: int = 1000,
+           backend: str = "auto") -> dict[str, dict[str, float]]:
     """Exact inner-product search: the run of the k best documents of each query.
 
+        score(q, d) = Σ_i q_i d_i, summed in float64, rounded to float32;  ties by id, descending
+
+    Float32 sums differ in their last bits from library to library, and last
+    bits decide ties. So the backend only nominates: every document whose score
+    could be among the k best. These are scored again, by one formula.
+
     Args:
-        queries: (Q, D), documents: (N, D); normalised, the score is the cosine.
+        queries: (Q, D), documents: (N, D), float32; normalised, the score is the cosine.
+        k: how many at most.
+        backend: torch | faiss | auto (faiss where it is installed). The run is the same.
 
     Raises:
-        ValueError: ids and vectors disagree in number, or a vector is not finite.
+        ValueError: ids and vectors disagree in number or in D, an id comes twice, a vector is not finite, or k < 1.
+        ImportError: faiss is asked for and absent.
     """
+    queries, documents = (np.ascontiguousarray(vectors, dtype=np.float32) for vectors in (queries, documents))
     if len(queries) != len(qids) or len(documents) != len(pids):
         raise ValueError(f"one id per vector: got {len(qids)} ids for {len(queries)} queries, {len(pids)} for {len(documents)} documents")
+    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+        raise ValueError(f"vectors are (n, D) with one D: got {queries.shape} for queries, {documents.shape} for documents")
+    if k < 1 or backend not in BACKENDS:
+        raise ValueError(f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}")
     for name, ids, vectors in (("query", qids, queries), ("document", pids, documents)):
+        places: dict[str, int] = {}
+        for place, id in enumerate(ids):
+            if places.setdefault(id, place) != place:
+                raise ValueError(f"{name} {id} comes twice, at {places[id]} and {place}")
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise ValueError(f"the vector of {name} {ids[bad[0]]} is not finite ({len(bad)} such): the model or its input is broken")
-    # Columns in descending order of id and a stable sort: ties come out by trec_eval's rule.
+    # Columns in descending order of id: among equals, the first column wins.
     columns = sorted(range(len(pids)), key=pids.__getitem__, reverse=True)
-    ordered = torch.from_numpy(np.ascontiguousarray(documents[columns]))
-    k, run = min(k, len(pids)), {}
-    block = max(1, 32_000_000 // max(1, len(pids)))
-    for start in range(0, len(qids), block):
-        scores = torch.from_numpy(np.ascontiguousarray(queries[start : start + block])) @ ordered.T        # (block, N)
-        best, where = scores.sort(dim=1, descending=True, stable=True)
-        for qid, values, places in zip(qids[start : start + block], best[:, :k].tolist(), where[:, :k].tolist()):
-            run[qid] = {pids[columns[place]]: value for value, place in zip(values, places)}
+    documents = documents[columns]
+    nominate = nomination(documents, backend)
+    N, D = documents.shape
+    k, m, run = min(k, N), min(k, N) + 32, {qid: {} for qid in qids}
+    # Twice the rounding error of a float32 sum of D products, per unit of |q|, and as much again for safety.
+    doubt = 4 * D * 2.0**-24 * np.linalg.norm(documents, axis=1).max(initial=0)
+    pending, block = list(range(len(qids))) if N else [], max(1, SCORES // max(1, N))
+    while pending:
+        again = []
+        for start in range(0, len(pending), block):
+            some = pending[start : start + block]
+            found = nominate(queries[some], m) if m < N else [(None, np.arange(N))] * len(some)
+            for i, (scores, where) in zip(some, found):
+                if m < N and scores[-1] >= scores[k - 1] - doubt * np.linalg.norm(queries[i]):
+                    again.append(i)                                        # there may be more where these came from
+                    continue
+                exact = (documents[where].astype(np.float64) * queries[i].astype(np.float64)).sum(axis=1).astype(np.float32)
+                best = np.lexsort((where, -exact))[:k]
+                run[qids[i]] = {pids[columns[where[j]]]: float(exact[j]) for j in best}
+        pending, m = again, 4 * m
     return run
 
 
+def nomination(documents: np.ndarray, backend: str):
+    """A function (queries, m) -> for each query, the m largest float32 scores, descending, and their columns."""
+    if backend != "torch":
+        try:
+            import faiss
+        except ImportError as error:
+            if backend == "faiss":
+                raise ImportError(f"backend='faiss' needs faiss ({error}): install faiss-cpu or faiss-gpu, or use backend='torch'") from None
+        else:
+            index = faiss.IndexFlatIP(documents.shape[1])
+            index.add(documents)
+            return lambda queries, m: zip(*index.search(queries, m))
+    table = torch.from_numpy(documents).T
+    return lambda queries, m: zip(*(part.numpy() for part in (torch.from_numpy(queries) @ table).topk(m)))
+
+
 def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: bool = True) -> dict[str, tuple[dict, int]]:
-    """{task name: (run, documents longer than the encoder reads)}; documents that tasks share are embedded once."""
+    """{task name: (run, documents longer than the encoder reads)}; documents that tasks share are embedded once.
+
+    Raises:
+        ValueError: an empty query; task and id are named.
+    """
+    for task in tasks:
+        for qid, query in task.queries.items():
+            if not query.strip():
+                raise ValueError(f"{task.name}: query {qid} is empty")
     texts = sorted({text for task in tasks for text in task.documents.values()})
     place = {text: i for i, text in enumerate(texts)}
-    long = [cut for start in range(0, len(texts), 512) for cut in tokenize(texts[start : start + 512], encoder.tokenizer, encoder.max_length)[1]]
-    vectors = encoder.encode(texts, batch_size, show_progress=show_progress)
+    vectors, longer = encoder.encode(texts, batch_size, show_progress=show_progress), encoder.longer
     ranked = {}
     for task in tasks:
         pids, qids = list(task.documents), list(task.queries)
         columns = [place[task.documents[pid]] for pid in pids]
         queries = encoder.encode([task.queries[qid] for qid in qids], batch_size, show_progress=False)
-        ranked[task.name] = search(queries, vectors[columns], qids, pids), sum(long[i] for i in columns)
+        ranked[task.name] = search(queries, vectors[columns], qids, pids), sum(longer[i] for i in columns)
     return ranked
 
 
@@ -173,7 +253,7 @@ def words(text: str) -> list[str]:
 
 
 def first_words(text: str, n: int, tokenizer=None) -> str:
-    """The text up to its n-th token: BM25's own words, or the pieces of a given tokenizer."""
+    """The text up to its n-th token: BM25's own words (function words count), or the pieces of a given tokenizer."""
     if tokenizer is None:
         end = None
         for count, match in enumerate(WORD.finditer(text), start=1):
@@ -181,11 +261,12 @@ def first_words(text: str, n: int, tokenizer=None) -> str:
             if count == n:
                 break
         return text[:end] if end is not None else text
-    characters = CHARACTERS_PER_TOKEN * n
+    text, characters = encodable(text), CHARACTERS_PER_TOKEN * n
     while True:
-        offsets = tokenizer(text[:characters], truncation=True, max_length=n, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if len(offsets) == n or len(text) <= characters:
-            return text[: offsets[-1][1]] if offsets else text[:0]
+        part = beginning(text, characters)
+        offsets = tokenizer(part, truncation=True, max_length=n, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) == n or len(part) == len(text):
+            return part[: offsets[-1][1]] if offsets else ""
         characters *= 4
 
 
@@ -201,11 +282,18 @@ def bm25(documents: dict[str, str], queries: dict[str, str], first_tokens: int |
         run[qid][pid] = score, matching documents only.
 
     Raises:
-        ValueError: no documents, or an empty query (named).
+        ValueError: no documents, an empty query (named), or first_tokens or k below 1.
+        TypeError: a query or document is no string (named).
     """
     import bm25s
     if not documents:
         raise ValueError("no documents to search")
+    if k < 1 or first_tokens is not None and first_tokens < 1:
+        raise ValueError(f"k={k}, first_tokens={first_tokens}: both count from 1")
+    for name, texts in (("query", queries), ("document", documents)):
+        for id, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name} {id} is {type(text).__name__}, not str")
     for qid, query in queries.items():
         if not query.strip():
             raise ValueError(f"query {qid} is empty")
@@ -239,26 +327,49 @@ def evaluate(task, run: dict, k: int = 10) -> dict:
 
 
 def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> None:
-    """A TREC run file: `qid Q0 pid rank score tag`, ids as they are (JSON-quoted where they hold white space)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A TREC run file: `qid Q0 pid rank score tag`, ids as they are (JSON-quoted where they hold white space).
+
+    Scores are float32, as trec_eval reads them. A query without documents has no line.
+
+    Raises:
+        ValueError: a score that is not finite, or a tag that is no single word.
+    """
+    if not re.fullmatch(r"\S+", tag):
+        raise ValueError(f"tag {tag!r}: one word")
     lines = []
     for qid, scores in run.items():
         for rank, pid in enumerate(metrics.ranking(scores)[:k], start=1):
-            lines.append(f"{quote(qid)} Q0 {quote(pid)} {rank} {np.float32(scores[pid])!s} {tag}\n")
+            score = np.float32(scores[pid])
+            if not np.isfinite(score):
+                raise ValueError(f"query {qid}: the score of {pid} is {score}")
+            lines.append(f"{quote(qid)} Q0 {quote(pid)} {rank} {score!s} {tag}\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """The run of a file written by `write_run`, or by any TREC tool."""
+    """The run of a file written by `write_run`, or by any TREC tool; scores are rounded to float32.
+
+    Raises:
+        ValueError: a line that is no run line, or a document ranked twice; path and line are named.
+    """
     run: dict = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            parts = line.split(" ") if '"' not in line else re.findall(r'"(?:[^"\\]|\\.)*"|\S+', line)
+            parts = re.findall(r'"(?:[^"\\]|\\.)*"|\S+', line) if '"' in line else line.rstrip("\n").split(" ")
             parts = line.split() if len(parts) != 6 else parts
-            if len(parts) != 6:
-                raise ValueError(f"{path}:{number}: a run line has six fields (qid Q0 pid rank score tag), got {len(parts)}")
-            run.setdefault(unquote(parts[0]), {})[unquote(parts[2])] = float(parts[4])
+            try:
+                if len(parts) != 6:
+                    raise ValueError(f"a run line has six fields (qid Q0 pid rank score tag), got {len(parts)}")
+                qid, pid, score = unquote(parts[0]), unquote(parts[2]), float(np.float32(parts[4]))
+                if not np.isfinite(score):
+                    raise ValueError(f"the score is {parts[4]}")
+                if pid in run.setdefault(qid, {}):
+                    raise ValueError(f"query {qid} ranks {pid} twice")
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            run[qid][pid] = score
     return run
 
 
@@ -272,14 +383,18 @@ def unquote(name: str) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """The whole text under its name, or nothing."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    draft = None
     try:
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(draft, 0o644)
         os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
+    except BaseException as error:
+        if draft is not None and os.path.exists(draft):
+            os.unlink(draft)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot be written, what was there is as it was: {error.strerror}", str(path)) from None
         raise

@@ -4,6 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lib.model import M2BertConfig, M2BertForRetrieval
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["red", "green", "blue", "fox", "hen", "owl", "runs", "sleeps", "the", "by", "night", "day", "un", "##believ", "##able", "##s"]
 
 
 @pytest.fixture
@@ -13,3 +20,31 @@ def golden():
         with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
             return {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind != "U"}
     return arrays
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """WordPiece over sixteen words and every letter: nothing to train, nothing to fetch."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces = SPECIAL + WORDS + list(letters) + ["##" + letter for letter in letters]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    model.normalizer, model.pre_tokenizer, model.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    model.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """tiny(architecture, **changes): a model of width 16 off its initial values, where much is zero."""
+    def build(architecture=M2BertForRetrieval, **changes):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, intermediate_size=32,
+                     max_position_embeddings=32, filter_order=8, pooling="mean")
+        model = architecture(M2BertConfig(**(sizes | changes))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+    return build

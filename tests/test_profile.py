@@ -164,3 +164,14 @@ def test_a_wrong_design_stops_the_run_before_its_first_stage(house):
     done = repro("smoke")
     assert done.returncode == 1 and trained() == [] and not (house / ".work").exists()
     assert done.stderr == "params.yaml: retrievers.opl.loss: unknown value 'olp'; did you mean 'opl'?\n"
+
+
+def test_a_report_that_is_not_there_says_how_to_make_it(house, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(profile.webbrowser, "open", opened.append)
+    assert profile.main(["report", "smoke"]) == 1
+    assert capsys.readouterr().err == "no report at smoke yet: make repro PROFILE=smoke\n"
+    (house / "data/report/smoke").mkdir(parents=True)
+    (house / "data/report/smoke/index.html").write_text("")
+    assert profile.main(["report", "smoke"]) == 0 and opened[0].startswith("file://") and opened[0].endswith("smoke/index.html")
+    assert profile.main(["report", "smoke", "paper"]) == 2

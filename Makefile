@@ -1,0 +1,69 @@
+# `make repro` and `make test`, each alone on a machine with Python >= 3.11 and make; `make help` for the rest.
+PYTHON  ?= python3
+PROFILE ?=
+ARGS    ?=
+EXTRA   ?= cpu
+TORCH_INDEX ?=
+
+SHELL   := /bin/sh
+BIN     := .venv/bin
+TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# When what is locked changes, or EXTRA, the environment is built again.
+STAMP   := .venv/.installed-$(EXTRA)-$(subst ==,-,$(TORCH))-$(shell cksum < requirements.lock | cut -d ' ' -f 1)
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+
+ifeq ($(filter $(EXTRA),cpu gpu),)
+$(error EXTRA=$(EXTRA): cpu or gpu)
+endif
+
+.PHONY: help repro test lab report environment lock
+
+help:
+	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
+	@echo 'make repro PROFILE=smoke        the same at another profile, in .work/smoke'
+	@echo 'make repro ARGS=finetune@opl    one row, and what it needs (any arguments of `dvc repro`)'
+	@echo 'make report [PROFILE=smoke]     open the report'
+	@echo 'make lab                        the notebooks, in JupyterLab'
+	@echo 'make test [ARGS="-k losses"]    the tests'
+	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
+	@echo 'make lock                       requirements.lock anew, from pyproject.toml (needs uv)'
+	@echo
+	@echo 'PYTHON=python3.12               the Python to build .venv with, 3.11 or newer'
+	@echo 'TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch for the CPU only, on Linux 5 GB less to fetch'
+	@echo 'EXTRA=gpu                       faiss-gpu in place of faiss-cpu (Linux, CUDA 12)'
+
+repro: environment
+	@$(BIN)/python -m lib.profile repro $(PROFILE) $(ARGS)
+
+test: environment
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: environment
+	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
+
+report: environment
+	@$(BIN)/python -m lib.profile report $(PROFILE)
+
+# Locked, so that two first runs at once build it once; the system frees the lock of a make that was killed.
+environment:
+	@test -e $(STAMP) || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import fcntl, subprocess, sys; fcntl.flock(open("Makefile"), fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' \
+	    $(MAKE) --no-print-directory $(STAMP) || \
+	    { echo "The environment is not complete. The reason stands above; 'make $(or $(MAKECMDGOALS),repro)' begins it again." >&2; exit 1; }; }
+
+# torch first and by itself: with its hashes in the lock pip would take the CUDA build everywhere.
+$(STAMP): requirements.lock
+	@echo "Building .venv (about 2 minutes, 2 GB; once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) install -q $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements.lock
+	@$(if $(filter gpu,$(EXTRA)),$(PIP) uninstall -q -y faiss-cpu && $(PIP) install -q 'faiss-gpu>=1.14,<1.16')
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@$(PIP) check
+	@touch $(STAMP)
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra cpu --extra test pyproject.toml \
+	  --no-emit-package torch --custom-compile-command "make lock" --output-file requirements.lock
