@@ -59,7 +59,7 @@ $(STAMP): requirements.lock
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) install -q $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements.lock
-	@$(if $(filter gpu,$(EXTRA)),$(PIP) uninstall -q -y faiss-cpu && $(PIP) install -q 'faiss-gpu>=1.14,<1.16')
+	@test $(EXTRA) = cpu || { $(PIP) uninstall -q -y faiss-cpu && $(PIP) install -q 'faiss-gpu>=1.14,<1.16'; }
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@$(PIP) check
 	@touch $(STAMP)
