@@ -16,7 +16,7 @@ of one item, taken out of its document:
 
     book_<N>_deep       items packed into documents of at most N tokens; the item starts after token N/2
     book_<N>_shallow    the same documents, the item starts in the first 15 %: the control
-    book_<N>_any        training only: up to `queries_per_document` items at any depth
+    book_<N>_any        the same design, up to `queries_per_document` items at any depth: for training, and the only one there
     page_deep           one module's documentation; the item starts in the last 40 %
     page_shallow        the same pages, the item starts in the first 20 %
     tail                summaries of a module's last three items -> its source without docstrings
@@ -338,9 +338,9 @@ def embedded_tasks(tables: Tables, split: str, modules: list[Module], count: Cou
 
     for n in books:
         zones = {f"book_{n}_deep": Zone(0.5, 1.0, PER_DEPTH, after=n // 2), f"book_{n}_shallow": Zone(0.0, 0.15, PER_DEPTH)}
-        if split == "train":
-            zones[f"book_{n}_any"] = Zone(0.0, 1.0, queries_per_document)
-        add(f"book_{n}", pack(parts, n), zones)
+        add(f"book_{n}", pack(parts, n), {f"book_{n}_any": Zone(0.0, 1.0, queries_per_document)} if split == "train" else zones)
+    if split == "train":
+        return
     pages = [list(page) for _, page in itertools.groupby(parts, key=lambda part: part.item.module)]
     pages = [page for page in pages if PAGE_TOKENS[0] <= sum(part.tokens for part in page) <= PAGE_TOKENS[1] and len(page) >= 5]
     zones = {"page_deep": Zone(0.6, 1.0, PER_PAGE), "page_shallow": Zone(0.0, 0.2, PER_PAGE)}
@@ -379,11 +379,11 @@ def embedded_text(modules: dict[str, list[Module]], readmes: dict[str, str]) -> 
         page = "\n\n".join(item.text() for item in module.items)
         rows += [(text, module.name, "long", split) for text in (page, module.code) if len(text) > LONG]
     shingles = Shingles()
-    elsewhere = [shingles.of(item.text()) for split in SPLITS[1:] for module in modules[split] for item in module.items]
+    elsewhere = [shingles.of(normal(item.text())) for split in SPLITS[1:] for module in modules[split] for item in module.items]
     elsewhere = np.unique(np.concatenate([*elsewhere, np.array([2**64 - 1], dtype=np.uint64)]))
     for package, text in readmes.items():
         for section in re.split(r"\n(?=#+ |.+\n[-=~]{4,}\n)", text):
-            codes = shingles.of(section)
+            codes = shingles.of(normal(section))
             if len(section) > 200 and len(codes) and (elsewhere[np.searchsorted(elsewhere, codes)] == codes).mean() < 0.2:
                 rows.append((section.strip(), package, "short", held_out(package)))
     return rows

@@ -16,9 +16,10 @@ import ast
 import gc
 import hashlib
 import importlib.metadata
+import itertools
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -47,6 +48,7 @@ GENERATED = re.compile(r"(?i)auto-?generated|automatically generated|generated b
 BYTES = (3_000, 1_000_000)      # of a file: below it there is nothing to read, beyond it there are tables
 SHARES = {"test": 0.13, "validation": 0.04}
 SUMMARY_WORDS = (4, 40)
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")                    # where a statement holds statements
 
 
 class Item(NamedTuple):
@@ -186,12 +188,13 @@ def docstrings(node, dotted: str, depth: int = 0) -> Iterator[tuple[str, str]]:
             yield found
 
 
-def statements(node) -> Iterator[ast.AST]:
+def statements(node) -> list[ast.AST]:
     """The node and every statement below it; expressions, most of a tree, are not visited."""
-    yield node
-    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
-        for child in getattr(node, block, None) or ():
-            yield from statements(child)
+    found = [node]
+    for statement in found:                                                      # it grows on the way
+        for block in BLOCKS:
+            found += getattr(statement, block, ())
+    return found
 
 
 def docstring(node) -> str | None:
@@ -247,7 +250,9 @@ def comments(lines: list[str]) -> list[str]:
 # ------------------------------------------------------------------ one docstring
 
 ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]+)(?: *<[^>`]*>)?`")
+SIGNATURE = re.compile(r"(?:\w+\.)*(\w+)\s*\([^\n]*(?:\n[^\n]*)?\)(?:\s*->[^\n]*)?\s*(?:\n|$)")
 UNDERLINE = re.compile(r"\n[-=~*^\"]{4,}\s*$")
+SENTENCE = re.compile(r"(.{20,}?[.!?])\s+(?=[A-Z`])")
 NO_SUMMARY = re.compile(
     r"(?i)^(>>>|\.\. |:\w+|@|\||[-=*~#+]{3}|(args|arguments|parameters|returns?|examples?|notes?|raises|deprecated|warning|todo|copyright)\b\W*$|"
     r"\w+ ?\([^)]*\) ?:|\w+ : )")
@@ -271,12 +276,12 @@ def as_item(module: str, name: str, doc: str) -> Item | None:
     A signature line before the summary goes to the body.
     """
     doc = clean(doc)
-    last = re.escape(name.rpartition(".")[2])
-    signature = re.match(rf"(?:\w+\.)*{last}\s*\([^\n]*(?:\n[^\n]*)?\)(?:\s*->[^\n]*)?\s*(?:\n|$)", doc)
-    opening, doc = (doc[: signature.end()].strip(), doc[signature.end() :].strip()) if signature else ("", doc)
+    signature = SIGNATURE.match(doc)
+    opening = doc[: signature.end()].strip() if signature and signature[1] == name.rpartition(".")[2] else ""
+    doc = doc[signature.end() :].strip() if opening else doc
     first, _, rest = doc.partition("\n\n")
     summary = " ".join(first.split())
-    if len(summary.split()) > SUMMARY_WORDS[1] and (sentence := re.match(r"(.{20,}?[.!?])\s+(?=[A-Z`])", summary)):
+    if len(summary.split()) > SUMMARY_WORDS[1] and (sentence := SENTENCE.match(summary)):
         summary, rest = sentence[1], summary[sentence.end() :] + "\n\n" + rest
     if NO_SUMMARY.match(summary) or UNDERLINE.search(first) or not SUMMARY_WORDS[0] <= len(summary.split()) <= SUMMARY_WORDS[1]:
         summary, rest = "", doc
@@ -286,20 +291,25 @@ def as_item(module: str, name: str, doc: str) -> Item | None:
 
 # ------------------------------------------------------------------ duplicates and splits
 
+WORD = re.compile(r"[^\W_]+")
+
+
 def normal(text: str) -> str:
     """Lower-cased words with single spaces: what two texts share when they say the same."""
-    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+    return " ".join(WORD.findall(text.lower()))
 
 
 class Shingles:
     """Runs of `size` words, as integers; one object gives one word one number."""
 
     def __init__(self, size: int = 8):
-        self.size, self.words = size, {}
+        self.size = size
+        self.numbers: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
 
-    def of(self, text: str) -> np.ndarray:
-        numbers = self.words
-        ids = np.fromiter((numbers.setdefault(word, len(numbers) + 1) for word in normal(text).split()), dtype=np.uint64)
+    def of(self, plain: str) -> np.ndarray:
+        """The runs of a text from `normal`, each once."""
+        words = plain.split()
+        ids = np.fromiter(map(self.numbers.__getitem__, words), dtype=np.uint64, count=len(words))
         if len(ids) < self.size:
             return np.empty(0, dtype=np.uint64)
         code = np.zeros(len(ids) - self.size + 1, dtype=np.uint64)
@@ -312,17 +322,17 @@ class Shingles:
 def repeated(texts: list[str], share: float = 0.5) -> np.ndarray:
     """Which texts equal an earlier one or have more than `share` of their word runs in earlier ones; (n,) bool."""
     shingles = Shingles()
+    texts = [normal(text) for text in texts]
     codes = [shingles.of(text) for text in texts]
     counts = np.array([len(code) for code in codes], dtype=np.int64)
     owner = np.repeat(np.arange(len(texts)), counts)
     _, first, inverse = np.unique(np.concatenate([*codes, np.empty(0, dtype=np.uint64)]), return_index=True, return_inverse=True)
     earlier = np.bincount(owner, weights=owner[first][inverse] != owner, minlength=len(texts)) if len(owner) else np.zeros(len(texts))
     result = earlier > share * np.maximum(counts, 1)
-    known: set[bytes] = set()
+    known: set[str] = set()
     for i, text in enumerate(texts):
-        digest = hashlib.sha256(normal(text).encode()).digest()
-        result[i] |= digest in known
-        known.add(digest)
+        result[i] |= text in known
+        known.add(text)
     return result
 
 
