@@ -52,6 +52,7 @@ h1 { font-size: 1.75rem; line-height: 1.25; margin: .6rem 0; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line); scroll-margin-top: .5rem; }
 h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
 p, li { max-width: 46rem; }
+p:has(math[display=block]) { max-width: none; }
 a { color: var(--link); text-underline-offset: .15em; }
 .soft, figcaption, caption, .missing { color: var(--soft); font-size: .9rem; }
 figure { margin: 1.2rem 0 1.6rem; }
@@ -64,7 +65,7 @@ table { min-width: 24rem; border-collapse: separate; border-spacing: 0; font-siz
 caption { text-align: left; padding: .6rem .8rem; position: sticky; left: 0; max-width: min(60rem, calc(100vw - 4rem)); }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal; }
 thead th { position: sticky; top: 0; background: var(--card); }
-tbody th { font-weight: inherit; position: sticky; left: 0; background: var(--page); }
+tbody th { font-weight: inherit; min-width: 8rem; position: sticky; left: 0; background: var(--page); }
 tbody tr:last-child > * { border-bottom: 0; }
 .number, [align=right] { text-align: right; } .number { white-space: nowrap; }
 .yes { color: #1a7f3c; font-weight: 600; } .no { color: #c0352b; font-weight: 600; }
@@ -143,14 +144,18 @@ def opened(path: Path, read: Callable):
 
 
 def writer(path: Path) -> str | None:
-    """The stage that writes a file, as `dvc repro` takes it."""
+    """The stage that writes a file, as `dvc repro` takes it; None where no stage of params.yaml does."""
+    design = params.load()
     if path.suffix == ".ipynb" or path.parent.name == "stages":
-        stage, dash, row = path.stem.partition("-")
-        return f"{stage}@{row}" if dash and stage in STAGES else stage if stage in STAGES else None
-    for pattern, stage in WRITERS.items():
-        if found := re.fullmatch(pattern, path.stem):
-            return stage.format(*found.groups())
-    return None
+        stage, _, row = path.stem.partition("-")
+    elif path.parent.name == "evaluate":
+        stage, row = "yardstick" if path.stem in design["yardsticks"] else "evaluate", path.stem
+    else:
+        stage, _, row = next((stage.format(*found.groups()) for names, stage in WRITERS.items() if (found := re.fullmatch(names, path.stem))), "").partition("@")
+    if stage not in STAGES:
+        return None
+    tables = STAGES[stage][1]
+    return stage if not tables else f"{stage}@{row}" if any(row in design[table] for table in tables) else None
 
 
 def in_order(paths) -> list[Path]:
