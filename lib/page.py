@@ -23,19 +23,19 @@ from xml.etree import ElementTree
 
 from lib import notebook, params, report
 
-# Stage -> (the notebook it runs, None where the row says which; its rows, or None), in the pipeline's order.
+# Stage -> (the notebook it runs, None where its row says which; the table of its rows, None without), in the pipeline's order.
 STAGES = {
-    "data": ("01_locov1", ()),
-    "pretrain": ("03_pretrain", ("pretrained",)),
-    "continue": ("03_pretrain", ("continued",)),
-    "distill": ("05_finetune", ("distilled",)),
-    "finetune": ("05_finetune", ("retrievers",)),
-    "evaluate": ("06_evaluate", ("retrievers",)),
-    "yardstick": ("06_evaluate", ("yardsticks",)),
-    "ablation": (None, ("ablations",)),
-    "efficiency": ("10_efficiency", ()),
-    "lesson": (None, ("lessons",)),
-    "figures": ("11_figures", ()),
+    "data": ("01_locov1", None),
+    "pretrain": ("03_pretrain", "pretrained"),
+    "continue": ("03_pretrain", "continued"),
+    "distill": ("05_finetune", "distilled"),
+    "finetune": ("05_finetune", "retrievers"),
+    "evaluate": ("06_evaluate", "retrievers"),
+    "yardstick": ("06_evaluate", "yardsticks"),
+    "ablation": (None, "ablations"),
+    "efficiency": ("10_efficiency", None),
+    "lesson": (None, "lessons"),
+    "figures": ("11_figures", None),
 }
 # What a figure or table is called -> the stage that writes it.
 WRITERS = {r"data|data_lengths|bm25_ladder": "data", r"ablation_(\w+)": "ablation@{}", r"lesson_(\w+)": "lesson@{}", r"efficiency(_counts)?": "efficiency",
@@ -154,8 +154,8 @@ def writer(path: Path) -> str | None:
         stage, _, row = next((stage.format(*found.groups()) for names, stage in WRITERS.items() if (found := re.fullmatch(names, path.stem))), "").partition("@")
     if stage not in STAGES:
         return None
-    tables = STAGES[stage][1]
-    return stage if not tables else f"{stage}@{row}" if any(row in design[table] for table in tables) else None
+    table = STAGES[stage][1]
+    return stage if table is None else f"{stage}@{row}" if row in design[table] else None
 
 
 def in_order(paths) -> list[Path]:
@@ -296,11 +296,10 @@ def scrolled(content: str, label: str) -> str:
 def catalogue(profile: str) -> dict[str, dict[str, list[str]]]:
     """Notebook -> stage -> the executed notebooks that are expected of it, in numerical order."""
     found: dict[str, dict[str, list[str]]] = {}
-    for stage, (source, tables) in STAGES.items():
-        for name in tables:
-            for row, own in params.rows(profile, name).items():
-                found.setdefault(source or own["notebook"], {}).setdefault(stage, []).append(f"{stage}-{row}")
-        if not tables:
+    for stage, (source, table) in STAGES.items():
+        for row, own in params.rows(profile, table).items() if table else ():
+            found.setdefault(source or own["notebook"], {}).setdefault(stage, []).append(f"{stage}-{row}")
+        if not table:
             found.setdefault(source, {})[stage] = [stage]
     return dict(sorted(found.items()))
 

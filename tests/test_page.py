@@ -317,11 +317,11 @@ def test_the_stages_are_those_of_the_pipeline(house):
     runs = {stage: body for stage, body in pipeline.items() if "lib.notebook run" in str(body)}
     assert list(runs) == list(page.STAGES)
     for stage, body in runs.items():
-        source, tables = page.STAGES[stage]
-        assert (f"${{{tables[0]}}}" if tables else None) == body.get("foreach")
+        source, table = page.STAGES[stage]
+        assert (f"${{{table}}}" if table else None) == body.get("foreach")
         assert f"data/source/{source or '${item.notebook}'}.ipynb" in body.get("do", body)["cmd"]
         for plot in body.get("do", body).get("plots", []):
-            row = next(iter(params.load()[tables[0]])) if tables else ""
+            row = next(iter(params.load()[table])) if table else ""
             path = Path(next(iter(plot)).replace("${key}", row))
             if path.parent.name != "curves":
-                assert page.writer(path) == (f"{stage}@{row}" if tables else stage)
+                assert page.writer(path) == (f"{stage}@{row}" if table else stage)
