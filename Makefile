@@ -49,7 +49,7 @@ environment:
 	@test -e $(STAMP) || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	    { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
-	  $(PYTHON) -c 'import fcntl, subprocess, sys; fcntl.flock(open("Makefile"), fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' \
+	  $(PYTHON) -c 'import fcntl, subprocess, sys; held = open("Makefile"); fcntl.flock(held, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' \
 	    $(MAKE) --no-print-directory $(STAMP) || \
 	    { echo "The environment is not complete. The reason stands above; 'make $(or $(MAKECMDGOALS),repro)' begins it again." >&2; exit 1; }; }
 

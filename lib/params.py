@@ -47,8 +47,8 @@ CHOICES = {
     ("pretrain", "extend_filters"): ("stretch", "tile", "extrapolate"),
     ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
 }
-SHARES = {"mask_rate", "variable_share", "warmup", "final_lr"}         # of something: at most 1
-AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "queries_per_document", "batch_size", "batch", "repeats", "k",
+SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
+AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "queries_per_document", "batch_size", "batch", "repeats", "depth",
                 "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")                                  # names reach shell lines and file names
 

@@ -6,6 +6,7 @@
     table(frame, caption)                     a table in the notebook only
     metric(…), curve(…)                       numbers for later stages
     load_metrics, scores, per_query, curves   numbers of earlier ones; a row that has none is shown as "not run"
+    difference(…), ablation(…), verdict(…)    rows compared on the same queries, and whether the paper's sign is there
     paper(name)                               what the paper printed
 
 Equal numbers give equal bytes: no date, no random id, no path. Figures are drawn from the written
@@ -250,6 +251,67 @@ def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
             parts.append(pd.read_parquet(path).assign(row=row))
     columns = ["row", "task", "reads", "qid", "ndcg@10"]
     return pd.concat(parts)[columns].reset_index(drop=True) if parts else pd.DataFrame(columns=columns)
+
+
+def groups(tasks: list[str]) -> dict[str, list[str]]:
+    """Tasks that ask the same question, by the name of the question; their queries are averaged together."""
+    found = {f"books, {depth}": [name for name in tasks if fnmatch(name, f"book_*_{depth}")] for depth in ("deep", "shallow")}
+    books = [name for names in found.values() for name in names]
+    found["natural" if books else "all tasks"] = [name for name in tasks if name not in books]
+    return {group: names for group, names in found.items() if names}
+
+
+def difference(values: pd.DataFrame, row: str, reference: str) -> tuple[float, float, float] | None:
+    """(nDCG@10 of row minus that of reference, low, high): 95 % paired bootstrap over their queries; None where one has none.
+
+    Args:
+        values: lines of `per_query`, of the tasks and reads that are to be compared.
+    """
+    sides = [values[values["row"] == name].set_index(["task", "qid"])["ndcg@10"].to_dict() for name in (row, reference)]
+    return metrics.paired(*sides) if all(sides) else None
+
+
+def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
+    """The rows of an ablation against its first row, one line per row and group of tasks.
+
+    Columns: row, tasks, ndcg@10, low, high, queries; difference, difference_low, difference_high (none for the reference); status.
+    """
+    rows = params.rows(profile, "ablations")[key]["rows"]
+    values = per_query(profile, rows)
+    values = values[values["reads"] == reads]
+    lines = []
+    for group, tasks in groups(sorted(values["task"].unique())).items():
+        some = values[values["task"].isin(tasks)]
+        for row in rows:
+            own = some.loc[some["row"] == row, "ndcg@10"]
+            line = {"row": row, "tasks": group, "queries": len(own), "status": "run" if len(own) else NOT_RUN}
+            if len(own):
+                line |= dict(zip(("ndcg@10", "low", "high"), metrics.interval(own.to_numpy())))
+            if row != rows[0] and (found := difference(some, row, rows[0])):
+                line |= dict(zip(("difference", "difference_low", "difference_high"), found))
+            lines.append(line)
+    return pd.DataFrame(lines, columns=["row", "tasks", "ndcg@10", "low", "high", "queries", "difference", "difference_low", "difference_high", "status"])
+
+
+def verdict(low: float, high: float, expected: int) -> str:
+    """Has a difference the sign that the paper found, beyond chance? In words, from the two ends of its interval.
+
+    Args:
+        expected: +1 or -1, the paper's sign.
+    """
+    if math.isnan(low) or math.isnan(high):
+        return NOT_RUN
+    if expected < 0:
+        low, high = -high, -low
+    return "reproduces" if low > 0 else "does not reproduce" if high < 0 else "undecided"
+
+
+def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`; – where there is none."""
+    if any(number is None or math.isnan(number) for number in (value, low, high)):
+        return "–"
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
 
 
 def curves(profile: str, names: list[str]) -> pd.DataFrame:

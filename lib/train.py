@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import metrics
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss, prototype_loss
 from lib.retrieve import bar, pad, tokenize
 
@@ -215,20 +216,29 @@ def check(loss: float, step: int, optim: torch.optim.Optimizer, what: str) -> No
 
 @torch.no_grad()
 def mlm_accuracy(model: nn.Module, text: PretrainingText, batches: int = 8, batch_tokens: int = 8192, mixture: str = "mixed",
-                 mask_rate: float = 0.15, seed: int = 1) -> float:
-    """Share of masked tokens predicted right, over a fixed sample. The paper validates at 0.15."""
+                 mask_rate: float = 0.15, seed: int = 1) -> tuple[float, float, float]:
+    """Share of masked tokens predicted right, over a fixed sample, with its 95 % interval over examples: (accuracy, low, high).
+
+    The paper validates at a mask rate of 0.15.
+    """
     model.eval()
     device = next(model.parameters()).device
-    right = total = 0
+    right, asked = [], []
     for step in range(batches):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in text.batch(step, seed, batch_tokens, mixture, 0.30):
             ids, real = pad([row.tolist() for row in group], text.tokenizer.pad_token_id)
             ids, labels = mask_tokens(ids, real, text.tokenizer, mask_rate, generator)
             logits = model(ids.to(device), real.to(device), labels=labels.to(device)).logits
-            right += int((logits.argmax(-1).cpu() == labels[labels > 0]).sum())
-            total += int((labels > 0).sum())
-    return right / max(1, total)
+            hits = torch.zeros_like(labels)
+            hits[labels > 0] = (logits.argmax(-1).cpu() == labels[labels > 0]).long()
+            right += hits.sum(dim=1).tolist()
+            asked += (labels > 0).sum(dim=1).tolist()
+    right, asked = np.array(right, dtype=float), np.array(asked, dtype=float)
+    accuracy = right.sum() / max(1.0, asked.sum())
+    # An example counts by its masked tokens: the interval of a ratio of two means, by its linear approximation.
+    _, low, high = metrics.interval(accuracy + (right - accuracy * asked) / max(1.0, asked.mean()))
+    return float(accuracy), low, high
 
 
 # ------------------------------------------------------------------ fine-tuning

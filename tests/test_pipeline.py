@@ -97,8 +97,10 @@ def test_a_stage_declares_the_params_and_inputs_its_notebooks_read(stage):
         if "report.paper(" in code:
             assert "data/paper" in body(stage)["deps"]
         for folder in ("corpus", "models", "runs"):
-            if re.search(rf"data / \"{folder}\"", code) and (stage, folder) not in {("data", "corpus"), ("pretrain", "models"), ("yardstick", "models")}:
+            if re.search(rf"\bdata(\(profile\))? / \"{folder}\"", code) and (stage, folder) not in {("data", "corpus"), ("pretrain", "models"), ("yardstick", "models")}:
                 assert any(dep.startswith(f"data/{folder}") for dep in body(stage)["deps"]), f"{name} reads data/{folder}"
+        for table in re.findall(r'"tables" / "(\w+\.csv)"', code):
+            assert f"data/report/${{profile}}/tables/{table}" in body(stage)["deps"], f"{name} reads the table {table}"
 
 
 @pytest.mark.parametrize("stage", RUNS)
