@@ -41,7 +41,7 @@ STAGES = {
 WRITERS = {r"data|data_lengths|bm25_ladder": "data", r"ablation_(\w+)": "ablation@{}", r"lesson_(\w+)": "lesson@{}", r"efficiency(_counts)?": "efficiency",
            r"paper_map|table_locov1|rows|length_ladder|retrievers|training": "figures"}
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{report.NOT_RUN}")
-VERDICTS = {"reproduces": "yes", "does not reproduce": "no", "undecided": "soft", report.NOT_RUN: "soft"}
+VERDICTS = {"reproduces": "yes", report.NOT_HERE: "no", "undecided": "soft", report.NOT_RUN: "soft"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2229; --soft: #5a6470; --line: #d9dee4; --card: #f6f7f9; --page: #fff; --link: #0a58a8; --bar: #7fa8d1; }
@@ -198,6 +198,7 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
         ("data", "The data", "What is searched, how long it is, and how much of it a word count needs.", items("figures/data_lengths", "figures/bm25_ladder", "tables/data")),
         ("efficiency", "Efficiency", 'Counted here; measured times differ from run to run and <a href="timings/index.html">have a page of their own</a>.',
          items("figures/efficiency_counts", "tables/efficiency_counts")),
+        ("lessons", "Lessons", "A search, the mixer and the losses from close by.", items(*(f"figures/lesson_{name}" for name in params.rows(profile, "lessons")))),
         ("notebooks", "Notebooks", "Every number above comes out of one of these, as it was run.", notebook_list(profile, executed))]
     if left:
         sections.append(("more", "More", "What else the stages wrote.", items(*(f"{kind}/{stem}" for kind, stem in sorted(left)))))

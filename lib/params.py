@@ -4,9 +4,10 @@
     length(profile, 2048)             what a paper length is in a profile
     rows(profile, "retrievers")       the rows a profile runs
 
-`base` of a stage is also its schema: whatever it does not hold is an error,
-and the message says which key was probably meant. A design that is wrong
-anywhere is refused whole, before the first stage runs. Lengths are in tokens.
+`base` of a stage holds every key that its notebooks read, and gives each its
+type: anything else is an error, and the message says which key was probably
+meant. A design that is wrong anywhere is refused whole, before the first stage
+runs. Lengths are in tokens.
 """
 import copy
 import difflib
@@ -16,7 +17,17 @@ from functools import lru_cache
 from pathlib import Path
 
 PAPER_LENGTHS = (128, 2048, 8192, 32768)
-STAGES = ("compute", "data", "model", "pretrain", "finetune", "evaluate", "efficiency")
+# What the notebooks read of each stage; `base` holds all of it and nothing else.
+KEYS = {
+    "compute": "threads device",
+    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_queries queries_per_document",
+    "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
+    "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
+    "finetune": "loss documents documents_seen share queries_per_document negatives scale micro_batch tasks lr embedding_lr weight_decay warmup seed",
+    "evaluate": "depth batch_size",
+    "efficiency": "lengths batch repeats",
+}
+STAGES = tuple(KEYS)
 TABLES = ("pretrained", "continued", "distilled", "retrievers", "yardsticks", "ablations", "lessons")
 MODELS = ("pretrained", "continued", "distilled", "retrievers")        # each of their rows is a trained model
 TRAINED_BY = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers")}
@@ -246,7 +257,11 @@ def check_stage(design: dict, stage: str) -> None:
     section = design[stage]
     if not isinstance(section.get("base"), dict):
         raise ParamsError(f"{stage}.base: is missing; it holds the paper's values and is the schema")
-    base = section["base"]
+    base, keys = section["base"], KEYS[stage].split()
+    all_known(base, keys, "key", f"{stage}.base: ")
+    for key in keys:
+        if key not in base:
+            raise ParamsError(f"{stage}.base: {key!r} is missing")
     all_known(section, ("base", *design["lengths"]), "profile", f"{stage}: ")
     for profile, values in section.items():
         if not isinstance(values, dict):

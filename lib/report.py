@@ -28,6 +28,7 @@ import pandas as pd
 from lib import metrics, params
 
 NOT_RUN = "not run"
+NOT_HERE = "does not reproduce at this scale"
 STAGE_TABLES = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers"), "evaluate": ("retrievers", "yardsticks")}
 
 
@@ -303,7 +304,7 @@ def verdict(low: float, high: float, expected: int) -> str:
         return NOT_RUN
     if expected < 0:
         low, high = -high, -low
-    return "reproduces" if low > 0 else "does not reproduce" if high < 0 else "undecided"
+    return "reproduces" if low > 0 else NOT_HERE if high < 0 else "undecided"
 
 
 def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:

@@ -175,9 +175,9 @@ def test_sections_come_in_the_order_of_the_questions_and_nothing_is_lost(results
     index = built()["index.html"]
     ablations = [f"ablation-{name}" for name in params.rows("smoke", "ablations")]
     order = [own["id"] for tag, own in Reader(index).tags if tag == "section"]
-    assert order == ["claims", "length", *ablations, "training", "data", "efficiency", "notebooks", "more"]
-    more = index.partition('<section id="more">')[2]
-    assert "figure-lesson_losses-title" in more and '<td class="number">0.5</td>' in more          # tables/extra.csv
+    assert order == ["claims", "length", *ablations, "training", "data", "efficiency", "lessons", "notebooks", "more"]
+    lessons, _, more = index.partition('<section id="lessons">')[2].partition('<section id="more">')
+    assert "figure-lesson_losses-title" in lessons and '<td class="number">0.5</td>' in more         # tables/extra.csv
 
 
 def test_a_table_has_a_caption_scopes_and_numbers_on_the_right(results):

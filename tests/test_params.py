@@ -109,6 +109,8 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
     (("finetune.laptop.documents", 1.5), ("finetune.laptop.documents", "a whole number")),
     (("finetune.laptop.documents", True), ("finetune.laptop.documents", "true or false")),
     (("finetune.laptop.documents", 0), ("finetune.laptop.documents", "at least 1")),
+    (("pretrain.base.mask_rat", 0.3), ("pretrain.base", "mask_rat", "did you mean 'mask_rate'")),
+    (("evaluate.base", {"depth": 10}), ("evaluate.base", "'batch_size' is missing")),
     (("pretrain.base.mask_rate", 1.3), ("pretrain.base.mask_rate", "between 0 and 1")),
     (("pretrain.base.warmup", float("nan")), ("pretrain.base.warmup", "out of range")),
     (("data.laptop.books", [512, "1024"]), ("data.laptop.books[1]", "'1024'")),

@@ -204,7 +204,7 @@ def test_curves_are_read_as_they_were_written(house):
 # ------------------------------------------------------------------ comparisons
 
 @pytest.mark.parametrize("low, high, expected, said", [
-    (0.1, 0.3, 1, "reproduces"), (-0.3, -0.1, 1, "does not reproduce"), (-0.1, 0.3, 1, "undecided"), (0.1, 0.3, -1, "does not reproduce"),
+    (0.1, 0.3, 1, "reproduces"), (-0.3, -0.1, 1, "does not reproduce at this scale"), (-0.1, 0.3, 1, "undecided"), (0.1, 0.3, -1, "does not reproduce at this scale"),
     (-0.3, -0.1, -1, "reproduces"), (0.0, 0.3, 1, "undecided"), (math.nan, 0.3, 1, "not run")])
 def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, said):
     assert report.verdict(low, high, expected) == said

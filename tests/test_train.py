@@ -1,0 +1,371 @@
+"""Training: what goes into a step, what a step does, and that memory never changes the answer."""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lib import train
+from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
+from lib.model import M2BertForMaskedLM, M2BertForRetrieval
+from lib.train import Pairs, PretrainingText, TrainingError
+
+SENTENCES = ["the red fox runs by night", "the green hen sleeps by day", "the blue owl runs", "owls sleeps by day", "red hens runs unbelievable",
+             "the fox sleeps", "blue hen by night", "green owl by day the red fox"]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+
+
+# ---------------------------------------------------------------- groups of like length
+
+def test_texts_are_grouped_where_padding_would_cost_more_than_a_pass_of_its_own():
+    assert train.like_lengths([100, 10, 100, 95, 9], waste_tokens=250) == [[0, 2, 3], [1, 4]]
+    assert train.like_lengths([100, 10, 100], waste_tokens=1_000) == [[0, 2, 1]]          # too little to be worth it
+    assert train.like_lengths([5, 5, 5, 5, 5], most=2) == [[0, 1], [2, 3], [4]]
+    assert train.like_lengths([]) == []
+
+
+@given(st.lists(st.integers(1, 5_000), max_size=60), st.one_of(st.none(), st.integers(1, 9)))
+def test_every_text_is_in_one_group_and_none_is_too_large(lengths, most):
+    groups = train.like_lengths(lengths, most)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) <= (most or len(lengths)) for group in groups)
+    assert all(lengths[group[0]] == max(lengths[i] for i in group) for group in groups)
+
+
+# ---------------------------------------------------------------- pretraining text
+
+@pytest.fixture
+def text(tokenizer):
+    short = [" ".join(SENTENCES[:i]) for i in range(1, 9)]
+    return PretrainingText.from_texts(short, [" ".join(SENTENCES)] * 6, tokenizer, length=16)
+
+
+def test_variable_examples_end_with_their_text_and_the_others_fill_the_maximum(text, tokenizer):
+    assert {row[0] for row in text.variable} == {tokenizer.cls_token_id} and {row[-1] for row in text.variable} == {tokenizer.sep_token_id}
+    assert all(10 <= len(row) <= 16 for row in text.variable) and len({len(row) for row in text.variable}) > 1
+    assert text.maximum.shape[1] == 16
+    assert (text.maximum[:, 0] == tokenizer.cls_token_id).all() and (text.maximum[:, -1] == tokenizer.sep_token_id).all()
+    stream = tokenizer(" ".join(SENTENCES), add_special_tokens=False)["input_ids"] * 6
+    inner = text.maximum[:, 1:-1].flatten().tolist()
+    assert inner == stream[: len(inner)] and len(stream) - len(inner) < 14                # run into each other, the rest left over
+
+
+def test_a_text_shorter_than_ten_tokens_is_no_example(tokenizer):
+    text = PretrainingText.from_texts(["the fox", "the red fox runs by night the red fox"], [], tokenizer, length=16)
+    assert [len(row) for row in text.variable] == [11] and len(text.maximum) == 0
+
+
+def test_three_tenths_of_the_examples_are_variable(text):
+    def share(mixture):
+        rows = [row for step in range(200) for group in text.batch(step, 0, 256, mixture, 0.30) for row in group]
+        variable = set(map(id, text.variable))
+        return np.mean([id(row) in variable for row in rows]), len(rows)
+
+    found, n = share("mixed")
+    assert abs(found - 0.30) < 4 * math.sqrt(0.3 * 0.7 / n)
+    assert share("short")[0] == 1 and share("long")[0] == 0
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone(text):
+    def flat(step, seed):
+        return [row.tolist() for group in text.batch(step, seed, 128, "mixed", 0.3) for row in group]
+
+    later = [flat(step, 3) for step in range(5, 15)]                                      # as after an interruption
+    assert later == [flat(step, 3) for step in range(15)][5:]
+    assert flat(5, 4) != flat(5, 3) != flat(6, 3)
+    assert sum(len(row) for row in flat(0, 0)) >= 128 > sum(len(row) for row in flat(0, 0)) - 16
+
+
+# ---------------------------------------------------------------- hidden words
+
+def test_masking_hides_words_at_its_rate_as_bert_does(tokenizer):
+    special = tokenizer.all_special_ids
+    ids = torch.randint(len(special), len(tokenizer), (64, 512), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, 400:] = tokenizer.cls_token_id, tokenizer.pad_token_id
+    real = torch.ones_like(ids)
+    real[:, 400:] = 0
+    hidden, labels = train.mask_tokens(ids, real, tokenizer, 0.30, torch.Generator().manual_seed(1))
+    target = labels != -100
+    n = int(target.sum())
+    assert not target[:, 0].any() and not target[:, 400:].any()
+    assert torch.equal(labels[target], ids[target]) and torch.equal(hidden[~target], ids[~target])
+    assert abs(n / (64 * 399) - 0.30) < 4 * math.sqrt(0.21 / (64 * 399))
+    masked = (hidden[target] == tokenizer.mask_token_id).float().mean()
+    kept = (hidden[target] == ids[target]).float().mean()
+    assert abs(masked - 0.8) < 4 * math.sqrt(0.16 / n) and abs(kept - 0.1 - 0.1 / (len(tokenizer) - len(special))) < 4 * math.sqrt(0.09 / n)
+    assert not torch.isin(hidden[target & (hidden != tokenizer.mask_token_id)], torch.tensor(special)).any()
+
+
+# ---------------------------------------------------------------- a step
+
+def test_the_rate_rises_to_its_peak_then_falls_in_a_line():
+    shares = [train.warmup_then_linear(step, 10, 0.2, floor=0.1) for step in range(10)]
+    assert shares[:3] == [0.5, 1.0, 1.0] and shares[-1] == pytest.approx(0.1 + 0.9 / 8)
+    assert all(a - b == pytest.approx(0.9 / 8) for a, b in zip(shares[2:], shares[3:]))
+    assert train.warmup_then_linear(0, 1, 0.06) == 1.0
+
+
+def test_vectors_and_the_filters_inputs_are_not_decayed_and_words_have_a_rate_of_their_own(tiny):
+    model = tiny()
+    optim = train.optimizer(model, lr=1e-3, weight_decay=0.1, embedding_lr=1e-2)
+    of = {id(p): group for group in optim.param_groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        decayed = p.ndim > 1 and not name.endswith("filter.inputs")
+        assert (of[id(p)]["weight_decay"] > 0) == decayed, name
+        assert of[id(p)]["lr"] == (1e-2 if "word_embeddings" in name else 1e-3), name
+
+
+def test_how_a_step_is_grouped_does_not_change_its_gradient(text, tiny, monkeypatch):
+    """The loss is the mean over the step's hidden words: grouped, or each text alone."""
+    curves, models = [], []
+    for most in (None, 1):
+        model = tiny(M2BertForMaskedLM)
+        monkeypatch.setattr(train, "like_lengths", lambda lengths, _=None, most=most: [[i] for i in range(len(lengths))] if most else [list(range(len(lengths)))])
+        # Masks are drawn group by group: hide the same words by hiding none at random.
+        monkeypatch.setattr(train, "mask_tokens", lambda ids, real, tokenizer, rate, generator: (ids, torch.where((torch.arange(ids.shape[1]) % 3 == 1) & real.bool(), ids, -100)))
+        curves.append(train.pretrain(model, text, tokens=128, batch_tokens=128, lr=1e-3, show_progress=False))
+        models.append(weights(model))
+    assert curves[0][0]["loss"] == pytest.approx(curves[1][0]["loss"], abs=1e-5)
+    torch.testing.assert_close(models[0], models[1], rtol=0, atol=2e-4)
+
+
+def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny):
+    model = tiny(M2BertForMaskedLM)
+    curve = train.pretrain(model, text, tokens=12_000, batch_tokens=200, lr=5e-3, show_progress=False)
+    assert len(curve) == 60 and curve[-1]["tokens"] >= 12_000
+    assert np.mean([line["loss"] for line in curve[-5:]]) < 0.8 * np.mean([line["loss"] for line in curve[:5]])
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model(text, tiny):
+    def run(seed):
+        model = tiny(M2BertForMaskedLM)
+        train.pretrain(model, text, tokens=600, batch_tokens=200, lr=1e-3, seed=seed, show_progress=False)
+        return weights(model)
+
+    first, second, other = run(1), run(1), run(2)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_with_a_way_out(text, tiny):
+    model = tiny(M2BertForMaskedLM)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    with pytest.raises(TrainingError, match=r"pretraining: the loss is nan at step 0 .*lower lr"):
+        train.pretrain(model, text, tokens=1_000, batch_tokens=200, lr=1e-3, show_progress=False)
+
+
+def test_a_mixture_without_its_text_is_refused(tokenizer, tiny):
+    text = PretrainingText.from_texts([" ".join(SENTENCES)], [], tokenizer, length=16)
+    with pytest.raises(TrainingError, match="mixture 'mixed' finds no text: 1 short texts, 0 stretches of 16 tokens"):
+        train.pretrain(tiny(M2BertForMaskedLM), text, tokens=100, batch_tokens=50, lr=1e-3, show_progress=False)
+
+
+def test_accuracy_is_the_share_of_hidden_words_and_its_interval_holds_it(text):
+    class Oracle(torch.nn.Module):
+        """Right about every hidden word whose id is even."""
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids, real, labels):
+            words = labels[labels > 0]
+            asked.append(words)
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.where(words % 2 == 0, words, 0), 100).float())
+
+    asked = []
+    accuracy, low, high = train.mlm_accuracy(Oracle(), text, batches=3, batch_tokens=400)
+    assert accuracy == pytest.approx((torch.cat(asked) % 2 == 0).float().mean().item())
+    assert low < accuracy < high
+
+
+# ---------------------------------------------------------------- pairs
+
+def task(name="t", documents=6, queries=3, same=()):
+    pids = [f"d{i}" for i in range(documents)]
+    texts = {pid: f"{SENTENCES[i % 8]} {'ab' * i}" for i, pid in enumerate(pids)} | {pid: "the same text" for pid in same}
+    asked = {f"q{i}_{j}": f"fox {'c' * i} {'d' * j}" for i in range(documents) for j in range(queries)}
+    return SimpleNamespace(name=name, documents=texts, queries=asked, qrels={f"q{i}_{j}": {f"d{i}": 1} for i in range(documents) for j in range(queries)})
+
+
+@pytest.fixture
+def pairs(tokenizer):
+    return Pairs([task()], tokenizer, max_length=24)
+
+
+def test_one_text_under_two_ids_is_one_document_so_no_false_negative(tokenizer):
+    pairs = Pairs([task(same=("d1", "d4")), task("again", same=("d1", "d4"))], tokenizer, 24)
+    assert len(pairs.documents) == 5
+    shared = next(where for where, own in pairs.answers.items() if len(own) == 12)        # two documents, two tasks, three queries each
+    docs, queries, target = pairs.batch(0, 0, 5, 12)
+    assert sorted(docs) == list(range(5)) and target.count(docs.index(shared)) == 12
+
+
+@settings(max_examples=30)
+@given(batch=st.integers(1, 9), seed=st.integers(0, 5))
+def test_an_epoch_sees_every_document_once_whatever_the_batch(batch, seed):
+    pairs = object.__new__(Pairs)
+    pairs.answers = {i: [10 * i, 10 * i + 1] for i in range(7)}
+    seen = []
+    for step in range(7):                                                  # batch epochs
+        docs, queries, target = pairs.batch(step, seed, batch, 2)
+        assert [q // 10 for q in queries] == [docs[t] for t in target]
+        assert len(set(docs)) == len(docs) == len(set(target))
+        seen += docs
+    # At the seam of two epochs a document that is in the step already is left out.
+    epochs = [sorted(train.permutation(7, seed, epoch)) for epoch in range(batch)]
+    assert all(epoch == list(range(7)) for epoch in epochs) and len(seen) <= 7 * batch
+    if 7 % batch == 0:
+        assert sorted(seen) == sorted(list(range(7)) * batch)
+
+
+def test_pairs_of_the_next_steps_do_not_depend_on_those_before(pairs):
+    later = [pairs.batch(step, 1, 4, 2) for step in range(3, 9)]           # over the seams of epochs
+    assert [pairs.batch(step, 1, 4, 2) for step in range(9)][3:] == later
+
+
+def test_texts_are_cut_and_no_pair_is_an_error(tokenizer):
+    assert max(map(len, Pairs([task()], tokenizer, 8).documents)) == 8
+    empty = SimpleNamespace(name="empty", documents={}, queries={}, qrels={})
+    with pytest.raises(TrainingError, match="no training pairs in empty"):
+        Pairs([empty], tokenizer, 8)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+def values(loss, target):
+    def value(vectors):
+        d, q = vectors[:6], vectors[6:]
+        if loss == "mnrl":
+            return multiple_negatives_ranking_loss(q, d, targets=target)
+        wrong = (target + 1) % 6
+        return orthogonal_projection_loss(torch.cat([q, q]), torch.cat([d[target], d[wrong]]), torch.cat([torch.ones(len(q)), torch.zeros(len(q))]))
+    return value
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "opl"])
+@pytest.mark.parametrize("micro", [1, 4, 5])
+def test_embedding_in_parts_gives_the_gradient_of_the_whole_batch(pairs, tiny, loss, micro):
+    docs, queries, target = pairs.batch(0, 0, 6, 2)
+    rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+    gradients, losses = [], []
+    for most in (None, micro):
+        model = tiny()
+        losses.append(train.backward(model, rows, values(loss, torch.tensor(target)), pairs.pad_id, most, 6))
+        gradients.append(gradient(model))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=2e-6)
+
+
+def test_opl_may_be_accumulated_pair_by_pair_and_mnrl_may_not(pairs, tiny):
+    """The paper trains OPL at batch 1 with a true batch of 32: the mean of single gradients is the batch's. MNRL's is not."""
+    docs, queries, _ = pairs.batch(0, 0, 4, 1)
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0])
+
+    def step(loss, groups):
+        model = tiny()
+        for group in groups:
+            d, q = (train.embed(model, [texts[i] for i in group], pairs.pad_id) for texts in ([pairs.documents[i] for i in docs], [pairs.queries[i] for i in queries]))
+            value = orthogonal_projection_loss(q, d, y[group]) if loss == "opl" else multiple_negatives_ranking_loss(q, d)
+            (value * len(group) / 4).backward()
+        return gradient(model)
+
+    whole, single = [[0, 1, 2, 3]], [[0], [1], [2], [3]]
+    torch.testing.assert_close(step("opl", whole), step("opl", single), rtol=1e-4, atol=2e-6)
+    assert step("mnrl", single).abs().max() < 1e-6 < 1e-3 < step("mnrl", whole).abs().max()
+
+
+def test_dropout_falls_on_the_same_units_in_both_passes(pairs, tiny):
+    """Otherwise the gradient of the loss would be carried into another network."""
+    docs, queries, target = pairs.batch(0, 0, 6, 1)
+    rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+    seen = []
+    model = tiny(hidden_dropout_prob=0.5).train()
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.pooler_output.detach().clone()))
+    torch.manual_seed(0)
+    train.backward(model, rows, values("mnrl", torch.tensor(target)), pairs.pad_id, 3, 6)
+    half = len(seen) // 2
+    assert half == 4 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
+
+
+def test_opl_at_batch_one_takes_a_positive_then_its_negatives(pairs, tiny, monkeypatch):
+    steps = []
+
+    def spy(q, d, y):
+        steps.append((len(q), len(d), y.tolist()))
+        return orthogonal_projection_loss(q, d, y)
+
+    monkeypatch.setattr(train, "orthogonal_projection_loss", spy)
+    train.finetune(tiny(), pairs, documents_seen=8, documents=1, lr=1e-4, loss="opl", negatives=3, show_progress=False)
+    assert steps == [(1, 1, [1.0]), (1, 1, [0.0]), (1, 1, [0.0]), (1, 1, [0.0])] * 2
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_a_negative_is_never_the_answer(answer, step):
+    documents = SimpleNamespace(documents=[None] * 51)
+    assert train.other(documents, answer, 0, step) != answer
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "opl"])
+def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
+    def mean_rank(model):
+        with torch.no_grad():
+            d, q = (train.embed(model, texts, pairs.pad_id) for texts in (pairs.documents, pairs.queries))
+            cosine = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(d, dim=1).T
+        own = torch.tensor([where for i in range(len(pairs.queries)) for where, queries in pairs.answers.items() if i in queries])
+        return (cosine > cosine.gather(1, own[:, None])).sum(dim=1).float().mean().item()
+
+    model = tiny()
+    before = mean_rank(model)
+    curve = train.finetune(model, pairs, documents_seen=600, documents=6, lr=5e-3, loss=loss, queries_per_document=3, show_progress=False)
+    assert len(curve) == 100 and mean_rank(model) < 0.5 * before
+
+
+def test_the_prototype_loss_brings_a_student_to_its_teacher_and_leaves_the_teacher_alone(pairs, tiny, tokenizer):
+    teacher, student = tiny().eval(), tiny(num_hidden_layers=2)
+    before = weights(teacher)
+    curve = train.finetune(student, pairs, documents_seen=600, documents=6, lr=3e-3, loss="prototype", teacher=teacher,
+                           teacher_pairs=Pairs([task()], tokenizer, 8), show_progress=False)
+    assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
+    assert torch.equal(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_none_leaves_the_encoder_as_it_is_and_an_unknown_loss_is_named(pairs, tiny):
+    model = tiny()
+    before = copy.deepcopy(weights(model))
+    assert train.finetune(model, pairs, documents_seen=60, documents=6, lr=1.0, loss="none", show_progress=False) == []
+    assert torch.equal(weights(model), before)
+    with pytest.raises(TrainingError, match="loss 'triplet': one of mnrl, opl, prototype, none"):
+        train.finetune(model, pairs, documents_seen=60, documents=6, lr=1.0, loss="triplet", show_progress=False)
+
+
+def test_the_same_pairs_in_the_same_order_give_the_same_bits(pairs, tiny):
+    def run(seed):
+        model = tiny()
+        train.finetune(model, pairs, documents_seen=24, documents=4, lr=1e-3, seed=seed, micro_batch=2, show_progress=False)
+        return weights(model)
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_a_device_that_is_not_there_is_named_with_the_way_out():
+    threads = torch.get_num_threads()
+    try:
+        assert train.use({"threads": 1, "device": "cpu"}) == torch.device("cpu") and torch.get_num_threads() == 1
+        if not torch.cuda.is_available():
+            assert train.use({"threads": 1, "device": "auto"}) == torch.device("cpu")
+            with pytest.raises(TrainingError, match="no CUDA device here; set compute.device to auto or cpu"):
+                train.use({"threads": 1, "device": "cuda"})
+    finally:
+        torch.set_num_threads(threads)
