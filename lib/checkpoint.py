@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,6 +29,10 @@ PUBLISHED = ("togethercomputer/m2-bert-80M-2k-retrieval", "togethercomputer/m2-b
              "hazyresearch/M2-BERT-2K-Retrieval-Encoder-V1", "hazyresearch/M2-BERT-8K-Retrieval-Encoder-V1",
              "hazyresearch/M2-BERT-32K-Retrieval-Encoder-V1")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.bin")
+
+
+# Composer stores numpy's random state beside the weights: an array, and nothing that runs.
+RANDOM_STATE = [np._core.multiarray._reconstruct, (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.UInt32DType]
 
 
 class CheckpointError(ValueError):
@@ -52,18 +57,32 @@ def save(model: nn.Module, tokenizer, folder: str | Path, about: dict | None = N
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        record = dict(about or {}, architecture=type(model).__name__, sha256=sha256(draft / "model.safetensors"))
+        record = dict(about or {}, architecture=type(model).__name__, sha256={path.name: sha256(path) for path in sorted(draft.iterdir())})
         (draft / "training.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copymode(draft / "training.json", draft / "model.safetensors")              # safetensors writes for its owner only
         for path in draft.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         os.chmod(draft, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
+        replace(folder, draft)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def replace(folder: Path, draft: Path) -> None:
+    """The draft under the folder's name; the old folder comes back when that fails."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    old = draft.with_name(f"{draft.name}-old")
+    folder.rename(old)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: str | Path, architecture: type | None = None):
@@ -84,11 +103,12 @@ def load(folder: str | Path, architecture: type | None = None):
     for name in ("config.json", "model.safetensors", "training.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no model folder: {name} is missing; run the stage that trains it")
-    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    if sha256(folder / "model.safetensors") != record["sha256"]:
-        raise CheckpointError(f"{folder / 'model.safetensors'} is damaged: its sha256 is not the one in training.json; delete the folder and train or fetch it again")
-    classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
-    saved = classes[record["architecture"]]
+    saved, files = read_record(folder / "training.json")
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is no model folder: {name} is missing; run the stage that trains it")
+        if sha256(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in training.json; delete the folder and train or fetch it again")
     model = (architecture or saved)(M2BertConfig.from_pretrained(folder))
     state = read_weights(folder / "model.safetensors")
     if saved is M2BertForMaskedLM:
@@ -102,21 +122,42 @@ def load(folder: str | Path, architecture: type | None = None):
     return model.eval(), tokenizer
 
 
+def read_record(path: Path) -> tuple[type, dict[str, str]]:
+    """The class that was saved, and {file: sha256}."""
+    classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        saved, files = record["architecture"], record["sha256"]
+        if not {"config.json", "model.safetensors"} <= files.keys():
+            raise ValueError("no checksum of the weights")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete the folder and train or fetch it again") from None
+    if saved not in classes:
+        raise CheckpointError(f"{path}: unknown architecture {saved!r}, known are {', '.join(classes)}")
+    return classes[saved], files
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or (weights only) torch file."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(RANDOM_STATE):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and fetch it again") from None
     except Exception as error:
-        # torch raises half a dozen kinds for truncated, foreign and unsafe files; none is our bug.
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as weights only ({reason}); fetch it again, or convert it to safetensors where you trust it") from None
+        # torch raises half a dozen kinds for truncated, foreign and unsafe files; none is our bug. Its second sentence says how to run the file.
+        raise CheckpointError(f"{path} cannot be read as weights only ({reason(error)}); fetch it again, or convert it to safetensors where you trust it") from None
+
+
+def reason(error: Exception) -> str:
+    """Kind and first sentence."""
+    first = re.split(r"[.;] |[\n(]", str(error).strip())[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
@@ -167,7 +208,7 @@ def from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for pattern, replacement in RENAME:
             name = pattern.sub(replacement, name)
-        if name.endswith(("_filter.inputs", "_filter.freq")):
+        if name.endswith(("_filter.inputs", "_filter.freq")) and tensor.ndim > 1:
             tensor = tensor[0]                                             # stored with a leading axis of 1
         if name in ours and not torch.equal(ours[name], tensor):
             raise CheckpointError(f"{name} is stored several times with different values")
@@ -192,8 +233,10 @@ def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
             residual_long_conv="model.layers.0.mixer.residual_filter.bias" in state,
             mixer_layer_norm="model.layers.0.mixer.layernorm.weight" in state,
             **(dict(mask_padding=False, pooling="cls", initialization="reference") | changes))
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise CheckpointError(f"not the weights of an M2-BERT: {error} is missing") from None
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"not the weights of an M2-BERT: the shapes of word_embeddings, gated_filter.inputs or layers make no sense ({error})") from None
 
 
 def load_published(path_or_id: str | Path, max_length: int | None = None):
@@ -214,17 +257,24 @@ def load_published(path_or_id: str | Path, max_length: int | None = None):
     """
     path = find_weights(path_or_id)
     state = read_weights(path)
-    if isinstance(state.get("state"), dict):
+    if isinstance(state, dict) and isinstance(state.get("state"), dict):
         state = state["state"].get("model")
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise CheckpointError(f"{path} holds no table of tensors")
-    state = from_authors({name: tensor for name, tensor in state.items() if not name.startswith("classifier.")})
-    config = infer_config(state)
+    if "model.layers.0.mixer.in_linear.weight" in state:
+        raise CheckpointError(f"{path} is a model of this project: give its folder to `load`")
+    try:
+        state = from_authors({name: tensor for name, tensor in state.items() if not name.startswith("classifier.")})
+        config = infer_config(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     retrieval = "model.pooler.weight" in state
     if retrieval:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("decoder.", "dense.", "layernorm."))}
     else:
-        state.setdefault("decoder.weight", state["model.embeddings.word_embeddings.weight"])
+        words = state["model.embeddings.word_embeddings.weight"]
+        if not torch.equal(state.setdefault("decoder.weight", words), words):
+            raise CheckpointError(f"{path}: decoder.weight and the word embeddings are one matrix, stored with different values")
     model = (M2BertForRetrieval if retrieval else M2BertForMaskedLM)(config)
     load_strictly(model, state, path)
     return cut(model, max_length).eval()
@@ -261,17 +311,18 @@ def find_weights(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"{name} is neither a file, a folder nor a hub id")
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     for weights in WEIGHTS:
         cached = try_to_load_from_cache(name, weights)
         if isinstance(cached, str):
             return Path(cached)
     for weights in WEIGHTS:
         try:
+            get_hf_file_metadata(hf_hub_url(name, weights))                # asks once; hf_hub_download asks six times, for half a minute
             return Path(hf_hub_download(name, weights))
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            why = reason(error)
             if type(error).__name__ not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
                 break
-    raise CheckpointError(f"{name} cannot be fetched ({reason}); known ids: {', '.join(PUBLISHED)}. Without a network, put its "
+    raise CheckpointError(f"{name} cannot be fetched ({why}); known ids: {', '.join(PUBLISHED)}. Without a network, put its "
                           f"pytorch_model.bin into a folder and give the folder's path instead of the id")

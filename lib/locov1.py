@@ -57,11 +57,12 @@ def load(task: str, source: str | Path = "embedded", split: str = "test", drop_n
     """
     known_split(split)
     if source == "hub":
-        where, documents, queries, evidence = HUB_DOCUMENTS, *hub(task, split), []
+        documents, queries, evidence = *hub(task, split), []
+        files = HUB_DOCUMENTS, HUB_QUERIES, ""
     else:
         folder = folder_of(source)
-        where, documents, queries, evidence = folder_rows(folder, task, split)
-    return assemble(task, split, documents, queries, evidence, str(where), source == "hub" if drop_null is None else drop_null)
+        files, documents, queries, evidence = folder_rows(folder, task, split)
+    return assemble(task, split, documents, queries, evidence, files, source == "hub" if drop_null is None else drop_null)
 
 
 def tasks(source: str | Path = "embedded", split: str = "test") -> list[str]:
@@ -96,19 +97,19 @@ def folder_of(source: str | Path) -> Path:
     return folder
 
 
-def folder_rows(folder: Path, task: str, split: str) -> tuple[Path, list[dict], list[dict], list[dict]]:
-    """(file of the documents, rows of documents, of queries, of evidence)."""
+def folder_rows(folder: Path, task: str, split: str) -> tuple[tuple, list[dict], list[dict], list[dict]]:
+    """(files of documents, queries and evidence, rows of documents, of queries, of evidence)."""
     documents, queries, evidence = (folder / f"{kind}-{split}.parquet" for kind in ("documents", "queries", "evidence"))
     if documents.is_file() or queries.is_file():
         asked = of_task(queries, task, ["qid", "query", "answer_pids"])
         if not asked:
             raise unknown_task(task, tasks(folder, split), queries)
         spans = of_task(evidence, task, ["qid", "pid", "start_frac", "end_frac"]) if evidence.is_file() else []
-        return documents, of_task(documents, task, ["pid", "passage"]), asked, spans
+        return (documents, queries, evidence), of_task(documents, task, ["pid", "passage"]), asked, spans
     documents, queries = (folder / kind / f"{task}_{split}.jsonl" for kind in ("documents", "queries"))
     if not queries.is_file() and not documents.is_file():
         raise unknown_task(task, tasks(folder, split), folder)
-    return documents, read_jsonl(documents, ("pid", "passage")), read_jsonl(queries, ("qid", "query", "answer_pids")), []
+    return (documents, queries, ""), read_jsonl(documents, ("pid", "passage")), read_jsonl(queries, ("qid", "query", "answer_pids")), []
 
 
 def read_parquet(path: Path, columns: list[str], filters: list | None = None, optional: list[str] = ()) -> dict[str, list]:
@@ -123,7 +124,7 @@ def read_parquet(path: Path, columns: list[str], filters: list | None = None, op
         return pq.read_table(path, columns=[*columns, *(name for name in optional if name in names)], filters=filters).to_pydict()
     except FileNotFoundError:
         raise CorpusError(f"{path} is missing: fetch it, or {BUILD}") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}): delete it and fetch it again, or {BUILD}") from None
 
 
@@ -136,7 +137,7 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> list[dict]:
     """One JSON object a line; a broken line is named."""
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -150,8 +151,6 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> list[dict]:
                 rows.append(row)
     except FileNotFoundError:
         raise CorpusError(f"{path} is missing: a mirror has documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl") from None
-    except UnicodeDecodeError:
-        raise CorpusError(f"{path}: is not UTF-8 text: delete it and fetch it again") from None
     return rows
 
 
@@ -168,22 +167,46 @@ def hub(task: str, split: str) -> tuple[list[dict], list[dict]]:
 def from_hub(name: str, split: str):
     """A data set of the hub, through its local cache; never runs code from there."""
     import datasets
+    import huggingface_hub
+    offline = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     try:
+        if not any(offline) and not reachable(name):
+            # The cache at once; load_dataset would ask six times, for half a minute.
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
+        # The HTTP client's errors are of no common family; none is our bug.
         raise CorpusError(f"{name} ({split}) cannot be loaded from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): without a network, "
                           "give data.source a folder with documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = offline
+
+
+def reachable(name: str) -> bool:
+    """Whether the hub answers at all, asked once."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
+    except HfHubHTTPError:
+        return True
+    except Exception:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------ one task
 
-def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable[dict], evidence: Iterable[dict] = (), where: str = "",
+def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable[dict], evidence: Iterable[dict] = (), files: tuple = ("", "", ""),
              drop_null: bool = False) -> Task:
     """A task from its rows, or the error that says which row is wrong."""
+    where, where_asked, where_evidence = files
     texts: dict[str, str] = {}
     null: set[str] = set()
     at: dict[str, int] = {}
     for row_number, row in enumerate(documents, start=1):
+        if row["pid"] is None:
+            raise CorpusError(f"{where}: a document of {name} has no pid (row {row_number}): give it one")
         pid, passage = str(row["pid"]), row["passage"]
         if pid in at:
             raise CorpusError(f"{where}: task {name} has document id {pid!r} twice (its rows {at[pid]} and {row_number}): make ids unique")
@@ -198,30 +221,32 @@ def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable
         raise CorpusError(f"{where}: task {name} has no documents: fetch the file again, or {BUILD}")
     asked: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
-    for row in queries:
+    for row_number, row in enumerate(queries, start=1):
+        if row["qid"] is None:
+            raise CorpusError(f"{where_asked}: a query of {name} has no qid (row {row_number}): give it one")
         qid, query, answers = str(row["qid"]), row["query"], row["answer_pids"]
         if qid in qrels:
-            raise CorpusError(f"{where}: task {name} has query id {qid!r} twice: make ids unique")
+            raise CorpusError(f"{where_asked}: task {name} has query id {qid!r} twice: make ids unique")
         if not isinstance(query, str) or not query.strip():
-            raise CorpusError(f"{where}: query {qid!r} of {name} is empty: give it a text, or take it out")
+            raise CorpusError(f"{where_asked}: query {qid!r} of {name} is empty: give it a text, or take it out")
         if not isinstance(answers, list) or not answers:
-            raise CorpusError(f"{where}: query {qid!r} of {name} has no answer_pids: judge it, or take it out")
+            raise CorpusError(f"{where_asked}: query {qid!r} of {name} has no answer_pids: judge it, or take it out")
         judged = {str(pid): 1 for pid in answers}
         missing = [pid for pid in judged if pid not in texts and pid not in null]
         if missing:
-            raise CorpusError(f"{where}: query {qid!r} of {name} is answered by document {missing[0]!r}, which is not there ({len(missing)} of {len(judged)} answers): complete the documents, or take the judgement out")
+            raise CorpusError(f"{where_asked}: query {qid!r} of {name} is answered by document {missing[0]!r}, which is not there ({len(missing)} of {len(judged)} answers): complete the documents, or take the judgement out")
         judged = {pid: 1 for pid in judged if pid not in null}
         if judged:
             asked[qid], qrels[qid] = query, judged
     if not asked:
-        raise CorpusError(f"{where}: task {name} has no queries: fetch the file again, or {BUILD}")
+        raise CorpusError(f"{where_asked}: task {name} has no queries: fetch the file again, or {BUILD}")
     spans = {}
     for row in evidence:
         qid, start, end = str(row["qid"]), row["start_frac"], row["end_frac"]
-        if qid not in qrels or start is None:
+        if qid not in qrels or start is None or str(row["pid"]) in null:
             continue
-        if str(row["pid"]) not in texts or not 0 <= start <= end <= 1:
-            raise CorpusError(f"{where}: the evidence of query {qid!r} of {name} does not lie inside document {row['pid']!r}: correct or delete the evidence file")
+        if str(row["pid"]) not in qrels[qid] or end is None or not 0 <= start <= end <= 1:
+            raise CorpusError(f"{where_evidence}: the evidence of query {qid!r} of {name} does not lie inside document {row['pid']!r}, or that is no answer: correct or delete the evidence file")
         spans[qid] = (str(row["pid"]), float(start), float(end))
     return Task(name, split, texts, asked, qrels, spans, len(null))
 
