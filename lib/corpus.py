@@ -119,6 +119,8 @@ def check(folder: Path, books: list[int], natural: list[str]) -> None:
     unknown = sorted(set(natural) - set(NATURAL))
     if unknown:
         raise CorpusError(f"natural: unknown task {unknown[0]!r}; there are {', '.join(NATURAL)}")
+    if folder.exists() and not folder.is_dir():
+        raise CorpusError(f"{folder} is a file: move it away or name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
         raise CorpusError(f"{folder} holds something else than a corpus (no manifest.json) and would be replaced: move it away or name another folder")
 
@@ -272,11 +274,22 @@ def tail(module: Module, count: Counter) -> tuple[Document, str] | None:
     plain = f" {normal(module.code)} "
     if any(f" {normal(item.summary)} " in plain for item in asked):
         return None
-    places = [re.search(rf"(?m)^[ \t]*(?:async def|def|class) {re.escape(item.name.rpartition('.')[2])}\b", module.code) for item in asked]
-    if not all(places):
+    places = [place_of(item.name.removeprefix(f"{module.name}."), module.code) for item in asked]
+    if None in places:
         return None
-    start = min(match.start() for match in places)
+    start = min(places)
     return Document(module.code, [(start, len(module.code))], [0], 0), " ".join(item.summary for item in asked)
+
+
+def place_of(dotted: str, code: str) -> int | None:
+    """Where `Class.method` is defined: the method's first definition after the class."""
+    place = 0
+    for name in dotted.split("."):
+        match = re.compile(rf"(?m)^[ \t]*(?:async def|def|class) {re.escape(name)}\b").search(code, place)
+        if not match:
+            return None
+        place = match.start()
+    return place
 
 
 # ------------------------------------------------------------------ tasks
@@ -357,8 +370,8 @@ def mirror(tables: Tables, source: str) -> None:
     for split in locov1.splits(source):
         for name in locov1.tasks(source, split):
             task = locov1.load(name, source, split)
-            tables.documents[split] += [(pid, name, text) for pid, text in task.documents.items()]
-            tables.queries[split] += [(qid, name, query, list(task.qrels[qid])) for qid, query in task.queries.items()]
+            tables.documents[split] += [(writable(pid), name, writable(text)) for pid, text in task.documents.items()]
+            tables.queries[split] += [(writable(qid), name, writable(query), list(map(writable, task.qrels[qid]))) for qid, query in task.queries.items()]
             tables.evidence[split] += [(qid, name, *span) for qid, span in task.evidence.items()]
     if not tables.queries["test"]:
         raise CorpusError(f"{source} has no test split: {BUILD}, or give data.source a folder with documents-test.parquet and queries-test.parquet")
@@ -404,7 +417,7 @@ def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
     if not folder.is_dir():
         raise CorpusError(f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, jsonl or txt files")
     rows = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt") and path.is_file()):
         where = path.relative_to(folder).as_posix()
         if path.suffix == ".txt":
             try:
@@ -420,10 +433,15 @@ def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
             if not isinstance(text, str):
                 raise CorpusError(f"{path}: text {number} is {'null' if text is None else type(text).__name__}: give every row a text, or take it out")
             if text.strip():
-                rows.append(as_row(text, str(source)))
+                rows.append(as_row(writable(text), writable(str(source))))
     if not rows:
         raise CorpusError(f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt files")
     return rows
+
+
+def writable(text: str) -> str:
+    """The text, half characters (which JSON can spell and no file can hold) replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def hub_text(most: int) -> list[tuple[str, str, str, str]]:
@@ -454,7 +472,10 @@ def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary:
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     if (folder / "vocab.txt").is_file():
-        pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        try:
+            pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError:
+            raise CorpusError(f"{folder}/vocab.txt is not UTF-8 text: it should be bert-base-uncased's, one piece a line") from None
         pieces = pieces[:-1] if not pieces[-1] else pieces
         absent = [piece for piece in SPECIAL if piece not in pieces]
         if absent:
@@ -554,7 +575,10 @@ def write(folder: Path, tables: Tables, rows: list[tuple], tokenizer, library: L
             save(draft / f"{name}.parquet", some, COLUMNS[name.partition("-")[0]])
             for row in some:
                 content.update(json.dumps([name, *row]).encode() + b"\n")
-        tokenizer.save_pretrained(draft / "tokenizer")
+        try:
+            tokenizer.save_pretrained(draft / "tokenizer")
+        except Exception as error:                                               # the library raises nothing more exact
+            raise OSError(str(error)) from None
         content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
         manifest = {
             "content": content.hexdigest(),
@@ -571,9 +595,16 @@ def write(folder: Path, tables: Tables, rows: list[tuple], tokenizer, library: L
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         draft.chmod(0o755)
+        old = draft.with_name(f"{draft.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
+            os.replace(folder, old)
+        try:
+            os.replace(draft, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         return manifest
     except OSError as error:
         raise CorpusError(f"{folder} cannot be written ({error.strerror or error}): nothing of the new corpus was kept") from None
@@ -614,7 +645,17 @@ def load_tokenizer(folder: str | Path):
     path = folder if (folder / "tokenizer.json").is_file() else folder / "tokenizer"
     if not (path / "tokenizer.json").is_file():
         raise CorpusError(f"{path}/tokenizer.json is missing: {BUILD}")
-    return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:                                                   # the library's own, JSON's, KeyError
+        raise CorpusError(f"{path}/tokenizer.json cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]}): fetch it again, or {BUILD}") from None
+    absent = {kind: piece for kind, piece in names.items() if getattr(tokenizer, kind) is None}
+    vocab = tokenizer.get_vocab()
+    if any(piece not in vocab for piece in absent.values()):
+        raise CorpusError(f"{path}/tokenizer.json has no {', '.join(piece for piece in absent.values() if piece not in vocab)}: it should be bert-base-uncased's")
+    tokenizer.add_special_tokens(absent)
+    return tokenizer
 
 
 def pretraining(folder: str | Path, kind: str, split: str = "train") -> list[str]:

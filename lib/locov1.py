@@ -143,7 +143,7 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> list[dict]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise CorpusError(f"{path}:{number}: no JSON object, the file may be cut off: delete it and fetch it again") from None
                 absent = [name for name in names if name not in row] if isinstance(row, dict) else list(names)
                 if absent:
