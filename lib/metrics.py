@@ -15,7 +15,8 @@ import numpy as np
 
 def ranking(scores: dict[str, float]) -> list[str]:
     """Document ids, best first: score descending in float32, ties by id descending (trec_eval's rule)."""
-    return sorted(scores, key=lambda doc: (np.float32(scores[doc]), doc), reverse=True)
+    rounded = np.array(list(scores.values()), dtype=np.float32).tolist()   # Python's floats, which compare ten times faster than numpy's
+    return [doc for _, doc in sorted(zip(rounded, scores), reverse=True)]
 
 
 def ndcg(run: dict, qrels: dict, k: int = 10, per_query: bool = False):

@@ -43,7 +43,7 @@ KERNEL_ENVIRONMENT = {
     "PYTHONUTF8": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",                        # tqdm's advice to install widgets, which a run drops
     "SOURCE_DATE_EPOCH": "0",                                              # the date that matplotlib writes into a figure
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "true",                                      # said aloud: a fork would otherwise switch it off, with a warning
 }
 
 

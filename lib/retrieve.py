@@ -221,8 +221,8 @@ def nomination(documents: np.ndarray, backend: str):
     return lambda queries, m: zip(*(part.numpy() for part in (torch.from_numpy(queries) @ table).topk(m)))
 
 
-def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: bool = True) -> dict[str, tuple[dict, int]]:
-    """{task name: (run, documents longer than the encoder reads)}; documents that tasks share are embedded once.
+def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: bool = True, k: int = 1000) -> dict[str, tuple[dict, int]]:
+    """{task name: (run of the k best, documents longer than the encoder reads)}; documents that tasks share are embedded once.
 
     Raises:
         ValueError: an empty query; task and id are named.
@@ -239,7 +239,7 @@ def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: boo
         pids, qids = list(task.documents), list(task.queries)
         columns = [place[task.documents[pid]] for pid in pids]
         queries = encoder.encode([task.queries[qid] for qid in qids], batch_size, show_progress=False)
-        ranked[task.name] = search(queries, vectors[columns], qids, pids), sum(longer[i] for i in columns)
+        ranked[task.name] = search(queries, vectors[columns], qids, pids, k), sum(longer[i] for i in columns)
     return ranked
 
 

@@ -243,12 +243,29 @@ def mlm_accuracy(model: nn.Module, text: PretrainingText, batches: int = 8, batc
 
 # ------------------------------------------------------------------ fine-tuning
 
+class Rows:
+    """Token rows of texts, cut to `max_length` and made when they are first asked for: a budget may end before the texts do."""
+
+    def __init__(self, texts: list[str], tokenizer, max_length: int):
+        self.texts, self.tokenizer, self.max_length = texts, tokenizer, max_length
+        self.rows: list[np.ndarray | None] = [None] * len(texts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, where: list[int]) -> list[np.ndarray]:
+        fresh = [i for i in dict.fromkeys(where) if self.rows[i] is None]
+        for i, row in zip(fresh, tokenize([self.texts[i] for i in fresh], self.tokenizer, self.max_length)[0]):
+            self.rows[i] = np.asarray(row, dtype=np.int32)
+        return [self.rows[i] for i in where]
+
+
 class Pairs:
     """Training pairs, kept by document: a document's embedding serves all its queries.
 
     Args:
-        tasks: of lib.locov1, train split. Queries and documents are tokenised
-            once, cut to `max_length`.
+        tasks: of lib.locov1, train split. Documents are cut to `max_length`
+            tokens, queries to `query_length`.
     """
 
     def __init__(self, tasks, tokenizer, max_length: int, query_length: int = 64):
@@ -263,8 +280,7 @@ class Pairs:
                 queries.append(task.queries[qid])
         if not queries:
             raise TrainingError(f"no training pairs in {', '.join(task.name for task in tasks) or 'no task'}")
-        self.documents = [np.asarray(row, dtype=np.int32) for row in tokenize(list(texts), tokenizer, max_length)[0]]
-        self.queries = [np.asarray(row, dtype=np.int32) for row in tokenize(queries, tokenizer, query_length)[0]]
+        self.documents, self.queries = Rows(list(texts), tokenizer, max_length), Rows(queries, tokenizer, query_length)
         self.answers = groups                                              # document -> its queries
 
     def batch(self, step: int, seed: int, documents: int, queries_per_document: int) -> tuple[list[int], list[int], list[int]]:
@@ -354,7 +370,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
         else:
             docs, queries, target = pairs.batch(step, seed, documents, queries_per_document)
             labels = None
-        rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+        rows = pairs.documents[docs] + pairs.queries[queries]
         n, target = len(docs), torch.tensor(target)
 
         def value(vectors: Tensor) -> Tensor:                              # (n + Q, D) -> scalar
@@ -364,7 +380,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
                 return multiple_negatives_ranking_loss(q, d, scale=scale, targets=where)
             if loss == "prototype":
                 with torch.no_grad():
-                    t = embed(teacher, [teacher_pairs.documents[i] for i in docs] + [teacher_pairs.queries[i] for i in queries], pairs.pad_id)
+                    t = embed(teacher, teacher_pairs.documents[docs] + teacher_pairs.queries[queries], pairs.pad_id)
                 return prototype_loss(q, d[where], t[n:], t[:n][where])
             if labels is not None:
                 return orthogonal_projection_loss(q, d, labels.to(d.device))

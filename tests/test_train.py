@@ -235,8 +235,16 @@ def test_pairs_of_the_next_steps_do_not_depend_on_those_before(pairs):
     assert [pairs.batch(step, 1, 4, 2) for step in range(9)][3:] == later
 
 
+def test_a_text_is_tokenised_when_it_is_first_asked_for_and_once(pairs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "tokenize", lambda texts, tokenizer, length: asked.extend(texts) or ([[2, len(text), 3] for text in texts], None))
+    first, second = pairs.documents[[3, 1, 3]], pairs.documents[[1, 0]]
+    assert asked == [pairs.documents.texts[i] for i in (3, 1, 0)]
+    assert first[0] is first[2] and first[1] is second[0] and first[1].tolist() == [2, len(pairs.documents.texts[1]), 3]
+
+
 def test_texts_are_cut_and_no_pair_is_an_error(tokenizer):
-    assert max(map(len, Pairs([task()], tokenizer, 8).documents)) == 8
+    assert [len(row) for row in Pairs([task()], tokenizer, 8).documents[[0, 1, 2, 3, 4, 5]]] == [8] * 6
     empty = SimpleNamespace(name="empty", documents={}, queries={}, qrels={})
     with pytest.raises(TrainingError, match="no training pairs in empty"):
         Pairs([empty], tokenizer, 8)
@@ -258,7 +266,7 @@ def values(loss, target):
 @pytest.mark.parametrize("micro", [1, 4, 5])
 def test_embedding_in_parts_gives_the_gradient_of_the_whole_batch(pairs, tiny, loss, micro):
     docs, queries, target = pairs.batch(0, 0, 6, 2)
-    rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+    rows = pairs.documents[docs] + pairs.queries[queries]
     gradients, losses = [], []
     for most in (None, micro):
         model = tiny()
@@ -276,7 +284,7 @@ def test_opl_may_be_accumulated_pair_by_pair_and_mnrl_may_not(pairs, tiny):
     def step(loss, groups):
         model = tiny()
         for group in groups:
-            d, q = (train.embed(model, [texts[i] for i in group], pairs.pad_id) for texts in ([pairs.documents[i] for i in docs], [pairs.queries[i] for i in queries]))
+            d, q = (train.embed(model, [texts[i] for i in group], pairs.pad_id) for texts in (pairs.documents[docs], pairs.queries[queries]))
             value = orthogonal_projection_loss(q, d, y[group]) if loss == "opl" else multiple_negatives_ranking_loss(q, d)
             (value * len(group) / 4).backward()
         return gradient(model)
@@ -289,7 +297,7 @@ def test_opl_may_be_accumulated_pair_by_pair_and_mnrl_may_not(pairs, tiny):
 def test_dropout_falls_on_the_same_units_in_both_passes(pairs, tiny):
     """Otherwise the gradient of the loss would be carried into another network."""
     docs, queries, target = pairs.batch(0, 0, 6, 1)
-    rows = [pairs.documents[i] for i in docs] + [pairs.queries[i] for i in queries]
+    rows = pairs.documents[docs] + pairs.queries[queries]
     seen = []
     model = tiny(hidden_dropout_prob=0.5).train()
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.pooler_output.detach().clone()))
@@ -321,7 +329,7 @@ def test_a_negative_is_never_the_answer(answer, step):
 def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
     def mean_rank(model):
         with torch.no_grad():
-            d, q = (train.embed(model, texts, pairs.pad_id) for texts in (pairs.documents, pairs.queries))
+            d, q = (train.embed(model, rows[list(range(len(rows)))], pairs.pad_id) for rows in (pairs.documents, pairs.queries))
             cosine = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(d, dim=1).T
         own = torch.tensor([where for i in range(len(pairs.queries)) for where, queries in pairs.answers.items() if i in queries])
         return (cosine > cosine.gather(1, own[:, None])).sum(dim=1).float().mean().item()
