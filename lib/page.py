@@ -1,6 +1,6 @@
 """The report as pages that need nothing but a browser: no network, no scripts, and the same bytes for the same results.
 
-    python -m lib.report laptop               (or python -m lib.page laptop)
+    python -m lib.page laptop
 
     data/report/<profile>/index.html          figures and tables in the order of the questions, what was not run by name
     data/report/<profile>/notebooks/          every executed notebook as a page
@@ -619,7 +619,7 @@ def timing_pages(profile: str, place: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m lib.report PROFILE", file=sys.stderr)
+        print("usage: python -m lib.page PROFILE", file=sys.stderr)
         return 2
     try:
         print(f"see {notebook.shown(build(arguments[0]))}")

@@ -6,12 +6,12 @@
     table(frame, caption)                     a table in the notebook only
     metric(…), curve(…)                       numbers for later stages
     load_metrics, scores, per_query, curves   numbers of earlier ones; a row that has none is shown as "not run"
-    difference(…), ablation(…), verdict(…)    rows compared on the same queries, and whether the paper's sign is there
+    difference, compared, ablation, verdict   rows compared on the same queries, and whether the paper's sign is there
     paper(name)                               what the paper printed
 
 Equal numbers give equal bytes: no date, no random id, no path. Figures are drawn from the written
 numbers. Scores are fractions in [0, 1]; what people read is multiplied by 100.
-The report's pages are made by lib/page.py (`python -m lib.report <profile>`), apart from this file, on which
+The report's pages are made by lib/page.py, apart from this file, on which
 every stage depends.
 """
 import json
@@ -272,12 +272,17 @@ def difference(values: pd.DataFrame, row: str, reference: str) -> tuple[float, f
     return metrics.paired(*sides) if all(sides) else None
 
 
+def compared(profile: str, key: str) -> list[str]:
+    """The rows of an ablation: those that the profile runs, or, where it runs none, all of them, to be shown as not run."""
+    return params.rows(profile, "ablations").get(key, params.load()["ablations"][key])["rows"]
+
+
 def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
     """The rows of an ablation against its first row, one line per row and group of tasks.
 
     Columns: row, tasks, ndcg@10, low, high, queries; difference, difference_low, difference_high (none for the reference); status.
     """
-    rows = params.rows(profile, "ablations")[key]["rows"]
+    rows = compared(profile, key)
     values = per_query(profile, rows)
     values = values[values["reads"] == reads]
     lines = []
@@ -336,8 +341,3 @@ def paper(name: str) -> pd.DataFrame:
         raise FileNotFoundError(f"data/paper holds no {name}.csv; it has {', '.join(sorted(path.stem for path in place.glob('*.csv')))}")
     return pd.read_csv(place / f"{name}.csv")
 
-
-if __name__ == "__main__":
-    import runpy
-
-    runpy.run_module("lib.page", run_name="__main__")

@@ -143,7 +143,7 @@ def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 def bar(total: int, desc: str, show: bool = True):
     """A progress bar on stderr, where executed notebooks do not keep it."""
     from tqdm import tqdm
-    return tqdm(total=total, desc=desc, disable=None if show else True, leave=False, mininterval=1)
+    return tqdm(total=total, desc=desc, disable=not show, leave=False, mininterval=1)
 
 
 def search(queries: np.ndarray, documents: np.ndarray, qids: list[str], pids: list[str], k: int = 1000,

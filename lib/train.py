@@ -24,7 +24,7 @@ from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_lo
 from lib.retrieve import bar, pad, tokenize
 
 LOSSES = ("mnrl", "opl", "prototype", "none")
-MIXTURES = ("short", "long", "mixed")
+PASS_TOKENS = 32_768                    # of pretraining that go through the model together; a step of more is added up
 
 
 class TrainingError(RuntimeError):
@@ -140,7 +140,11 @@ class PretrainingText:
             kind = self.variable if rng.random() < share else self.maximum
             rows.append(kind[rng.integers(len(kind))])
             used += len(rows[-1])
-        return [[rows[i] for i in group] for group in like_lengths([len(row) for row in rows])]
+        groups = []
+        for group in like_lengths([len(row) for row in rows]):
+            most = max(1, PASS_TOKENS // len(rows[group[0]]))
+            groups += [[rows[i] for i in group[start : start + most]] for start in range(0, len(group), most)]
+        return groups
 
 
 def mask_tokens(ids: Tensor, real: Tensor, tokenizer, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -211,7 +215,7 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
 
 def check(loss: float, step: int, optim: torch.optim.Optimizer, what: str) -> None:
     if not math.isfinite(loss):
-        raise TrainingError(f"{what}: the loss is {loss} at step {step} (lr {optim.param_groups[0]['lr']:.2g}); lower lr or max_grad_norm")
+        raise TrainingError(f"{what}: the loss is {loss} at step {step} (lr {optim.param_groups[0]['lr']:.2g}); lower lr")
 
 
 @torch.no_grad()

@@ -304,8 +304,8 @@ def test_an_unknown_profile_is_one_line_with_the_nearest_name(house, capsys):
     assert page.main([]) == 2
 
 
-def test_python_m_lib_report_writes_the_pages(results):
-    done = subprocess.run([sys.executable, "-m", "lib.report", "smoke"], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
+def test_python_m_lib_page_writes_the_pages(results):
+    done = subprocess.run([sys.executable, "-m", "lib.page", "smoke"], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip().endswith("data/report/smoke/index.html")
     assert (report.source("smoke") / "notebooks" / "finetune-opl.html").is_file()

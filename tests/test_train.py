@@ -86,6 +86,14 @@ def test_a_step_is_a_function_of_seed_and_step_alone(text):
     assert sum(len(row) for row in flat(0, 0)) >= 128 > sum(len(row) for row in flat(0, 0)) - 16
 
 
+def test_a_step_larger_than_memory_goes_through_in_passes(text, monkeypatch):
+    whole = [row.tolist() for group in text.batch(0, 0, 512, "mixed", 0.3) for row in group]
+    monkeypatch.setattr(train, "PASS_TOKENS", 48)
+    passes = text.batch(0, 0, 512, "mixed", 0.3)
+    assert [row.tolist() for group in passes for row in group] == whole and len(passes) > 10
+    assert all(len(group) * len(group[0]) <= 48 for group in passes)
+
+
 # ---------------------------------------------------------------- hidden words
 
 def test_masking_hides_words_at_its_rate_as_bert_does(tokenizer):
