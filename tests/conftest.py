@@ -1,4 +1,6 @@
 """What several test files share: tests read small and run on two cores."""
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +50,21 @@ def tiny(tokenizer):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
     return build
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No name resolves and nothing is cached; the lists of names asked for and of seconds waited."""
+    import datasets
+    import huggingface_hub
+    asked, waited = [], []
+
+    def getaddrinfo(host, *args, **options):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return asked, waited

@@ -8,8 +8,6 @@ import os
 import pickle
 import random
 import re
-import socket
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -553,20 +551,6 @@ def test_a_folder_without_one_weight_file_says_which_it_needs(tmp_path):
 
 
 # ------------------------------------------------------------------ the hub
-
-@pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    """No name resolves and nothing is cached; the lists of names asked for and of seconds waited."""
-    asked, waited = [], []
-
-    def getaddrinfo(host, *args, **options):
-        asked.append(host)
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return asked, waited
-
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline mode", "no network"])
 def test_an_id_that_cannot_be_fetched_says_which_file_to_put_where(no_network, monkeypatch, offline):

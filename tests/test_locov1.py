@@ -1,8 +1,6 @@
 """A task is the same whatever file it comes from, and a faulty file is named with the way out."""
 import json
 import shutil
-import socket
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -333,22 +331,6 @@ def test_a_hub_that_fails_is_named_with_the_way_out(monkeypatch, failure):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for call in (lambda: locov1.load("fables", "hub", "train"), lambda: locov1.tasks("hub", "train")):
         refused(call, "hazyresearch/LoCoV1-", "(train)", type(failure).__name__, "documents/<task>_<split>.jsonl")
-
-
-@pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    """No name resolves and nothing is cached; the lists of names asked for and of seconds waited."""
-    asked, waited = [], []
-
-    def getaddrinfo(host, *args, **options):
-        asked.append(host)
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return asked, waited
 
 
 def test_in_offline_mode_the_hub_is_not_asked(no_network, monkeypatch):
