@@ -16,7 +16,7 @@ ifeq ($(filter $(EXTRA),cpu gpu),)
 $(error EXTRA=$(EXTRA): cpu or gpu)
 endif
 
-.PHONY: help repro test lab report environment lock
+.PHONY: help repro test interop lab report environment lock
 
 help:
 	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
@@ -25,8 +25,9 @@ help:
 	@echo 'make report [PROFILE=smoke]     open the report'
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests'
+	@echo 'make interop                    the tests with sentence-transformers and mteb, which it installs (350 MB)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
-	@echo 'make lock                       requirements.lock anew, from pyproject.toml (needs uv)'
+	@echo 'make lock                       both lock files anew, from pyproject.toml (needs uv)'
 	@echo
 	@echo 'PYTHON=python3.12               the Python to build .venv with, 3.11 or newer'
 	@echo 'TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch for the CPU only, on Linux 5 GB less to fetch'
@@ -37,6 +38,10 @@ repro: environment
 
 test: environment
 	@$(BIN)/python -m pytest $(ARGS)
+
+interop: environment
+	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock
+	@$(BIN)/python -m pytest tests/test_interop.py $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
@@ -64,6 +69,9 @@ $(STAMP): requirements.lock
 	@$(PIP) check
 	@touch $(STAMP)
 
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra cpu --extra test pyproject.toml \
+  --no-emit-package torch --custom-compile-command "make lock"
+
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra cpu --extra test pyproject.toml \
-	  --no-emit-package torch --custom-compile-command "make lock" --output-file requirements.lock
+	$(LOCK) --output-file requirements.lock
+	$(LOCK) --extra interop --constraint requirements.lock --output-file requirements-interop.lock

@@ -3,25 +3,26 @@
     save(model, tokenizer, folder, about)   a Hugging Face folder plus training.json: all there or not at all
     load(folder)                            model and tokenizer, every byte checked against training.json
     load_published(path_or_id)              the authors' weights, in any of the formats they exist in
+    save_published(model, path)             a model in the authors' format
 
 Nothing here unpickles, runs code from a checkpoint, or fills a missing weight
 with random numbers.
 """
 import copy
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lib import card, files
+from lib.long_conv import ImplicitFilter
 from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
 
 PUBLISHED = ("togethercomputer/m2-bert-80M-2k-retrieval", "togethercomputer/m2-bert-80M-8k-retrieval",
@@ -29,6 +30,7 @@ PUBLISHED = ("togethercomputer/m2-bert-80M-2k-retrieval", "togethercomputer/m2-b
              "hazyresearch/M2-BERT-2K-Retrieval-Encoder-V1", "hazyresearch/M2-BERT-8K-Retrieval-Encoder-V1",
              "hazyresearch/M2-BERT-32K-Retrieval-Encoder-V1")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.bin")
+CONVERSION = "published-1"      # another number when what `read_published` makes of a file changes
 
 
 # Composer stores numpy's random state beside the weights: an array, and nothing that runs.
@@ -39,50 +41,55 @@ class CheckpointError(ValueError):
     """A folder or file that cannot be trusted to be the model it claims to be."""
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(model: nn.Module, tokenizer, folder: str | Path, about: dict | None = None) -> None:
-    """Write config, weights (safetensors), tokenizer and `about` to `folder`, replacing it whole.
+    """Write the model to `folder`, replacing it whole: config, weights (safetensors), tokenizer, card and record.
 
-    The folder appears under its name only when complete: an interrupted save
-    leaves the old one. `about` becomes training.json, with the weights' sha256.
+    A retriever's folder is also one that `SentenceTransformer(folder)` reads, after `import lib.model`. The folder
+    appears under its name only when complete: an interrupted save leaves the old one.
+
+    Args:
+        about: how the model came about, for training.json and the card (`card.card` says which keys it reads). The
+            sha256 of every file, the class, and that of `about["settings"]` come along.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    about = dict(about or {})
+    if about.get("settings"):
+        about["settings_sha256"] = card.fingerprint(about["settings"])
+    with files.replacing(folder) as draft:
         model.save_pretrained(draft)
         if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        record = dict(about or {}, architecture=type(model).__name__, sha256={path.name: sha256(path) for path in sorted(draft.iterdir())})
-        (draft / "training.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copymode(draft / "training.json", draft / "model.safetensors")              # safetensors writes for its owner only
-        for path in draft.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.chmod(draft, 0o755)
-        replace(folder, draft)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            words = copy.deepcopy(tokenizer)
+            words.model_max_length = model.config.max_position_embeddings            # what other libraries truncate at
+            words.save_pretrained(draft)
+        if isinstance(model, M2BertForRetrieval):
+            save_modules(model, draft)
+        (draft / "README.md").write_text(card.card(model, about), encoding="utf-8", newline="\n")
+        names = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
+        record = about | {"architecture": type(model).__name__, "sha256": {name: files.sha256(draft / name) for name in names}}
+        (draft / "training.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+        for path in draft.rglob("*.safetensors"):
+            shutil.copymode(draft / "training.json", path)                           # safetensors writes for its owner only
 
 
-def replace(folder: Path, draft: Path) -> None:
-    """The draft under the folder's name; the old folder comes back when that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    old = draft.with_name(f"{draft.name}-old")
-    folder.rename(old)
-    try:
-        draft.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
+    """What sentence-transformers needs beside a Hugging Face folder: Transformer -> Pooling -> Dense(tanh) -> Normalize.
+
+    The pooler is stored a second time, as their Dense. Their names of before version 5.4, which every version reads.
+    """
+    D, pooling = model.config.hidden_size, {"cls": "cls_token", "mean": "mean_tokens"}[model.config.pooling]
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    texts = {
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(kinds.items())],
+        "sentence_bert_config.json": {"max_seq_length": model.config.max_position_embeddings, "do_lower_case": False},
+        "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None},
+        "1_Pooling/config.json": {"word_embedding_dimension": D, **{f"pooling_mode_{kind}": kind == pooling for kind in ("cls_token", "mean_tokens", "max_tokens")}},
+        "2_Dense/config.json": {"in_features": D, "out_features": D, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"},
+        "3_Normalize/config.json": {},
+    }
+    for name, content in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
+    save_file({f"linear.{name}": tensor.detach().contiguous() for name, tensor in model.model.pooler.state_dict().items()}, folder / "2_Dense" / "model.safetensors",
+              metadata={"format": "pt"})
 
 
 def load(folder: str | Path, architecture: type | None = None):
@@ -103,11 +110,11 @@ def load(folder: str | Path, architecture: type | None = None):
     for name in ("config.json", "model.safetensors", "training.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no model folder: {name} is missing; run the stage that trains it")
-    saved, files = read_record(folder / "training.json")
-    for name, expected in files.items():
+    saved, checksums = read_record(folder / "training.json")
+    for name, expected in checksums.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no model folder: {name} is missing; run the stage that trains it")
-        if sha256(folder / name) != expected:
+        if files.sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in training.json; delete the folder and train or fetch it again")
     model = (architecture or saved)(M2BertConfig.from_pretrained(folder))
     state = read_weights(folder / "model.safetensors")
@@ -127,14 +134,14 @@ def read_record(path: Path) -> tuple[type, dict[str, str]]:
     classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        saved, files = record["architecture"], record["sha256"]
-        if not {"config.json", "model.safetensors"} <= files.keys():
+        saved, checksums = record["architecture"], record["sha256"]
+        if not {"config.json", "model.safetensors"} <= checksums.keys():
             raise ValueError("no checksum of the weights")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete the folder and train or fetch it again") from None
     if saved not in classes:
         raise CheckpointError(f"{path}: unknown architecture {saved!r}, known are {', '.join(classes)}")
-    return classes[saved], files
+    return classes[saved], checksums
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -194,26 +201,66 @@ RENAME = tuple((re.compile(pattern), name) for pattern, name in (
     (r"\.implicit_filter_rev\.0\.", ".ahead.0."), (r"\.implicit_filter_rev\.2\.", ".ahead.1."),
     (r"\.implicit_filter_rev\.4\.", ".ahead.2."), (r"\.implicit_filter_rev\.6\.", ".ahead.3."),
 ))
-CONSTANTS = re.compile(r"\.flashfft\.|\.position_ids$|\.pos_emb\.t$|\.modulation\.deltas$")
+CONSTANT = re.compile(r"\.position_ids$|\.pos_emb\.t$|\.modulation\.deltas$")
 
 
-def from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict under our names: constants dropped, the six copies of each frequency vector made one."""
-    ours = {}
+def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The authors' state dict under our names: (weights, constants). Buffers of FlashFFTConv are dropped, the six copies
+    of each frequency vector made one."""
+    weights, fixed = {}, {}
     for name, tensor in state.items():
         name = name.replace("module.", "")
-        if name.startswith("model.bert.") or name.startswith("model.cls."):
+        if name.startswith(("model.bert.", "model.cls.")):
             name = name.removeprefix("model.")
-        if CONSTANTS.search(name):
+        if ".flashfft." in name:
             continue
         for pattern, replacement in RENAME:
             name = pattern.sub(replacement, name)
-        if name.endswith(("_filter.inputs", "_filter.freq")) and tensor.ndim > 1:
+        if name.endswith(("_filter.inputs", "_filter.freq", ".pos_emb.t", ".modulation.deltas", ".position_ids")) and tensor.ndim > 1:
             tensor = tensor[0]                                             # stored with a leading axis of 1
-        if name in ours and not torch.equal(ours[name], tensor):
+        mine = fixed if CONSTANT.search(name) else weights
+        if name in mine and not torch.equal(mine[name], tensor):
             raise CheckpointError(f"{name} is stored several times with different values")
-        ours[name] = tensor
-    return ours
+        mine[name] = tensor
+    return weights, fixed
+
+
+def to_authors(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor]:
+    """The inverse: every key of the authors' state dict, constants and copies included, each a tensor of its own."""
+    renames = [(rf"^model\.layers\.(\d+)\.mixer\.", r"bert.encoder.layer.\1.attention."), (r"^model\.layers\.(\d+)\.mlp\.", r"bert.encoder.layer.\1.mlp."),
+               (r"^model\.pooler\.", "bert.pooler.dense."), (r"^model\.", "bert."), (r"^dense\.", "cls.predictions.transform.dense."),
+               (r"^layernorm\.", "cls.predictions.transform.LayerNorm."), (r"^decoder\.", "cls.predictions.decoder."),
+               (r"\.gated_filter\.", ".filter_fn."), (r"\.residual_filter\.", ".filter_fn2."), (r"\.inputs$", ".pos_emb.z"),
+               *((rf"\.{ours}\.{depth}\.", f".{theirs}.{2 * depth}.") for ours, theirs in (("back", "implicit_filter"), ("ahead", "implicit_filter_rev")) for depth in range(4))]
+    shapes = {".freq": (1, -1), ".pos_emb.z": (1, -1, model.config.filter_emb_dim), ".pos_emb.t": (1, -1, 1), ".deltas": (1, 1, -1), ".position_ids": (1, -1)}
+    directions = ("implicit_filter", "implicit_filter_rev") if model.config.bidirectional else ("implicit_filter",)
+    theirs = {}
+    for name, tensor in (model.state_dict() | constants(model)).items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        tensor = tensor.reshape(next((shape for end, shape in shapes.items() if name.endswith(end)), tensor.shape))
+        copies = [f"{name.removesuffix('freq')}{direction}.{depth}.freq" for direction in directions for depth in (1, 3, 5)] if name.endswith(".freq") else [name]
+        theirs |= {copy: tensor.detach().clone() for copy in copies}
+    return theirs
+
+
+def constants(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor]:
+    """What the authors store beside the weights, under our names of their owners; here it is computed."""
+    found = {"model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)}
+    for name, module in model.named_modules():
+        if isinstance(module, ImplicitFilter):
+            found |= {f"{name}.pos_emb.t": module.time(module.max_length), f"{name}.modulation.deltas": module.deltas()}
+    return found
+
+
+def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """What the file stores beside the weights is what this model computes."""
+    expected = constants(model)
+    for name, tensor in stored.items():
+        if name not in expected:
+            raise CheckpointError(f"{name} belongs to no part of the model")
+        if tensor.numel() != expected[name].numel() or not torch.allclose(tensor.flatten().double(), expected[name].double(), rtol=1e-5, atol=1e-6):
+            raise CheckpointError(f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of a variant that is not known here")
 
 
 def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
@@ -232,22 +279,32 @@ def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
             bidirectional="model.layers.0.mixer.gated_filter.ahead.0.weight" in state,
             residual_long_conv="model.layers.0.mixer.residual_filter.bias" in state,
             mixer_layer_norm="model.layers.0.mixer.layernorm.weight" in state,
-            **(dict(mask_padding=False, pooling="cls", initialization="reference") | changes))
+            **(dict(mask_padding=False, pad_to_max_length=True, pooling="cls", initialization="reference") | changes))
     except KeyError as error:
         raise CheckpointError(f"not the weights of an M2-BERT: {error} is missing") from None
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"not the weights of an M2-BERT: the shapes of word_embeddings, gated_filter.inputs or layers make no sense ({error})") from None
 
 
+def infer_filter_length(stored: dict[str, Tensor]) -> int | None:
+    """The time unit of the filters, t_i = i / (N-1), where the file says it."""
+    t = next((tensor.flatten() for name, tensor in stored.items() if name.endswith(".pos_emb.t")), None)
+    return None if t is None or len(t) < 2 or not 0 < float(t[-1]) < float("inf") else round((len(t) - 1) / float(t[-1])) + 1
+
+
 def load_published(path_or_id: str | Path, max_length: int | None = None):
     """The authors' weights as our model, in eval mode.
 
-    Reads a file or folder in the flat retrieval format (`bert.…`, perhaps
-    `module.`), the Composer format (`['state']['model']`), or safetensors under
-    either naming; or a hub id, through the local hub cache and then the network.
+    Reads a file or folder in the flat retrieval format (`bert.…`, perhaps `module.`), the Composer format
+    (`['state']['model']`), or safetensors under either naming; or a hub id, through the local hub cache and then the
+    network. A torch file is converted once: the model is kept as a folder of ours, in safetensors, under
+    ~/.cache/loco-workbench (or XDG_CACHE_HOME), named by the file's sha256.
+
+    The embedding the authors publish is that of the text padded to the model's length: `pad_to_max_length` is set in
+    the config, so that every client of `forward` gets it. It costs the full length for the shortest text.
 
     Args:
-        max_length: None: the file's own; smaller: the tables are cut.
+        max_length: None: the file's own; smaller: the tables are cut, and texts are padded to that.
 
     Returns:
         M2BertForRetrieval; M2BertForMaskedLM where the file has an MLM head and no pooler.
@@ -256,6 +313,22 @@ def load_published(path_or_id: str | Path, max_length: int | None = None):
         CheckpointError: unreadable, incomplete or foreign file; max_length beyond the file's.
     """
     path = find_weights(path_or_id)
+    if path.suffix == ".safetensors":
+        return cut(read_published(path), max_length).eval()
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loco-workbench" / CONVERSION / files.sha256(path)
+    try:
+        model, _ = load(kept)
+    except CheckpointError:                                                # not there, or not whole
+        model = read_published(path)
+        try:
+            save(model, None, kept, {"stage": "published", "trained_on": {"File": path.name, "sha256": kept.name}})
+        except OSError:
+            pass                                                           # a full or read-only home: convert again next time
+    return cut(model, max_length).eval()
+
+
+def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
+    """The model of one weight file."""
     state = read_weights(path)
     if isinstance(state, dict) and isinstance(state.get("state"), dict):
         state = state["state"].get("model")
@@ -264,10 +337,12 @@ def load_published(path_or_id: str | Path, max_length: int | None = None):
     if "model.layers.0.mixer.in_linear.weight" in state:
         raise CheckpointError(f"{path} is a model of this project: give its folder to `load`")
     try:
-        state = from_authors({name: tensor for name, tensor in state.items() if not name.startswith("classifier.")})
-        config = infer_config(state)
+        state, stored = from_authors({name: tensor for name, tensor in state.items() if not name.startswith("classifier.")})
+        config = infer_config(state, filter_length=infer_filter_length(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if config.filter_length == config.max_position_embeddings:
+        config.filter_length = None
     retrieval = "model.pooler.weight" in state
     if retrieval:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("decoder.", "dense.", "layernorm."))}
@@ -277,7 +352,40 @@ def load_published(path_or_id: str | Path, max_length: int | None = None):
             raise CheckpointError(f"{path}: decoder.weight and the word embeddings are one matrix, stored with different values")
     model = (M2BertForRetrieval if retrieval else M2BertForMaskedLM)(config)
     load_strictly(model, state, path)
-    return cut(model, max_length).eval()
+    try:
+        check_constants(model, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return model
+
+
+def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Path) -> None:
+    """Write the weights as the authors do, whole or not at all.
+
+    A retriever as the flat dict of their retrieval files, a masked language model as Composer's ['state']['model'] with
+    its prefix `model.`; in safetensors, which cannot nest, without the outer dicts.
+
+    Args:
+        path: ….safetensors, or ….bin or ….pt for torch's format.
+
+    Raises:
+        CheckpointError: the model's embedding is not one that the authors' code computes, or another suffix.
+    """
+    path, config = Path(path), model.config
+    for name, theirs in (("mask_padding", False), ("pooling", "cls")):
+        if getattr(config, name) != theirs:
+            raise CheckpointError(f"{name}={getattr(config, name)!r}: the authors' code would compute another embedding from these weights; "
+                                  f"set model.config.{name} = {theirs!r} first if that is what you want")
+    if path.suffix not in (".safetensors", ".bin", ".pt"):
+        raise CheckpointError(f"{path}: one of .safetensors, .bin or .pt")
+    state = to_authors(model)
+    if isinstance(model, M2BertForMaskedLM):
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
+    with files.replacing_file(path) as draft:
+        if path.suffix == ".safetensors":
+            save_file(state, draft)
+        else:
+            torch.save({"state": {"model": state}} if isinstance(model, M2BertForMaskedLM) else state, draft)
 
 
 def cut(model: nn.Module, max_length: int | None) -> nn.Module:

@@ -28,10 +28,7 @@ versions and settings give the same bytes: no clock, no random state, no hash or
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,6 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib import files
 from lib.documentation import PACKAGES, Item, Library, Module, Shingles, assign, distinct, normal, read
 
 SPLITS = ("train", "validation", "test")
@@ -467,6 +465,18 @@ def hub_text(most: int) -> list[tuple[str, str, str, str]]:
 def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary: int):
     if name == "embedded":
         return train_tokenizer(tokenizer_text(rows), vocabulary)
+    try:
+        return given_tokenizer(name)
+    except CorpusError as error:
+        raise CorpusError(f"{error}; or set data.tokenizer to embedded") from None
+
+
+def given_tokenizer(name: str):
+    """The tokenizer of a folder with tokenizer.json or vocab.txt, or of a hub id such as bert-base-uncased.
+
+    Raises:
+        CorpusError: neither a tokenizer's folder nor an id that can be fetched.
+    """
     from transformers import AutoTokenizer
     folder = Path(name)
     if (folder / "tokenizer.json").is_file():
@@ -482,12 +492,12 @@ def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary:
             raise CorpusError(f"{folder}/vocab.txt has no {', '.join(absent)}: it should be bert-base-uncased's, one piece a line")
         return wordpiece({piece: number for number, piece in enumerate(pieces)})
     if folder.is_dir() or "/" in name and name.count("/") > 1:
-        raise CorpusError(f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's files there, or set data.tokenizer to embedded")
+        raise CorpusError(f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's files there")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CorpusError(f"tokenizer {name!r} is no folder here and cannot be loaded from the hub ({type(error).__name__}): "
-                          "put its vocab.txt into a folder and set data.tokenizer to that, or to embedded") from None
+                          "put its vocab.txt into a folder and name that folder as the tokenizer") from None
 
 
 def tokenizer_text(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
@@ -561,55 +571,35 @@ COLUMNS = {
 def write(folder: Path, tables: Tables, rows: list[tuple], tokenizer, library: Library) -> dict:
     """Everything into a folder beside, then that in its place."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CorpusError(f"{folder} cannot be written ({error.strerror}): choose a folder you may write to, with room for 100 MB") from None
-    try:
-        files = {"pretrain": rows}
-        for split in SPLITS:
-            if tables.queries[split]:
-                files |= {f"{kind}-{split}": getattr(tables, kind)[split] for kind in ("documents", "queries", "evidence")}
-        content = hashlib.sha256()
-        for name, some in files.items():
-            save(draft / f"{name}.parquet", some, COLUMNS[name.partition("-")[0]])
-            for row in some:
-                content.update(json.dumps([name, *row]).encode() + b"\n")
-        try:
-            tokenizer.save_pretrained(draft / "tokenizer")
-        except Exception as error:                                               # the library raises nothing more exact
-            raise OSError(str(error)) from None
-        content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-        manifest = {
-            "content": content.hexdigest(),
-            "packages": library.versions, "absent": library.absent,
-            "tasks": counts(tables),
-            "pretraining": {kind: {"texts": sum(row[2] == kind for row in rows), "characters": sum(len(row[0]) for row in rows if row[2] == kind)}
-                            for kind in ("short", "long")},
-            "vocabulary": len(tokenizer),
-            "files": {path.relative_to(draft).as_posix(): sha256(path) for path in sorted(draft.rglob("*")) if path.is_file()},
-        }
-        (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        draft.chmod(0o755)
-        old = draft.with_name(f"{draft.name}-old")
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(draft, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with files.replacing(folder) as draft:
+            parts = {"pretrain": rows}
+            for split in SPLITS:
+                if tables.queries[split]:
+                    parts |= {f"{kind}-{split}": getattr(tables, kind)[split] for kind in ("documents", "queries", "evidence")}
+            content = hashlib.sha256()
+            for name, some in parts.items():
+                save(draft / f"{name}.parquet", some, COLUMNS[name.partition("-")[0]])
+                for row in some:
+                    content.update(json.dumps([name, *row]).encode() + b"\n")
+            try:
+                tokenizer.save_pretrained(draft / "tokenizer")
+            except Exception as error:                                               # the library raises nothing more exact
+                raise OSError(str(error)) from None
+            content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+            manifest = {
+                "content": content.hexdigest(),
+                "packages": library.versions, "absent": library.absent,
+                "tasks": counts(tables),
+                "pretraining": {kind: {"texts": sum(row[2] == kind for row in rows), "characters": sum(len(row[0]) for row in rows if row[2] == kind)}
+                                for kind in ("short", "long")},
+                "vocabulary": len(tokenizer),
+                "files": {path.relative_to(draft).as_posix(): files.sha256(path) for path in sorted(draft.rglob("*")) if path.is_file()},
+            }
+            (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
         return manifest
     except OSError as error:
-        raise CorpusError(f"{folder} cannot be written ({error.strerror or error}): nothing of the new corpus was kept") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        raise CorpusError(f"{folder} cannot be written ({error.strerror or error}): nothing of the new corpus was kept; choose a folder "
+                          "you may write to, with room for 100 MB") from None
 
 
 def counts(tables: Tables) -> dict[str, dict[str, dict[str, int]]]:
@@ -620,11 +610,6 @@ def counts(tables: Tables) -> dict[str, dict[str, dict[str, int]]]:
         for task in sorted(queries):
             result.setdefault(task, {})[split] = {"documents": documents[task], "queries": queries[task]}
     return result
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(path: Path, rows: list[tuple], names: tuple[str, ...]) -> None:

@@ -148,6 +148,8 @@ class ImplicitFilter(nn.Module):
     N is `filter_length`, the length the time axis was made for. The reverse
     kernel has its own MLP; both share the sine frequencies F, the inputs z
     (trained) and the decay δ_c, from slow (4.6 / 1.5) to fast (4.6 / 0.3).
+
+    Kernels are float32 whatever the model is: bfloat16 tells 256 places of the time axis apart.
     """
 
     def __init__(self, channels: int, max_length: int, emb_dim: int = 5, order: int = 128,
@@ -176,30 +178,56 @@ class ImplicitFilter(nn.Module):
             self.freq.fill_(self.frequency)
             self.bias.normal_()
 
-    def decay(self, length: int) -> Tensor:
-        """exp(-t_i |δ_c|), (L, D)."""
-        # Computed, not stored: a buffer would have to survive saving, resizing and meta devices.
-        device, dtype = self.inputs.device, self.inputs.dtype
-        if self.filter_length == self.max_length:
-            t = torch.linspace(0, 1, self.max_length, device=device, dtype=dtype)[:length]
-        else:
-            t = torch.arange(length, device=device, dtype=dtype) / max(1, self.filter_length - 1)
-        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, device=device, dtype=dtype)
-        return torch.exp(-t[:, None] * deltas.abs())
+    def _apply(self, fn, recurse: bool = True):
+        # What `to`, `half` and `bfloat16` call: follow to another device, not into 16 bits.
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""
+        return super()._apply(kept, recurse)
+
+    def decay(self, length: int, channels: slice = slice(None)) -> Tensor:
+        """exp(-t_i |δ_c|), (L, D)."""
+        return torch.exp(-self.time(length)[:, None] * self.deltas()[channels].abs())
+
+    # Computed, not stored: a buffer would have to survive saving, resizing and meta devices.
+    def time(self, length: int) -> Tensor:
+        """t_i, (L,)."""
+        options = dict(device=self.inputs.device, dtype=self.inputs.dtype)
+        if self.filter_length == self.max_length:
+            return torch.linspace(0, 1, self.max_length, **options)[:length]
+        return torch.arange(length, **options) / max(1, self.filter_length - 1)
+
+    def deltas(self) -> Tensor:
+        """δ_c, (D,)."""
+        return torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, device=self.inputs.device, dtype=self.inputs.dtype)
+
+    def hidden(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """What all channels share of the first `length` taps: the last hidden layers of both MLPs, (L, O) each."""
         if length > self.max_length:
             raise ValueError(f"{length} taps of a filter made for {self.max_length}: lengthen the model with `extend`")
-        decay = self.decay(length)                                         # (L, D)
 
-        def kernel(mlp: nn.ModuleList) -> Tensor:
+        def features(mlp: nn.ModuleList | None) -> Tensor | None:
+            if mlp is None:
+                return None
             h = self.inputs[:length]                                       # (L, E)
             for layer in mlp[:3]:
                 h = torch.sin(self.freq * layer(h))                        # (L, O)
-            return (mlp[3](h) * decay).t()                                 # (D, L)
+            return h
 
-        return kernel(self.back), kernel(self.ahead) if self.ahead is not None else None
+        with torch.autocast(self.inputs.device.type, enabled=False):
+            return features(self.back), features(self.ahead)
+
+    def taps(self, hidden: tuple[Tensor, Tensor | None], channels: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """The kernels of some channels from `hidden`, (d, L) each; the second is None in a causal model."""
+        decay = self.decay(len(hidden[0]), channels)                       # (L, d)
+        with torch.autocast(decay.device.type, enabled=False):
+            return tuple(None if h is None else (F.linear(h, mlp[3].weight[channels]) * decay).t()
+                         for h, mlp in zip(hidden, (self.back, self.ahead)))
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""
+        return self.taps(self.hidden(length))
 
 
 def filter_inputs(length: int, emb_dim: int, filter_length: int | None = None) -> Tensor:

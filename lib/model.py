@@ -23,10 +23,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.utils import can_return_tuple
 
-from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, short_conv
+from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, long_conv_direct, short_conv
 from lib.monarch import BlockDiagonalLinear
 
+TILE = 2**23                    # numbers in a buffer of a forward pass without gradients: 32 MiB, little enough to be near the processor
 CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
 
 
@@ -43,6 +45,9 @@ class M2BertConfig(PreTrainedConfig):
         mixer_layer_norm      LayerNorm (eps 1e-5) in front of the mixer: the oldest published 80M model only
         mask_padding          zero padded positions before every convolution and in the pooling, so that an
                               embedding depends neither on its padding nor on its batch. Published models: False
+        pad_to_max_length     `forward` pads every input to max_position_embeddings with pad_token_id, and gives back the
+                              positions it was given. Published models: True. They were trained on padded text and mask
+                              nothing, so the embedding they are known by is that of the padded text
         pooling               cls: token 0 (published); mean: the mean over real tokens
         initialization        reference: as the authors'; identity: every layer starts close to x' = x
     """
@@ -55,7 +60,7 @@ class M2BertConfig(PreTrainedConfig):
                  mlp_blocks: int = 4, filter_order: int = 128, filter_emb_dim: int = 5,
                  filter_frequency: float = 10.0, filter_length: int | None = None, bidirectional: bool = True,
                  residual_long_conv: bool = True, mixer_layer_norm: bool = False, mask_padding: bool = True,
-                 pooling: str = "cls", initialization: str = "reference", **kwargs):
+                 pad_to_max_length: bool = False, pooling: str = "cls", initialization: str = "reference", **kwargs):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.intermediate_size, self.max_position_embeddings = intermediate_size, max_position_embeddings
         self.type_vocab_size, self.layer_norm_eps = type_vocab_size, layer_norm_eps
@@ -63,7 +68,7 @@ class M2BertConfig(PreTrainedConfig):
         self.mlp_blocks, self.filter_order, self.filter_emb_dim = mlp_blocks, filter_order, filter_emb_dim
         self.filter_frequency, self.filter_length = filter_frequency, filter_length
         self.bidirectional, self.residual_long_conv = bidirectional, residual_long_conv
-        self.mixer_layer_norm, self.mask_padding = mixer_layer_norm, mask_padding
+        self.mixer_layer_norm, self.mask_padding, self.pad_to_max_length = mixer_layer_norm, mask_padding, pad_to_max_length
         self.pooling, self.initialization = pooling, initialization
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -95,7 +100,9 @@ class SequenceMixer(nn.Module):
     """x2 · LongConv(x1 · v) + ResidualLongConv(u): mixes tokens, channel by channel.
 
     x1, x2 and v are three projections of the input u, each passed through a
-    causal convolution of width 3.
+    causal convolution of width 3. No channel meets another between the two
+    projections, so without gradients they go in groups: memory for one group,
+    whatever the length.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -115,22 +122,54 @@ class SequenceMixer(nn.Module):
         self.out_linear = nn.Linear(D, D)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:    # (B, L, D), (B, 1, L) of 0 and 1
-        L = u.shape[1]
         if self.layernorm is not None:
             u = self.layernorm(u)
         u = u.transpose(1, 2)                                              # (B, D, L)
-        p = torch.matmul(self.in_linear.weight, u) + self.in_linear.bias[:, None]        # (B, 3D, L)
         if mask is not None:
-            u, p = u * mask, p * mask
-        x1, x2, v = short_conv(p, self.short_filter.weight, self.short_filter.bias).chunk(3, dim=1)
+            u = u * mask
+        B, D, L = u.shape
+        kernels = [(filter, filter.hidden(L)) for filter in (self.gated_filter, self.residual_filter) if filter is not None]
+        group = D if torch.is_grad_enabled() else max(1, TILE // (3 * B * L))
+        if group >= D:
+            y = self.mix(u, mask, kernels, slice(None))
+        else:
+            y = torch.empty_like(u, memory_format=torch.contiguous_format)
+            for start in range(0, D, group):
+                y[:, start : start + group] = self.mix(u, mask, kernels, slice(start, start + group))
+        return self.out_linear(y.transpose(1, 2))                          # (B, L, D)
+
+    def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:
+        """`some` of the channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, d, L)."""
+        def part(parameter: Tensor) -> Tensor:                             # (3D, …) -> (3d, …), those of x1, x2 and v
+            return parameter.unflatten(0, (3, -1))[:, some].flatten(0, 1)
+
+        p = torch.matmul(part(self.in_linear.weight), u) + part(self.in_linear.bias)[:, None]       # (B, 3d, L)
+        if mask is not None:
+            p = p * mask
+        x1, x2, v = short_conv(p, part(self.short_filter.weight), part(self.short_filter.bias)).chunk(3, dim=1)
         g = v * x1
         if mask is not None:
             # The short convolution's bias and its two taps reach into the padding again.
             g = g * mask
-        y = long_conv(g, *self.gated_filter(L), self.gated_filter.bias) * x2
+        gated, *residual = ((filter.taps(hidden, some), filter.bias[some]) for filter, hidden in kernels)
+        y = long_conv(g, *gated[0], gated[1]) * x2
+        for taps, gain in residual:
+            y = y + long_conv(u[:, some], *taps, gain)
+        return y
+
+    def direct(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The same by its definition: real convolutions instead of FFTs, all channels at once. O(L²)."""
+        mask = torch.ones(len(u), 1, u.shape[1], dtype=u.dtype) if mask is None else mask
+        u = (u if self.layernorm is None else self.layernorm(u)).transpose(1, 2) * mask             # (B, D, L)
+        p = (self.in_linear.weight @ u + self.in_linear.bias[:, None]) * mask                       # (B, 3D, L)
+        w, L = self.short_filter.weight[:, 0], u.shape[-1]
+        before = F.pad(p, (2, 0))                                                                   # (B, 3D, L + 2)
+        s = self.short_filter.bias[:, None] + sum(w[:, tap, None] * before[..., tap : tap + L] for tap in range(3))
+        x1, x2, v = s.chunk(3, dim=1)
+        y = x2 * long_conv_direct(v * x1 * mask, *self.gated_filter(L), self.gated_filter.bias)
         if self.residual_filter is not None:
-            y = y + long_conv(u, *self.residual_filter(L), self.residual_filter.bias)
-        return self.out_linear(y.transpose(1, 2))                          # (B, L, D)
+            y = y + long_conv_direct(u, *self.residual_filter(L), self.residual_filter.bias)
+        return self.out_linear(y.transpose(1, 2))
 
 
 class MLP(nn.Module):
@@ -145,7 +184,16 @@ class MLP(nn.Module):
         self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
-        gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (B, L, I) each
+        tokens, some = h.flatten(0, 1), max(1, TILE // (2 * self.wo.d_in))
+        if torch.is_grad_enabled() or len(tokens) <= some:
+            return self.each(h)
+        out = torch.empty_like(tokens)
+        for start in range(0, len(tokens), some):                          # no token meets another here
+            out[start : start + some] = self.each(tokens[start : start + some])
+        return out.view_as(h)
+
+    def each(self, h: Tensor) -> Tensor:                                   # (…, D)
+        gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
 
 
@@ -162,6 +210,7 @@ class Layer(nn.Module):
 class M2BertPreTrainedModel(PreTrainedModel):
     config_class = M2BertConfig
     base_model_prefix = "model"
+    _keep_in_fp32_modules_strict = {"gated_filter", "residual_filter"}     # see ImplicitFilter
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -230,31 +279,46 @@ class M2BertModel(M2BertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                output_hidden_states: bool | None = None, return_dict: bool | None = None, **_) -> BaseModelOutputWithPooling:
+                output_hidden_states: bool | None = None, **_) -> BaseModelOutputWithPooling:
         """
         Args:
             input_ids: (B, L), L at most max_position_embeddings.
             attention_mask: 1 for a token, 0 for padding, (B, L); None: every position is a token. Without
                 `mask_padding` it matters to mean pooling only, as in the published models.
 
+        Returns:
+            last_hidden_state (B, L, D), pooler_output (B, D) and, when asked, hidden_states: the embeddings' output
+            and that of each layer.
+
         Raises:
-            ValueError: the text is longer than the model.
+            ValueError: no token, or more than the model reads.
         """
         L, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if L == 0:
+            raise ValueError("no token to read: give every text at least one, a tokenizer adds [CLS] and [SEP]")
         if L > limit:
             raise ValueError(f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen the model with `extend`")
+        if self.config.pad_to_max_length and L < limit:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            input_ids = F.pad(input_ids, (0, limit - L), value=self.config.pad_token_id)
+            attention_mask = F.pad(attention_mask, (0, limit - L))
+            token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, limit - L))
         mask = None
         if self.config.mask_padding and attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask[:, None, :].to(self.embeddings.LayerNorm.weight.dtype)     # (B, 1, L)
         x = self.embeddings(input_ids, token_type_ids)
-        states = [x]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [x[:, :L]] if output_hidden_states else []
         for layer in self.layers:
             x = layer(x, mask)
             if output_hidden_states:
-                states.append(x)
+                states.append(x[:, :L])
         pooled = None if self.pooler is None else self.pool(x, attention_mask)
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled,
+        return BaseModelOutputWithPooling(last_hidden_state=x[:, :L], pooler_output=pooled,
                                           hidden_states=tuple(states) if output_hidden_states else None)
 
     def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:    # (B, L, D) -> (B, D)
@@ -276,8 +340,10 @@ class M2BertForRetrieval(M2BertPreTrainedModel):
         self.model = M2BertModel(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
-        return self.model(input_ids, attention_mask, **kwargs)
+        """As `M2BertModel.forward`."""
+        return self.model(input_ids, attention_mask, return_dict=True, **kwargs)
 
 
 class M2BertForMaskedLM(M2BertPreTrainedModel):
@@ -300,16 +366,18 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.decoder = value
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> MaskedLMOutput:
         """Without labels: logits (B, L, V). With labels (B, L): the loss, and logits (M, V) at the M labelled
         positions only, in reading order; 0 and below (-100) is "no label". The head is most of a small model's cost.
         """
-        x = self.model(input_ids, attention_mask, **kwargs).last_hidden_state
+        out = self.model(input_ids, attention_mask, return_dict=True, **kwargs)
+        x = out.last_hidden_state
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]                  # (M, D), (M,)
         logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from lib import params
+from lib import files, params
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python"}
@@ -75,29 +75,6 @@ def identified(notebook: dict) -> dict:
     return notebook | {"nbformat_minor": max(5, notebook["nbformat_minor"])}
 
 
-def write(path: str | Path, text: str) -> None:
-    """All of the text under that name, or what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def dumps(notebook) -> str:
     """Sorted keys, one space of indent, a newline at the end: what Jupyter writes too."""
     return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
@@ -128,7 +105,7 @@ def strip(source: str | Path, destination: str | Path) -> list[Path]:
     for name, text in clean.items():
         target = destination / name
         if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            write(target, text)
+            files.write(target, text)
     return [destination / name for name in clean]
 
 
@@ -236,12 +213,12 @@ def run(source: str | Path, output: str | Path, given: dict[str, str], timing: s
         draft, begun = folder / "notebook.ipynb", []
         try:
             executed = execute(notebook, draft, values, folder, begun)
-            write(output, dumps(plain(scrub(executed))))
+            files.write(output, dumps(plain(scrub(executed))))
         except (Exception, KeyboardInterrupt) as error:
             reached = read(draft) if draft.is_file() else notebook
             message = f"{label}: {explanation(error, begun)}"
             try:
-                write(failed, dumps(plain(scrub(reached, keep_stderr=True))))
+                files.write(failed, dumps(plain(scrub(reached, keep_stderr=True))))
                 message += f"; all of it in {shown(failed)}"
             except OSError as full:
                 message += f"; {shown(failed)} could not be written ({full.strerror})"
@@ -251,7 +228,7 @@ def run(source: str | Path, output: str | Path, given: dict[str, str], timing: s
     cost = {"stage": output.stem, "seconds": round(time.monotonic() - started, 1),
             "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit, 2)}
     if timing:
-        write(Path(timing) / "stages" / f"{output.stem}.json", json.dumps(cost, indent=1) + "\n")
+        files.write(Path(timing) / "stages" / f"{output.stem}.json", json.dumps(cost, indent=1) + "\n")
     return cost
 
 

@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lib import notebook, params, report
+from lib import files, notebook, params, report
 
 # Stage -> (the notebook it runs, None where its row says which; the table of its rows, None without), in the pipeline's order.
 STAGES = {
@@ -30,7 +30,7 @@ STAGES = {
     "continue": ("03_pretrain", "continued"),
     "distill": ("05_finetune", "distilled"),
     "finetune": ("05_finetune", "retrievers"),
-    "evaluate": ("06_evaluate", "retrievers"),
+    "evaluate": ("06_evaluate", "evaluated"),
     "yardstick": ("06_evaluate", "yardsticks"),
     "ablation": (None, "ablations"),
     "efficiency": ("10_efficiency", None),
@@ -120,7 +120,7 @@ def build(profile: str) -> Path:
         drafts = Path(folder)
         (drafts / "notebooks").mkdir()
         for name, page in {"index": index, **{f"notebooks/{name}": page for name, page in pages.items()}, **{f"timings/{name}": page for name, page in measured.items()}}.items():
-            report.write(drafts / f"{name}.html", page)
+            files.write(drafts / f"{name}.html", page)
         if (place / "notebooks").exists():
             (place / "notebooks").rename(drafts / "replaced")
         for name in ("notebooks", "index.html", *(f"timings/{name}.html" for name in measured)):

@@ -28,27 +28,30 @@ KEYS = {
     "efficiency": "lengths batch repeats",
 }
 STAGES = tuple(KEYS)
-TABLES = ("pretrained", "continued", "distilled", "retrievers", "yardsticks", "ablations", "lessons")
-MODELS = ("pretrained", "continued", "distilled", "retrievers")        # each of their rows is a trained model
+TABLES = ("pretrained", "continued", "distilled", "retrievers", "published", "evaluated", "yardsticks", "ablations", "lessons")
+MODELS = ("pretrained", "continued", "distilled", "retrievers")        # each of their rows is a model trained here
 TRAINED_BY = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers")}
 
-# What a row may hold beside the settings of the stage that trains it; all of it is required.
+# What a row holds beside the settings of the stage that trains it.
 OWN_KEYS = {
     "pretrained": {"length": int},
     "continued": {"pretrained": str, "length": int},
     "distilled": {"pretrained": str, "teacher": str},
     "retrievers": {"pretrained": str},
+    "published": {"checkpoint": str},
     "yardsticks": {},
     "ablations": {"notebook": str, "rows": list},
     "lessons": {"notebook": str},
 }
+# The same, where it may be left out.
+OPTIONAL = {"published": {"tokenizer": str, "max_length": int}}
 # Where a row's reference may point.
 REFERENCES = {
     ("continued", "pretrained"): ("pretrained", "continued"),
     ("distilled", "pretrained"): ("pretrained", "continued"),
     ("distilled", "teacher"): ("retrievers",),
     ("retrievers", "pretrained"): ("pretrained", "continued", "distilled"),
-    ("ablations", "rows"): ("retrievers", "yardsticks"),
+    ("ablations", "rows"): ("retrievers", "published", "yardsticks"),
 }
 CHOICES = {
     ("compute", "device"): ("auto", "cpu", "cuda", "mps"),
@@ -60,7 +63,7 @@ CHOICES = {
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
 AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "batch_size", "batch", "repeats", "depth",
-                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length"}
+                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")                                  # names reach shell lines and file names
 
 
@@ -161,7 +164,8 @@ def select(design: dict, profile: str) -> dict[str, dict]:
     """The tables as `rows` of the design cuts them for a profile."""
     chosen = {} if profile == design["profile"] else design["rows"].get(profile, {})
     tables = {table: {name: own for name, own in design[table].items() if name in chosen.get(table, design[table])} for table in TABLES}
-    run = tables["retrievers"].keys() | tables["yardsticks"].keys()
+    tables["evaluated"] = {**tables["retrievers"], **tables["published"]}
+    run = tables["evaluated"].keys() | tables["yardsticks"].keys()
     tables["ablations"] = {name: {**own, "rows": [row for row in own["rows"] if row in run]} for name, own in tables["ablations"].items()}
     return tables
 
@@ -239,6 +243,8 @@ def check(design: dict) -> None:
         check_stage(design, stage)
     check_rows(design)
     check_references(design)
+    if design["evaluated"] != {**design["retrievers"], **design["published"]}:
+        raise ParamsError("evaluated: is always the rows of retrievers and published, `<<: [*retrievers, *published]`; add rows to those")
     for profile in design["rows"]:
         check_subset(design, profile)
 
@@ -309,6 +315,8 @@ def check_rows(design: dict) -> None:
     """Names unique over all models and yardsticks, keys of each row known and typed."""
     seen: dict[str, str] = {}
     for table in TABLES:
+        if table == "evaluated":
+            continue
         for name, own in design[table].items():
             named(name, f"{table}: ")
             where = f"{table}.{name}"
@@ -329,7 +337,10 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
     for key, value in own.items():
         if key in OWN_KEYS[table]:
             continue
-        known(key, (*OWN_KEYS[table], *schema), "key", f"{where}: ")
+        if key in OPTIONAL.get(table, {}):
+            same_type(f"{where}.{key}", value, OPTIONAL[table][key]())
+            continue
+        known(key, (*OWN_KEYS[table], *OPTIONAL.get(table, {}), *schema), "key", f"{where}: ")
         check_value(where, schema[key], key, value, design[schema[key]]["base"])
     if "length" in own and own["length"] not in PAPER_LENGTHS:
         raise ParamsError(f"{where}.length: {own['length']} is none of the paper's {', '.join(map(str, PAPER_LENGTHS))}; what they are in a profile stands in `lengths`")

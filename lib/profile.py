@@ -19,12 +19,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import webbrowser
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib import params
+from lib import files, params
 from lib.params import ParamsError
 
 COPIED = ("lib", "notebooks", "data/paper", "dvc.yaml", ".dvcignore", ".dvc/config", "requirements.lock")
@@ -153,12 +152,8 @@ def bring_back(source: Path, target: Path) -> None:
     """Put a copy of the report in place of the last one, whole."""
     if not source.is_dir():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        shutil.copytree(source, Path(folder) / "new")
-        if target.exists():
-            target.rename(Path(folder) / "old")
-        (Path(folder) / "new").rename(target)
+    with files.replacing(target) as draft:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
 
 
 # ------------------------------------------------------------------ DVC

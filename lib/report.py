@@ -16,7 +16,6 @@ every stage depends.
 """
 import json
 import math
-import os
 from fnmatch import fnmatch
 from html import escape
 from io import StringIO
@@ -25,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import metrics, params
+from lib import files, metrics, params
 
 NOT_RUN = "not run"
 NOT_HERE = "does not reproduce at this scale"
-STAGE_TABLES = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers"), "evaluate": ("retrievers", "yardsticks")}
+STAGE_TABLES = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers"), "evaluate": ("evaluated", "yardsticks")}
 
 
 # ------------------------------------------------------------------ figures
@@ -65,7 +64,7 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
 
     caption = f"{caption} {note(profile)}"
     picture = svg(fig, name.replace("_", " "), caption)
-    write(folder(out, profile) / "figures" / f"{name}.svg", picture)
+    files.write(folder(out, profile) / "figures" / f"{name}.svg", picture)
     plt.close(fig)
     show({"image/svg+xml": picture, "text/plain": f"figure {name}: {caption}"})
     show({"text/markdown": f"*{caption}*", "text/plain": ""})
@@ -95,8 +94,8 @@ def save_table(frame: pd.DataFrame, name: str, out, profile: str, caption: str) 
     """Write tables/<name>.md (rounded, with the caption) and tables/<name>.csv (six digits), and show the table."""
     caption = f"{caption} {note(profile)}"
     place = folder(out, profile) / "tables"
-    write(place / f"{name}.md", markdown(frame, caption))
-    write(place / f"{name}.csv", csv(frame))
+    files.write(place / f"{name}.md", markdown(frame, caption))
+    files.write(place / f"{name}.csv", csv(frame))
     table(frame, caption)
 
 
@@ -158,17 +157,6 @@ def folder(out, profile: str) -> Path:
     return Path(out) / "report" / profile
 
 
-def write(path: Path, content: str) -> None:
-    """All of it under that name, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def rounded(value):
     """Floats to six significant digits, through dicts and lists; numpy's numbers as Python's."""
     if isinstance(value, dict):
@@ -191,12 +179,12 @@ def metric(values: dict, stage: str, row: str | None, out, profile: str) -> None
         content = json.dumps(rounded(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError:
         raise ValueError(f"metrics/{name}.json: a value is NaN or infinite in {values}") from None
-    write(folder(out, profile) / "metrics" / f"{name}.json", content)
+    files.write(folder(out, profile) / "metrics" / f"{name}.json", content)
 
 
 def curve(frame: pd.DataFrame, name: str, out, profile: str) -> None:
     """Write curves/<name>.csv, one line a step."""
-    write(folder(out, profile) / "curves" / f"{name}.csv", csv(frame))
+    files.write(folder(out, profile) / "curves" / f"{name}.csv", csv(frame))
 
 
 # ------------------------------------------------------------------ numbers, read

@@ -12,9 +12,7 @@ descending, as trec_eval does.
 Axes: n texts, N documents, Q queries, D width.
 """
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib import metrics
+from lib import files, metrics
 
 CHARACTERS_PER_TOKEN = 16       # first guess of how much text can matter; four times as much where it proves too little
 BATCH_TOKENS = 16_384           # one forward pass at most, padding included
@@ -31,21 +29,29 @@ BACKENDS = ("auto", "torch", "faiss")
 
 
 class Encoder:
-    """Embeds texts with a model and its tokenizer, reading each text's first `max_length` tokens.
+    """Embeds texts with a model and its tokenizer.
 
     Args:
-        max_length: None, or more than the model reads: what the model reads.
+        max_length: tokens to read, specials included; None, or more than the model reads: what the model reads.
+        truncate: read the first `max_length` tokens of a longer text and leave the rest.
+        chunk: mean | max: read a longer text whole, in windows of `max_length` tokens side by side, and take the mean or
+            the largest value of the windows' embeddings, number by number (the chunking baselines of the paper).
 
     Attributes:
         longer: for each text of the last `encode`, whether it was longer than that.
         truncated: how many were.
+
+    Raises:
+        ValueError: max_length below 3, an unknown `chunk`, or both ways out at once.
     """
 
-    def __init__(self, model, tokenizer, max_length: int | None = None):
+    def __init__(self, model, tokenizer, max_length: int | None = None, truncate: bool = False, chunk: str | None = None):
         limit = model.config.max_position_embeddings
         if max_length is not None and max_length < 3:
             raise ValueError(f"max_length={max_length} leaves no room for a token between [CLS] and [SEP]")
-        self.model, self.tokenizer = model.eval(), tokenizer
+        if chunk not in (None, "mean", "max") or chunk and truncate:
+            raise ValueError(f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean' and chunk='max', or none of them")
+        self.model, self.tokenizer, self.truncate, self.chunk = model.eval(), tokenizer, truncate, chunk
         self.max_length = min(max_length or limit, limit)
         self.longer: list[bool] = []
 
@@ -53,41 +59,63 @@ class Encoder:
     def truncated(self) -> int:
         return sum(self.longer)
 
-    @torch.no_grad()
     def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True, show_progress: bool = True) -> np.ndarray:
         """Embeddings in the order of `texts`, float32, (n, D); unit norm if `normalize`.
 
-        Texts are sorted by length, so a short one never waits for a long
-        neighbour; at most `batch_size` texts and 16,384 tokens go at a time.
+        Texts are sorted by length, so a short one never waits for a long neighbour; at most `batch_size` texts and
+        16,384 tokens go at a time.
 
         Raises:
             TypeError: an element is no string (its index is named), or `texts` is one string.
+            ValueError: a text is longer than `max_length` and nothing was said about that, or an embedding is not finite;
+                the index is named.
         """
-        width = self.model.config.hidden_size
         ids = self.tokenize(texts)
-        vectors = np.zeros((len(texts), width), dtype=np.float32)
-        order = sorted(range(len(texts)), key=lambda i: (-len(ids[i]), i))
+        if any(self.longer) and not self.truncate and not self.chunk:
+            raise ValueError(f"text {self.longer.index(True)} is longer than {self.max_length} tokens ({self.truncated} of {len(texts)} are): truncate=True reads "
+                             "their beginnings, chunk='mean' or 'max' all of them in windows, lib.model.extend lengthens the model")
+        owner = [i for i, windows in enumerate(ids) for _ in windows]
+        vectors = self.embed([window for windows in ids for window in windows], batch_size, show_progress)
+        if len(vectors) > len(texts):
+            owner, together = np.array(owner), np.add if self.chunk == "mean" else np.maximum
+            vectors = together.reduceat(vectors, np.searchsorted(owner, np.arange(len(texts))))
+            if self.chunk == "mean":
+                vectors /= np.bincount(owner)[:, None].astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise ValueError(f"the embedding of text {bad[0]} is not finite ({len(bad)} such): the model's weights are damaged, or too large for 16 bits")
+        return F.normalize(torch.from_numpy(vectors), dim=-1).numpy() if normalize else vectors
+
+    @torch.no_grad()
+    def embed(self, ids: list[list[int]], batch_size: int, show_progress: bool) -> np.ndarray:
+        """The pooled outputs of rows of ids, float32, (n, D)."""
+        config = self.model.config
+        vectors = np.zeros((len(ids), config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         device = next(self.model.parameters()).device
-        progress = bar(total=len(texts), desc="encode", show=show_progress)
+        progress = bar(total=len(ids), desc="encode", show=show_progress)
         while order:
-            longest = len(ids[order[0]])
+            longest = config.max_position_embeddings if config.pad_to_max_length else len(ids[order[0]])
             size = max(1, min(batch_size, BATCH_TOKENS // longest))
             batch, order = order[:size], order[size:]
             input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)
-            pooled = self.model(input_ids.to(device), mask.to(device)).pooler_output.float()
-            vectors[batch] = (F.normalize(pooled, dim=-1) if normalize else pooled).cpu().numpy()
+            vectors[batch] = self.model(input_ids.to(device), mask.to(device)).pooler_output.float().cpu().numpy()
             progress.update(len(batch))
         progress.close()
         return vectors
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids, [CLS] … [SEP], cut to `max_length`; sets `longer`."""
-        ids, self.longer = tokenize(texts, self.tokenizer, self.max_length)
-        return ids
+    def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
+        """The windows of each text (one, unless `chunk`), [CLS] … [SEP] in each; sets `longer`."""
+        if not self.chunk:
+            ids, self.longer = tokenize(texts, self.tokenizer, self.max_length)
+            return [[row] for row in ids]
+        ids, _ = tokenize(texts, self.tokenizer, None)
+        self.longer, step = [len(row) > self.max_length for row in ids], self.max_length - 2
+        return [[row[:1] + row[start : min(start + step, len(row) - 1)] + row[-1:] for start in range(1, max(2, len(row) - 1), step)] for row in ids]
 
 
-def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """Ids of each text's first `max_length` tokens, specials included, and whether anything was left out.
+def tokenize(texts: list[str], tokenizer, max_length: int | None) -> tuple[list[list[int]], list[bool]]:
+    """Ids of each text's first `max_length` tokens (None: of all), specials included, and whether anything was left out.
 
     Only as many characters are tokenised as can matter: a million words cost
     no more than the first few thousand.
@@ -100,30 +128,40 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
     texts = [encodable(text) for text in texts]
     ids: list = [None] * len(texts)
     cut = [False] * len(texts)
-    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
+    most = max_length or 4 * max(map(len, texts), default=0) + 2           # a Korean syllable may be taken apart into three
+    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * most
     while pending:
         again = []
         for start in range(0, len(pending), 512):
             some = pending[start : start + 512]
             parts = [beginning(texts[i], characters) for i in some]
             # One token more than fits tells a full text from a truncated one.
-            encoded = tokenizer(parts, truncation=True, max_length=max_length + 1, padding=False,
+            encoded = tokenizer(parts, truncation=True, max_length=most + 1, padding=False,
                                 return_attention_mask=False, return_token_type_ids=False)["input_ids"]
             for i, part, found in zip(some, parts, encoded):
-                if len(found) <= max_length and len(part) < len(texts[i]):
+                if len(found) <= most and len(part) < len(texts[i]):
                     again.append(i)
                     continue
-                cut[i] = len(found) > max_length
-                ids[i] = found[: max_length - 1] + [found[-1]] if cut[i] and max_length > 1 else found[:max_length]
+                cut[i] = len(found) > most
+                ids[i] = found[: most - 1] + [found[-1]] if cut[i] and most > 1 else found[:most]
         pending, characters = again, characters * 4
     return ids, cut
 
 
+# What BERT reads as a token of its own wherever it stands, so a text may be cut after it: CJK characters, ASCII punctuation.
+ALONE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff!-/:-@\\[-`{-~]")
+REACH = 4096                    # characters before a cut in which a place for it is looked for
+
+
 def beginning(text: str, characters: int) -> str:
-    """About the first `characters` of a text: cut at white space, so that no word is read in half; without any, all of it."""
+    """About the first `characters` of a text, cut where no word is read in half; where there is no such place, all of it."""
     if len(text) <= characters:
         return text
     end = max(text.rfind(space, 0, characters + 1) for space in " \n\t")
+    if end < max(1, characters - REACH):                                   # languages without spaces
+        first = max(0, characters - REACH)
+        for match in ALONE.finditer(text, first, characters):
+            end = max(end, match.end())
     return text if end < 0 else text[:end]
 
 
@@ -343,9 +381,7 @@ def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> N
             if not np.isfinite(score):
                 raise ValueError(f"query {qid}: the score of {pid} is {score}")
             lines.append(f"{quote(qid)} Q0 {quote(pid)} {rank} {score!s} {tag}\n")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(lines))
+    files.write(path, "".join(lines))
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
@@ -379,22 +415,3 @@ def quote(name: str) -> str:
 
 def unquote(name: str) -> str:
     return json.loads(name) if name.startswith('"') else name
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """The whole text under its name, or nothing."""
-    draft = None
-    try:
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException as error:
-        if draft is not None and os.path.exists(draft):
-            os.unlink(draft)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot be written, what was there is as it was: {error.strerror}", str(path)) from None
-        raise

@@ -21,11 +21,20 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrai
 
 from lib import checkpoint
 from lib.checkpoint import CheckpointError
+from lib.files import sha256
 from lib.model import M2BertForMaskedLM, M2BertForRetrieval, extend
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("tiny_base", "tiny_len96", "tiny_training_additions", "tiny_no_residual_conv", "tiny_causal")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where converted files are kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,11 +83,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def rewrite(folder: Path, change) -> None:
     """The folder's weights changed, and the checksum with them: what only a look at the tensors can tell."""
     path = folder / "model.safetensors"
-    before, state = checkpoint.sha256(path), load_file(path)
+    before, state = sha256(path), load_file(path)
     change(state)
     save_file(state, path)
     record = folder / "training.json"
-    record.write_text(record.read_text().replace(before, checkpoint.sha256(path)))
+    record.write_text(record.read_text().replace(before, sha256(path)))
 
 
 # ------------------------------------------------------------------ save and load
@@ -126,7 +135,7 @@ def test_a_retriever_is_no_masked_lm(folder):
 def test_the_record_says_how_the_model_came_about(folder):
     record = json.loads((folder / "training.json").read_text())
     assert record["row"] == "opl" and record["architecture"] == "M2BertForRetrieval"
-    assert checkpoint.sha256(folder / "model.safetensors") in json.dumps(record)
+    assert sha256(folder / "model.safetensors") in json.dumps(record)
 
 
 def test_saving_twice_gives_the_same_bytes_and_no_place(folder, tiny, tokenizer):
@@ -138,7 +147,7 @@ def test_saving_twice_gives_the_same_bytes_and_no_place(folder, tiny, tokenizer)
 
 
 def test_who_may_read_the_config_may_read_the_weights(folder):
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1
 
 
 def test_a_new_model_replaces_the_old_folder_whole(folder, tiny, tokenizer):
@@ -422,6 +431,101 @@ def test_published_weights_give_the_reference_outputs(golden, tmp_path, variant)
     out = model(arrays["input/input_ids"], arrays["input/attention_mask"])
     close(out.last_hidden_state, arrays["output/hidden/1"])
     close(out.pooler_output, arrays["output/pooled"])
+
+
+def test_published_weights_pad_every_text_to_the_models_length(golden, tmp_path):
+    torch.save(published(golden), tmp_path / "pytorch_model.bin")
+    arrays = golden("tiny_base")
+    ids, mask = arrays["short/input/input_ids"], arrays["short/input/attention_mask"]
+    model = checkpoint.load_published(tmp_path)
+    close(model(ids, mask).pooler_output, arrays["short_padded_to_full/output/pooled"])
+    checkpoint.save(model, None, tmp_path / "ours")
+    for again in (checkpoint.load(tmp_path / "ours")[0], AutoModel.from_pretrained(tmp_path / "ours", trust_remote_code=False)):
+        close(again(ids, mask).pooler_output, arrays["short_padded_to_full/output/pooled"])
+    model.config.pad_to_max_length = False
+    close(model(ids, mask).pooler_output, arrays["short/output/pooled"])
+
+
+def test_a_torch_file_is_converted_once(golden, tmp_path, cache, monkeypatch):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(published(golden), path)
+    first = checkpoint.load_published(path)
+    kept = cache / "loco-workbench" / checkpoint.CONVERSION / sha256(path)
+    assert (kept / "model.safetensors").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", None)
+        same(checkpoint.load_published(path), first)
+        same(checkpoint.load_published(path, 32), checkpoint.cut(first, 32))
+        torch_file = path.read_bytes()
+        path.write_bytes(torch_file[:-1] + b"x")                           # another file of that name is not the converted one
+        with pytest.raises(CheckpointError):
+            checkpoint.load_published(path)
+        path.write_bytes(torch_file)
+    (kept / "model.safetensors").write_bytes(b"damaged")
+    same(checkpoint.load_published(path), first)
+    same(checkpoint.load(kept)[0], first)                                  # and mended
+    state = published(golden)
+    save_file(state, tmp_path / "model.safetensors")
+    same(checkpoint.load_published(tmp_path / "model.safetensors"), first)
+    assert len(list(kept.parent.iterdir())) == 1                           # safetensors needs no conversion
+
+
+def test_without_room_for_the_converted_file_the_model_loads_all_the_same(golden, tmp_path, cache, monkeypatch):
+    torch.save(published(golden), tmp_path / "model.bin")
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, OSError(errno.ENOSPC, "No space left on device")))
+    model = checkpoint.load_published(tmp_path / "model.bin")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    same(checkpoint.load_published(tmp_path / "model.bin"), model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["again.bin", "again.pt", "again.safetensors"])
+def test_what_save_published_writes_is_the_authors_file(golden, tmp_path, variant, name):
+    original = published(golden, variant)
+    torch.save(original, tmp_path / "pytorch_model.bin")
+    model = checkpoint.load_published(tmp_path)
+    checkpoint.save_published(model, tmp_path / name)
+    written = checkpoint.read_weights(tmp_path / name)
+    assert written.keys() == original.keys()
+    for key, tensor in original.items():
+        assert written[key].shape == tensor.shape and written[key].dtype == tensor.dtype, key
+        torch.testing.assert_close(written[key], tensor, rtol=0, atol=1e-6 if key.endswith((".t", ".deltas")) else 0, msg=key)
+    same(checkpoint.load_published(tmp_path / name), model)
+    short = checkpoint.cut(model, 40)                                      # the time unit survives, although no shape says it
+    checkpoint.save_published(short, tmp_path / name)
+    again = checkpoint.load_published(tmp_path / name)
+    same(again, short)
+    assert again.config.filter_length == short.config.filter_length == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", ["again.pt", "again.safetensors"])
+def test_a_masked_lm_goes_back_to_composers_format(golden, tmp_path, name):
+    original = published(golden, drop=HEAD_ONLY, prefix="model.")
+    torch.save({"state": {"model": original}}, tmp_path / "ep1.pt")
+    model = checkpoint.load_published(tmp_path / "ep1.pt")
+    checkpoint.save_published(model, tmp_path / name)
+    written = checkpoint.read_weights(tmp_path / name)
+    assert (written["state"]["model"] if name.endswith(".pt") else written).keys() == original.keys()
+    same(checkpoint.load_published(tmp_path / name), model)
+
+
+def test_what_the_authors_code_would_not_compute_is_not_written(tiny, tmp_path):
+    for changes in (dict(mask_padding=True, pooling="cls"), dict(mask_padding=False, pooling="mean")):
+        refused(lambda: checkpoint.save_published(tiny(**changes), tmp_path / "model.bin"), "another embedding", "set model.config.")
+    refused(lambda: checkpoint.save_published(tiny(mask_padding=False, pooling="cls"), tmp_path / "model.h5"), "model.h5", ".safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "change"), [
+    ("bert.embeddings.position_ids", lambda tensor: tensor + 1), ("bert.encoder.layer.1.attention.filter_fn.pos_emb.t", lambda tensor: tensor**2),
+    ("bert.encoder.layer.0.attention.filter_fn2.modulation.deltas", lambda tensor: tensor * 1.001), ("bert.encoder.layer.0.attention.filter_fn2.modulation.deltas", lambda tensor: tensor[..., 1:]),
+    ("bert.encoder.layer.7.attention.filter_fn.pos_emb.t", None), ("bert.encoder.layer.0.attention.filter_fn.pos_emb.t", lambda tensor: tensor * torch.nan)])
+def test_a_constant_that_this_model_does_not_compute_is_refused_by_name(golden, tmp_path, key, change):
+    state = published(golden)
+    state[key] = change(state[key]) if change else torch.linspace(0, 1, 64)[None, :, None]
+    torch.save(state, tmp_path / "model.bin")
+    ours = key.replace("bert.encoder.layer.", "model.layers.").replace("attention.filter_fn2", "mixer.residual_filter").replace("attention.filter_fn", "mixer.gated_filter").replace("bert.", "model.")
+    refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), "model.bin", ours)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import lib.model
 from lib import checkpoint
 from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, M2BertModel, extend
 
@@ -20,12 +21,12 @@ def arrays(name):
 
 
 def state(golden):
-    return checkpoint.from_authors({key.removeprefix("param/"): value for key, value in golden.items() if key.startswith("param/")})
+    return checkpoint.from_authors({key.removeprefix("param/"): value for key, value in golden.items() if key.startswith("param/")})[0]
 
 
 def build(golden, architecture, **changes):
     tensors = state(golden)
-    model = architecture(checkpoint.infer_config(tensors, **changes))
+    model = architecture(checkpoint.infer_config(tensors, **({"pad_to_max_length": False} | changes)))
     head = ("decoder.", "dense.", "layernorm.")
     keep = (lambda name: not name.startswith(head)) if architecture is M2BertForRetrieval else (lambda name: "pooler" not in name)
     checkpoint.load_strictly(model, {name: tensor for name, tensor in tensors.items() if keep(name)}, "golden")
@@ -85,7 +86,7 @@ def test_gradients_reproduce_the_reference():
     golden = arrays("tiny_base")
     model = build(golden, M2BertForMaskedLM)
     model(golden["input/input_ids"], golden["input/attention_mask"], labels=golden["input/mlm_labels"]).loss.backward()
-    expected = checkpoint.from_authors({key.removeprefix("grad_mlm_loss/"): value for key, value in golden.items() if key.startswith("grad_mlm_loss/")})
+    expected = checkpoint.from_authors({key.removeprefix("grad_mlm_loss/"): value for key, value in golden.items() if key.startswith("grad_mlm_loss/")})[0]
     expected.pop("decoder.weight", None)
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert set(expected) - set(ours) == set()
@@ -114,6 +115,37 @@ def test_a_fresh_filter_holds_the_reference_constants():
     close(module.decay(64), decay, 1e-6)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@torch.no_grad()
+def test_bfloat16_stays_near_the_reference(variant, how):
+    """Hidden states have a standard deviation of 1; 8 bits of mantissa, two layers."""
+    golden = arrays(variant)
+    model = build(golden, M2BertForRetrieval)
+    if how == "weights":
+        model = model.bfloat16()
+        assert {parameter.dtype for name, parameter in model.named_parameters() if "_filter." in name and "short" not in name} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        out = model(golden["input/input_ids"], golden["input/attention_mask"])
+    close(out.last_hidden_state.float(), golden["output/hidden/1"], 0.1)
+    close(out.pooler_output.float(), golden["output/pooled"], 0.05)
+    assert torch.cosine_similarity(out.pooler_output.float(), golden["output/pooled"]).min() > 0.9995
+
+
+@torch.no_grad()
+def test_16_bit_weights_keep_the_kernels_of_a_long_model(tmp_path):
+    """bfloat16 has 256 places for 4096 positions: kernels of rounded inputs would be steps."""
+    model = tiny(max_position_embeddings=4096)
+    kernel = model.model.layers[0].mixer.gated_filter(4096)[0]
+    model.save_pretrained(tmp_path)
+    loaded = M2BertForRetrieval.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half in (loaded, model.to(torch.bfloat16), model.half()):
+        assert half.model.layers[0].mixer.in_linear.weight.dtype in (torch.bfloat16, torch.float16)
+        assert torch.equal(half.model.layers[0].mixer.gated_filter(4096)[0], kernel)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(half.model.layers[0].mixer.gated_filter(4096)[0], kernel)
+
+
 def tiny(**changes):
     torch.manual_seed(0)
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, intermediate_size=32, max_position_embeddings=64, filter_order=8, pooling="mean")
@@ -138,12 +170,79 @@ def test_padding_never_changes_an_embedding(pooling, length, padding, seed):
     close(model(batch, mask).pooler_output[:1], alone, 1e-5)
 
 
+@torch.no_grad()
+def test_neither_batch_nor_order_nor_padding_change_a_ranking():
+    model, generator = tiny(), torch.Generator().manual_seed(1)
+    texts = [torch.randint(1, 50, (length,), generator=generator) for length in torch.randint(1, 49, (64,), generator=generator).tolist()]
+
+    def embed(size, order, padding):
+        out = torch.empty(64, 16)
+        for start in range(0, 64, size):
+            some = order[start : start + size]
+            width = max(len(texts[i]) for i in some) + padding
+            ids = torch.stack([torch.nn.functional.pad(texts[i], (0, width - len(texts[i]))) for i in some])
+            mask = torch.stack([(torch.arange(width) < len(texts[i])).long() for i in some])
+            out[some] = model(ids, mask).pooler_output
+        return out
+
+    alone = embed(1, list(range(64)), 0)
+    scores = torch.nn.functional.normalize(alone[:5]) @ torch.nn.functional.normalize(alone).T
+    assert scores.topk(11).values.diff().abs().min() > 2e-5                # no tie that rounding could turn
+    for size in (1, 7, 64):
+        for order in (list(range(64)), list(range(63, -1, -1)), torch.randperm(64, generator=generator).tolist()):
+            for padding in (0, 5, 15):
+                vectors = embed(size, order, padding)
+                close(vectors, alone, 1e-5)
+                again = torch.nn.functional.normalize(vectors[:5]) @ torch.nn.functional.normalize(vectors).T
+                assert torch.equal(again.topk(10).indices, scores.topk(10).indices)
+
+
 def test_without_mask_padding_the_padding_leaks_as_in_the_published_models():
     model = tiny(mask_padding=False)
     ids = torch.randint(1, 50, (1, 20))
     padded = torch.nn.functional.pad(ids, (0, 20))
     mask = (torch.arange(40) < 20).long()[None]
     assert (model(padded, mask).pooler_output - model(ids).pooler_output).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_published_model_pads_itself_to_its_length():
+    golden = arrays("tiny_base")
+    ids, mask = golden["short/input/input_ids"], golden["short/input/attention_mask"]
+    model = build(golden, M2BertForRetrieval, pad_to_max_length=True)
+    out = model(ids, mask, output_hidden_states=True)
+    close(out.pooler_output, golden["short_padded_to_full/output/pooled"])
+    padded = torch.nn.functional.pad(ids, (0, 40))
+    whole = build(golden, M2BertForRetrieval)(padded, output_hidden_states=True)
+    for ours, theirs in zip((out.last_hidden_state, *out.hidden_states), (whole.last_hidden_state, *whole.hidden_states)):
+        assert torch.equal(ours, theirs[:, :24])
+    for other in (model(ids), model(ids, token_type_ids=torch.zeros_like(ids)), model(padded[:, :50], torch.nn.functional.pad(mask, (0, 26)))):
+        close(other.pooler_output, out.pooler_output, 1e-6)
+    model.config.pooling = "mean"                                          # over the real tokens of the padded text
+    close(model(ids, mask).pooler_output, torch.tanh(model.model.pooler((whole.last_hidden_state[:, :24] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), length=st.integers(1, 257), width=st.integers(1, 9), batch=st.integers(1, 4), masked=st.booleans(), tile=st.sampled_from([1, 500, 5000, 2**23]),
+       residual=st.booleans(), bidirectional=st.booleans(), normed=st.booleans())
+def test_the_mixer_equals_its_definition(data, length, width, batch, masked, tile, residual, bidirectional, normed):
+    torch.manual_seed(length)
+    config = M2BertConfig(vocab_size=5, hidden_size=4 * width, num_hidden_layers=1, intermediate_size=4 * width, max_position_embeddings=length + 3, filter_order=4,
+                          residual_long_conv=residual, bidirectional=bidirectional, mixer_layer_norm=normed)
+    layer = M2BertModel(config).layers[0]
+    u = torch.randn(batch, length, 4 * width)
+    mask = None
+    if masked:                                                             # padding on the right, or holes anywhere
+        real = torch.tensor(data.draw(st.lists(st.integers(1, length), min_size=batch, max_size=batch)))
+        mask = (torch.arange(length) < real[:, None])[:, None].float()
+        if data.draw(st.booleans()):
+            mask = mask * (torch.rand_like(mask) < 0.8)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib.model, "TILE", tile)
+        expected = layer.mixer.direct(u, mask)
+        close(layer.mixer(u, mask), expected, 2e-5 * max(1, float(expected.abs().max())))
+        streamed = layer(u, mask)
+    close(layer(u, mask), streamed, 2e-5)                                  # with gradients: all channels and tokens at once
 
 
 # Exact sizes: spec of the published family, V = 30528.
@@ -156,6 +255,23 @@ def test_parameter_counts_are_the_published_ones(width, length, encoder, with_he
     with torch.device("meta"):
         assert sum(p.numel() for p in M2BertForRetrieval(config).parameters()) == encoder
         assert sum(p.numel() for p in M2BertForMaskedLM(config).parameters()) == with_head
+
+
+@pytest.mark.parametrize("length", [128, 2048, 8192, 32768])
+@pytest.mark.parametrize("D", [768, 960, 1536, 1792])
+def test_parameter_counts_follow_their_arithmetic(D, length):
+    V, I, E, O, K = 30_528, 4 * D, 5, 128, 4
+    embeddings = V * D + length * D + 2 * D + 2 * D
+    mlp_of_filter = E * O + O + 2 * (O * O + O) + O * D
+    long_filter = length * E + O + D + 2 * mlp_of_filter                   # inputs, one frequency vector, gain, two directions
+    mixer = 3 * D * D + 3 * D + 3 * 3 * D + 3 * D + 2 * long_filter + D * D + D
+    layer = mixer + 2 * I * D // K + I * D // K + D + 2 * D
+    with torch.device("meta"):
+        model = M2BertForRetrieval(M2BertConfig(hidden_size=D, intermediate_size=I, max_position_embeddings=length))
+        head = M2BertForMaskedLM(model.config)
+    assert sum(p.numel() for p in model.parameters()) == embeddings + 12 * layer + D * D + D
+    assert sum(p.numel() for p in head.parameters()) == embeddings + 12 * layer + D * D + D + 2 * D + V
+    assert sum(name.endswith(".freq") for name, _ in model.named_parameters()) == 24          # not 6 a filter
 
 
 @torch.no_grad()
@@ -174,6 +290,44 @@ def test_identity_initialisation_starts_at_the_embeddings():
 def test_too_long_a_text_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="65 tokens exceed max_length=64.*extend"):
         tiny()(torch.ones(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="no token to read"):
+        tiny()(torch.ones(1, 0, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_outputs_are_hugging_faces():
+    ids, labels = torch.randint(1, 50, (2, 30)), torch.full((2, 30), -100)
+    labels[0, 3] = 7
+    model = tiny()
+    out = model(ids)
+    assert out.hidden_states is None and out.last_hidden_state.shape == (2, 30, 16) and out.pooler_output.shape == (2, 16)
+    for whole in (model(ids, output_hidden_states=True), model.model(ids, output_hidden_states=True)):
+        assert len(whole.hidden_states) == 3 and torch.equal(whole.hidden_states[-1], out.last_hidden_state)
+    last, pooled = model(ids, return_dict=False)
+    assert torch.equal(last, out.last_hidden_state) and torch.equal(pooled, out.pooler_output)
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+    model.config.return_dict, model.config.output_hidden_states = True, True
+    assert len(model(ids).hidden_states) == 3
+    head = M2BertForMaskedLM(model.config).eval()
+    loss, logits, states = head(ids, labels=labels, return_dict=False)
+    assert loss.ndim == 0 and logits.shape == (1, 50) and len(states) == 3
+
+
+@torch.no_grad()
+def test_a_text_far_beyond_the_training_length_needs_memory_for_a_group_of_channels(monkeypatch):
+    """The peak of torch's own allocations, in multiples of one (L, D) buffer, with groups and without."""
+    model = extend(tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=128), 2**15, filters="extrapolate")
+    ids, buffer, peaks, pooled = torch.randint(1, 50, (1, 2**15)), 4 * 2**15 * 32, {}, {}
+    for tile in (2**18, 2**40):
+        monkeypatch.setattr(lib.model, "TILE", tile)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            pooled[tile] = model(ids).pooler_output
+        steps = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = np.cumsum([event.nbytes() for event in sorted(steps, key=lambda event: event.start_ns())])
+        peaks[tile] = held.max() / buffer
+    close(pooled[2**18], pooled[2**40], 1e-5)
+    assert peaks[2**18] < 7 < 14 < peaks[2**40], peaks
 
 
 @torch.no_grad()

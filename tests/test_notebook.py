@@ -1,6 +1,5 @@
 """Notebooks run to the same bytes, fail in one line, and leave no process behind."""
 import ast
-import errno
 import json
 import os
 import re
@@ -257,17 +256,6 @@ def test_parameters_take_the_type_of_their_default():
 
 
 # ------------------------------------------------------------------ parts
-
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "a.ipynb").write_text("old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
-        notebook.write(tmp_path / "a.ipynb", "new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.ipynb", "old")]
-
 
 def test_text_loses_what_belongs_to_one_run(house):
     assert notebook.scrub_text(f"<object at 0x7f12ab34cd56> in {house}/data, {Path.home()}/x and {house}") == "<object at 0x…> in ./data, ~/x and ."

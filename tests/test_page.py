@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from ruamel.yaml import YAML
 
-from lib import page, params, report
+from lib import files, page, params, report
 from lib.params import ParamsError
 
 ROOT = Path(__file__).parents[1]
@@ -82,13 +82,13 @@ def results(house):
     save(data / "executed" / "finetune-opl.ipynb", "05 · How does an encoder become a retriever?", new_markdown_cell("Back to [04](04_losses.ipynb), on to [99](99_nothing.ipynb)."))
     place = report.source("smoke")
     for name in ("length_ladder", "training", "lesson_losses"):
-        report.write(place / "figures" / f"{name}.svg", DRAWING)
+        files.write(place / "figures" / f"{name}.svg", DRAWING)
     report.save_table(pd.DataFrame({"claim": ["a|b <script>alert(9)</script>"], "ours": ["+2.0 [-1.1, +5.2]"], "n": [12_000], "verdict": ["reproduces"]}), "paper_map", data, "smoke", "Claims.")
     report.save_table(pd.DataFrame(), "ablation_loss", data, "smoke", "Nothing yet.")
-    report.write(place / "tables" / "extra.csv", "x,y\n1,0.5\n")
+    files.write(place / "tables" / "extra.csv", "x,y\n1,0.5\n")
     report.metric({"scores": {}}, "evaluate", "opl", data, "smoke")
     for stage, seconds in (("finetune-opl", 1234.5), ("lesson-losses", 617.25)):
-        report.write(place / "timings" / "stages" / f"{stage}.json", json.dumps({"stage": stage, "seconds": seconds, "peak_gib": 3.25}))
+        files.write(place / "timings" / "stages" / f"{stage}.json", json.dumps({"stage": stage, "seconds": seconds, "peak_gib": 3.25}))
     save(place / "timings" / "efficiency.ipynb", "10 · Faster?", new_markdown_cell("See [05](05_finetune.ipynb)."))
     return data
 
@@ -206,7 +206,7 @@ def test_measured_times_have_a_page_of_their_own(results):
 
 def test_the_same_results_give_the_same_bytes_whatever_the_time(results):
     before = built()
-    report.write(report.source("smoke") / "timings" / "stages" / "finetune-opl.json", json.dumps({"stage": "finetune-opl", "seconds": 7.0, "peak_gib": 1.0}))
+    files.write(report.source("smoke") / "timings" / "stages" / "finetune-opl.json", json.dumps({"stage": "finetune-opl", "seconds": 7.0, "peak_gib": 1.0}))
     after = built()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"timings/index.html"}

@@ -129,6 +129,12 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
     (("retrievers.reads_128.pretrained", "prototype_32k"), ("wait for each other", "reads_128")),
     (("lengths.laptop", {128: 128}), ("lengths.laptop", "2048")),
     (("profile", "labtop"), ("profile", "did you mean 'laptop'")),
+    (("published.theirs", {}), ("published.theirs", "'checkpoint' is missing")),
+    (("published.theirs", {"checkpoint": "a/b", "length": 128}), ("published.theirs", "length", "did you mean 'max_length'")),
+    (("published.theirs", {"checkpoint": "a/b", "max_length": "2k"}), ("published.theirs.max_length", "whole number")),
+    (("published.theirs", {"checkpoint": 7}), ("published.theirs.checkpoint", "wants text")),
+    (("published.opl", {"checkpoint": "a/b"}), ("published.opl", "the only one")),
+    (("published.theirs", {"checkpoint": "a/b"}), ("evaluated", "retrievers and published")),
     (("rows.smoke.retrievers", ["reads_129"]), ("rows.smoke.retrievers", "reads_129", "did you mean")),
     (("rows.smok", {}), ("smok", "did you mean 'smoke'")),
     (("rows.smoke.ablations", ["mixture"]), ("rows.smoke", "mixture", "leave it out")),
@@ -194,3 +200,28 @@ def test_a_wrong_question_is_refused_by_name(edit, call, parts):
 def test_reading_the_design_costs_no_torch():
     code = "import sys; from lib import params; params.load(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_published_row_is_evaluated_and_compared_like_any_other(house_of):
+    """Added to the committed file as its comment says."""
+    house_of({"published: &published {}": "published: &published\n  theirs: {checkpoint: hazyresearch/x, max_length: 2048}", "rows: [mnrl_2, opl,": "rows: [mnrl_2, theirs, opl,"})
+    assert params.rows("laptop", "published") == {"theirs": {"checkpoint": "hazyresearch/x", "max_length": 2048}}
+    assert [*params.rows("laptop", "evaluated")] == [*params.rows("laptop", "retrievers"), "theirs"]
+    assert "theirs" not in params.rows("smoke", "evaluated")               # half a GB is no smoke test
+    assert "theirs" in params.rows("laptop", "ablations")["loss"]["rows"]
+    with pytest.raises(ParamsError, match="unknown row 'theirs'"):
+        params.paper_length("theirs")
+
+
+@pytest.fixture
+def house_of(tmp_path, monkeypatch):
+    """house_of({old: new}): a folder with the committed params.yaml, each old replaced, and the working directory in it."""
+    def build(changes):
+        text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        for old, new in changes.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+        monkeypatch.chdir(tmp_path)
+    return build

@@ -18,12 +18,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from ruamel.yaml import YAML
 
-from lib import notebook, params
+from lib import files, notebook, params
 
 ROOT = Path(__file__).parents[1]
 DESIGN = params.load(ROOT / "params.yaml")
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-ORDER = ["strip", "data", "pretrain", "continue", "distill", "finetune", "evaluate", "yardstick", "ablation", "efficiency", "lesson", "figures", "report"]
+ORDER = ["strip", "data", "pretrain", "continue", "distill", "finetune", "published", "evaluate", "yardstick", "ablation", "efficiency", "lesson", "figures", "report"]
 
 
 def body(stage: str) -> dict:
@@ -197,7 +197,7 @@ stages:
         for file in ("params.yaml", ".dvc/config", ".dvcignore"):
             shutil.copy2(ROOT / file, house / file)
         (house / "dvc.yaml").write_text(stages)
-        notebook.write(house / "notebooks" / "00_a.ipynb", notebook.dumps(notebook.plain(notebook.bare(nbformat.from_dict(notebook.identified(dict(page)))))))
+        files.write(house / "notebooks" / "00_a.ipynb", notebook.dumps(notebook.plain(notebook.bare(nbformat.from_dict(notebook.identified(dict(page)))))))
         runs.append((house, subprocess.Popen([sys.executable, "-m", "lib.profile", "repro"], cwd=house, umask=mask, text=True,
                                              env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
     for house, process in runs:

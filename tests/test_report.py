@@ -112,18 +112,6 @@ def test_a_table_of_nothing_and_a_name_twice_are_tables_too():
     assert report.markdown(twice, "c") == "c\n\n| x | x |\n|--:|--:|\n| 1 | 0.5 |\n"
 
 
-def test_what_is_written_is_whole_or_as_before(house, monkeypatch):
-    path = written("tables/a.md")
-    report.write(path, "before")
-
-    def full(*_):
-        raise OSError(28, "No space left on device", str(path))
-    monkeypatch.setattr(report.os, "replace", full)
-    with pytest.raises(OSError):
-        report.write(path, "after")
-    assert path.read_text() == "before" and [other.name for other in path.parent.iterdir()] == ["a.md"]
-
-
 # ------------------------------------------------------------------ metrics
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, np.float32("nan")])

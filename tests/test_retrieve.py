@@ -1,11 +1,12 @@
 """Search: vectors that depend on their text alone, one order among equals, files that survive."""
 import builtins
-import errno
 import json
 import math
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from lib import metrics, retrieve
+from lib import checkpoint, metrics, retrieve
 
+ROOT = Path(__file__).parents[1]
 WORDS = "red green blue fox hen owl runs sleeps the by night day unbelievable foxes".split()
 
 
@@ -27,7 +29,7 @@ def texts_of(lengths, seed=0):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_vector_depends_on_its_text_alone(tiny, tokenizer, pooling):
-    encoder = retrieve.Encoder(tiny(pooling=pooling), tokenizer)
+    encoder = retrieve.Encoder(tiny(pooling=pooling), tokenizer, truncate=True)
     texts = texts_of([3, 40, 1, 12, 7, 29, 0, 18, 5, 5, 31])
     together = encoder.encode(texts, show_progress=False)
     assert together.dtype == np.float32 and together.shape == (11, 16)
@@ -52,7 +54,7 @@ def test_a_batch_never_exceeds_its_budget_of_tokens(tiny, tokenizer, monkeypatch
     model, shapes = tiny(), []
     monkeypatch.setattr(retrieve, "BATCH_TOKENS", 40)
     model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    retrieve.Encoder(model, tokenizer).encode(texts_of([30, 2, 2, 2, 20, 8]), batch_size=3, show_progress=False)
+    retrieve.Encoder(model, tokenizer, truncate=True).encode(texts_of([30, 2, 2, 2, 20, 8]), batch_size=3, show_progress=False)
     assert sum(rows for rows, _ in shapes) == 6
     assert all(rows <= 3 and (rows == 1 or rows * length <= 40) for rows, length in shapes)
 
@@ -62,7 +64,7 @@ def test_no_texts_keep_the_width(tiny, tokenizer):
 
 
 def test_truncated_texts_are_counted_and_read_up_to_the_limit(tiny, tokenizer):
-    encoder = retrieve.Encoder(tiny(), tokenizer, max_length=8)
+    encoder = retrieve.Encoder(tiny(), tokenizer, max_length=8, truncate=True)
     texts = ["red " * 6, "red " * 7, "", "red " * 5000]                    # with [CLS] and [SEP]: 8, 9, 2 and 5002 tokens
     vectors = encoder.encode(texts, show_progress=False)
     assert encoder.truncated == 2 and encoder.longer == [False, True, False, True]
@@ -95,12 +97,14 @@ def test_what_is_no_text_is_named(tiny, tokenizer, odd, kind):
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(st.sampled_from("red fox\n\tun🦊.-é红\ud800"), max_size=60), gap=st.sampled_from([" ", "\n", "", "unbelievable", " unbelievable "]),
-       times=st.integers(0, 40), max_length=st.integers(3, 12))
-def test_tokenising_the_beginning_gives_the_tokens_of_the_whole(tokenizer, text, gap, times, max_length):
+@given(text=st.text(st.sampled_from("red fox\n\tun🦊.-é红\ud800"), max_size=60), gap=st.sampled_from([" ", "\n", "", "unbelievable", " unbelievable ", "红", "红e\u0301", "un-", "🦊"]),
+       times=st.integers(0, 400), max_length=st.integers(3, 12), reach=st.sampled_from([8, 40, 4096]))
+def test_tokenising_the_beginning_gives_the_tokens_of_the_whole(tokenizer, text, gap, times, max_length, reach):
     """Only so many characters are tokenised as can matter, and no word is read in half."""
     text = text + gap * times + text
-    ids, cut = retrieve.tokenize([text], tokenizer, max_length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieve, "REACH", reach)
+        ids, cut = retrieve.tokenize([text], tokenizer, max_length)
     whole = tokenizer(retrieve.encodable(text))["input_ids"]
     assert cut == [len(whole) > max_length]
     assert ids == [whole if not cut[0] else whole[: max_length - 1] + whole[-1:]]
@@ -114,11 +118,90 @@ def test_a_word_across_the_first_cut_is_read_whole(tokenizer):
     assert cut == [True]
 
 
-def test_a_million_words_cost_as_much_as_the_first_few(tokenizer):
+@pytest.mark.parametrize("text", ["red fox " * 500_000, "红狐狸" * 333_333, "fox." * 250_000], ids=["words", "CJK", "no space"])
+def test_a_million_words_cost_as_much_as_the_first_few(tokenizer, text):
     seen = []
     spy = lambda texts, **options: seen.extend(map(len, texts)) or tokenizer(texts, **options)
-    retrieve.tokenize(["red fox " * 500_000], spy, 32)
+    retrieve.tokenize([text], spy, 32)
     assert max(seen) <= 16 * 32
+
+
+ENORMOUS = {"a million words": "'red fox ' * 500_000", "a million characters of Chinese": "'红' * 1_000_000", "a million letters without a space": "'x' * 1_000_000"}
+
+
+@pytest.mark.parametrize("kind", ENORMOUS)
+def test_an_enormous_text_takes_little_memory(tiny, tokenizer, tmp_path, kind):
+    """In a process of its own: peak memory is a process's. Less than 300 MB above what the libraries and one short text take."""
+    checkpoint.save(tiny(max_position_embeddings=8192), tokenizer, tmp_path / "model")
+    code = f"""if True:
+        import resource, sys
+        from lib import checkpoint, retrieve
+        encoder = retrieve.Encoder(*checkpoint.load({str(tmp_path / 'model')!r}), truncate=True)
+        encoder.encode(["fox " * 9000], show_progress=False)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(encoder.encode([{ENORMOUS[kind]}], show_progress=False).shape)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))"""
+    shape, extra = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip().split("\n")
+    assert shape == "(1, 16)" and int(extra) < 300e6
+
+
+# ---------------------------------------------------------------- texts longer than the model
+
+def test_a_text_longer_than_the_model_needs_a_word_about_it(tiny, tokenizer):
+    encoder = retrieve.Encoder(tiny(), tokenizer)
+    assert encoder.encode(["red " * 30], show_progress=False).shape == (1, 16)           # 32 tokens with [CLS] and [SEP]
+    with pytest.raises(ValueError, match=r"text 1 is longer than 32 tokens \(2 of 4 are\): truncate=True .* chunk='mean' or 'max' .*extend"):
+        encoder.encode(["fox", "red " * 31, "owl", "hen " * 99], show_progress=False)
+    for wrong in (dict(chunk="median"), dict(chunk="mean", truncate=True)):
+        with pytest.raises(ValueError, match="chunk="):
+            retrieve.Encoder(tiny(), tokenizer, **wrong)
+
+
+@pytest.mark.parametrize("chunk", ["mean", "max"])
+def test_a_chunked_text_is_the_mean_or_largest_of_its_windows(tiny, tokenizer, chunk):
+    words = [word for word in texts_of([50])[0].split() if len(word) < 7 and word != "foxes"]      # a token each
+    pieces = [" ".join(words[:6]), " ".join(words[6:12]), " ".join(words[12:14])]        # 8 tokens with [CLS] and [SEP], 8 and 4
+    encoder = retrieve.Encoder(tiny(), tokenizer, max_length=8, chunk=chunk)
+    texts = ["", " ".join(words[:14]), "red fox", " ".join(words[:6])]
+    vectors = encoder.encode(texts, batch_size=2, normalize=False, show_progress=False)
+    assert encoder.longer == [False, True, False, False]
+    each = retrieve.Encoder(tiny(), tokenizer).encode([*pieces, "", "red fox"], normalize=False, show_progress=False)
+    expected = each[:3].mean(axis=0) if chunk == "mean" else each[:3].max(axis=0)
+    np.testing.assert_allclose(vectors, [each[3], expected, each[4], each[0]], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode(texts, show_progress=False), axis=1), 1, atol=1e-6)
+    assert encoder.encode([], show_progress=False).shape == (0, 16)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("red fox\n\tun🦊.-é红한\ud800"), max_size=200), max_length=st.integers(3, 20))
+def test_the_windows_of_a_text_hold_all_of_its_tokens_once(tiny, tokenizer, text, max_length):
+    windows = retrieve.Encoder(tiny(), tokenizer, max_length, chunk="mean").tokenize([text])[0]
+    whole = tokenizer(retrieve.encodable(text))["input_ids"]
+    assert [token for window in windows for token in window[1:-1]] == whole[1:-1]
+    assert all(len(window) <= max_length and (window[0], window[-1]) == (whole[0], whole[-1]) for window in windows)
+
+
+def test_a_published_model_gets_batches_of_the_length_it_pads_to(tiny, tokenizer, monkeypatch):
+    model, shapes = tiny(mask_padding=False, pad_to_max_length=True, pooling="cls"), []
+    monkeypatch.setattr(retrieve, "BATCH_TOKENS", 100)
+    hook = model.register_forward_pre_hook(lambda module, inputs: shapes.append(len(inputs[0])))
+    texts = texts_of([3, 1, 9, 14, 4, 2, 2])
+    vectors = retrieve.Encoder(model, tokenizer).encode(texts, show_progress=False)
+    hook.remove()
+    assert shapes == [3, 3, 1]                                             # 32 tokens each
+    padded = tokenizer(texts, padding="max_length", max_length=32, return_tensors="pt", return_token_type_ids=False)
+    model.config.pad_to_max_length = False
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**padded).pooler_output)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_an_embedding_that_is_not_finite_is_refused_by_index(tiny, tokenizer):
+    model = tiny()
+    with torch.no_grad():
+        model.model.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("owl")] = torch.nan
+    with pytest.raises(ValueError, match="text 1 is not finite .1 such."):
+        retrieve.Encoder(model, tokenizer).encode(["fox", "owl", "hen"], show_progress=False)
 
 
 # ---------------------------------------------------------------- search
@@ -270,7 +353,7 @@ def task(name="toy", **changes):
 
 
 def test_rank_embeds_shared_texts_once_and_counts_the_truncated_of_each_task(tiny, tokenizer):
-    encoder = retrieve.Encoder(tiny(), tokenizer)
+    encoder = retrieve.Encoder(tiny(), tokenizer, truncate=True)
     seen = []
     encode = encoder.encode
     encoder.encode = lambda texts, *arguments, **options: seen.append(len(texts)) or encode(texts, *arguments, **options)
@@ -424,33 +507,6 @@ def test_what_trec_eval_could_not_read_is_not_written(tmp_path):
         with pytest.raises(ValueError), np.errstate(over="ignore"):
             retrieve.write_run(run, tmp_path / "run", **options)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
-    path = tmp_path / "run.trec"
-    retrieve.write_run({"q": {"a": 1.0}}, path)
-    before = path.read_bytes()
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left.*run.trec"):
-        retrieve.write_run({"q": {"b": 2.0}}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "run.trec"
-    retrieve.write_run({"q": {"a": 1.0}}, path)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        retrieve.write_run({"q": {"b": 2.0}}, path)
-    assert list(retrieve.read_run(path)["q"]) == ["a"] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

@@ -1,0 +1,89 @@
+"""Files and folders that are whole, or are what they were before.
+
+    write(path, text)        the whole text under its name
+    replacing_file(path)     a draft for any writer, then put in the file's place
+    replacing(folder)        a draft to fill, then put in the folder's place
+    sha256(path)             what later tells a damaged file from a good one
+"""
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write(path: str | Path, text: str) -> None:
+    """The whole text under that name (UTF-8, lines end in \\n), or what was there before.
+
+    Raises:
+        OSError: with the path.
+    """
+    with replacing_file(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A draft beside `path`, in its place when the block ends; thrown away when it fails, and the old file stays.
+
+    Raises:
+        OSError: with the path.
+    """
+    path, draft = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        draft = Path(name)
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        draft.chmod(0o666 & ~umask())
+        os.replace(draft, path)
+    except BaseException as error:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot be written, what was there is as it was: {error.strerror}", str(path)) from None
+        raise
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A draft beside `folder`, in its place when the block ends; thrown away when it fails, and the old folder stays."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = draft.with_name(f"{draft.name}-old")
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        draft.chmod(0o777 & ~umask())                                      # mkdtemp's is for its owner only
+        if folder.exists():
+            folder.rename(old)
+        try:
+            draft.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def umask() -> int:
+    """The process's mask; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

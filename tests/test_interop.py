@@ -1,0 +1,117 @@
+"""The libraries that users bring read the folders we write: sentence-transformers and mteb. `make interop` installs both."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed: make interop")
+mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
+
+import lib.model  # noqa: E402, F401  registers the architecture
+from lib import checkpoint, metrics, retrieve  # noqa: E402
+
+TEXTS = ["red fox runs", "the owl sleeps by day", "hen", "", "unbelievable green foxes " * 40, "red fox runs by night", "🦊 红 مرحبا \x00"]
+CORPUS = {"d1": "the red fox runs by night", "d2": "the green hen sleeps", "d3": "owl by day", "d4": "blue owl owl owl", "d5": "fox and hen " * 30}
+QUERIES = {"q1": "red fox", "q2": "hen sleeps", "q3": "blue owl"}
+QRELS = {"q1": {"d1": 1}, "q2": {"d2": 1, "d5": 1}, "q3": {"d4": 1}}
+
+
+@pytest.fixture(autouse=True)
+def kept_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=["ours, mean", "ours, cls", "as published"])
+def folder(request, tiny, tokenizer, tmp_path):
+    """A saved model of each kind; its weights large enough for the pooler to matter."""
+    how = {"ours, mean": dict(pooling="mean"), "ours, cls": dict(pooling="cls"), "as published": dict(pooling="cls", mask_padding=False)}[request.param]
+    model = tiny(num_hidden_layers=2, **how)
+    with torch.no_grad():
+        model.model.pooler.weight.normal_()
+    if request.param == "as published":
+        checkpoint.save_published(model, tmp_path / "pytorch_model.bin")
+        model = checkpoint.load_published(tmp_path / "pytorch_model.bin")
+    checkpoint.save(model, tokenizer, tmp_path / "model", {"row": "opl"})
+    return tmp_path / "model"
+
+
+def encoder(folder) -> retrieve.Encoder:
+    return retrieve.Encoder(*checkpoint.load(folder), truncate=True)
+
+
+def test_a_sentence_transformer_gives_our_vectors(folder):
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    assert [type(module).__name__ for module in theirs] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert theirs.max_seq_length == 32 and theirs.get_embedding_dimension() == 16
+    ours = encoder(folder).encode(TEXTS, show_progress=False)
+    for batch_size in (1, 3, 32):
+        np.testing.assert_allclose(theirs.encode(TEXTS, batch_size=batch_size), ours, atol=1e-5)
+    with torch.no_grad():                                                  # without the pooler as Dense they would be others
+        bare = torch.nn.functional.normalize(checkpoint.load(folder)[0](**checkpoint.load(folder)[1](TEXTS[:1], return_tensors="pt")).last_hidden_state[:, 0])
+    assert np.abs(bare.numpy() - ours[:1]).max() > 0.1
+    assert theirs.similarity_fn_name == "cosine"
+
+
+def test_what_sentence_transformers_saves_we_do_not_take_for_ours(folder, tmp_path):
+    """It has no record of its bytes; its own library reads it back to the same vectors."""
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    theirs.save(str(tmp_path / "theirs"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "theirs"), device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), theirs.encode(TEXTS), atol=1e-6)
+    with pytest.raises(checkpoint.CheckpointError, match="training.json is missing"):
+        checkpoint.load(tmp_path / "theirs")
+
+
+def test_information_retrieval_evaluator_agrees_with_our_metric(folder):
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    evaluator = InformationRetrievalEvaluator(QUERIES, CORPUS, {qid: set(pids) for qid, pids in QRELS.items()}, ndcg_at_k=[10], name="toy", show_progress_bar=False)
+    theirs = evaluator(sentence_transformers.SentenceTransformer(str(folder), device="cpu"))
+    assert theirs["toy_cosine_ndcg@10"] == pytest.approx(metrics.ndcg(our_run(folder), QRELS), abs=1e-6)
+
+
+def our_run(folder):
+    e = encoder(folder)
+    return retrieve.search(e.encode(list(QUERIES.values()), show_progress=False), e.encode(list(CORPUS.values()), show_progress=False), list(QUERIES), list(CORPUS))
+
+
+def metadata(name: str) -> "mteb.TaskMetadata":
+    return mteb.TaskMetadata(name=name, dataset={"path": "local", "revision": "1"}, description="Foxes.", reference=None, type="Retrieval", category="t2t", modalities=["text"],
+                             eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10", date=None, domains=None, task_subtypes=None, license=None,
+                             annotations_creators=None, dialect=None, sample_creation=None, bibtex_citation=None)
+
+
+def test_a_custom_mteb_task_gives_our_score(folder):
+    class Foxes(mteb.abstasks.AbsTaskRetrieval):
+        metadata = metadata("Foxes")
+
+        def load_data(self, *_, **__):
+            self.queries, self.corpus, self.relevant_docs = {"test": QUERIES}, {"test": {pid: {"text": text, "title": ""} for pid, text in CORPUS.items()}}, {"test": QRELS}
+            self.convert_v1_dataset_format_to_v2(None)
+            self.data_loaded = True
+
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    result = mteb.evaluate(model, Foxes(), cache=None, show_progress_bar=False)
+    assert result.task_results[0].get_score() == pytest.approx(metrics.ndcg(our_run(folder), QRELS), abs=1e-5)
+
+
+def test_longembed_runs_given_its_data(folder, monkeypatch):
+    """One of its six tasks over a stand-in with its columns."""
+    import datasets
+    one = {qid: dict(list(pids.items())[:1]) for qid, pids in QRELS.items()}             # LongEmbed has one answer a query
+    lengths = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+    rows = {"corpus": [{"doc_id": f"{pid}-{n}", "text": text, "context_length": n} for n in lengths for pid, text in CORPUS.items()],
+            "queries": [{"qid": f"{qid}-{n}", "text": text, "context_length": n} for n in lengths for qid, text in QUERIES.items()],
+            "qrels": [{"qid": f"{qid}-{n}", "doc_id": f"{pid}-{n}", "context_length": n} for n in lengths for qid, pids in one.items() for pid in pids]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {name: datasets.Dataset.from_list(some) for name, some in rows.items()})
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    result = mteb.evaluate(model, mteb.get_task("LEMBNeedleRetrieval"), cache=None, show_progress_bar=False)
+    scores = result.task_results[0].scores
+    assert sorted(scores) == sorted(f"test_{n}" for n in lengths)
+    assert scores["test_256"][0]["ndcg_at_10"] == pytest.approx(metrics.ndcg(our_run(folder), one), abs=1e-5)
+
+
+def test_the_folder_names_no_code(folder):
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert not list(folder.rglob("*.py"))
