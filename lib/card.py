@@ -40,7 +40,7 @@ def card(model, about: dict) -> str:
     c, retrieves = model.config, not isinstance(model, M2BertForMaskedLM)
     head = ["library_name: " + ("sentence-transformers" if retrieves else "transformers"), "pipeline_tag: " + ("sentence-similarity" if retrieves else "fill-mask"),
             "tags: [m2-bert, monarch-mixer, long-context, retrieval]"]
-    padding = ("none: padding is masked, an embedding does not depend on its batch" if c.mask_padding else
+    padding = ("masked: an embedding does not depend on its batch" if c.mask_padding else
                f"every text is padded to {c.max_position_embeddings:,} tokens inside `forward`, as the weights were trained" if c.pad_to_max_length else
                "leaks into the embedding: pad as in training")
     facts = {
@@ -55,7 +55,7 @@ def card(model, about: dict) -> str:
         "---", *head, "---", "",
         f"# {about.get('row', 'M2-BERT')}{f' ({profile})' if (profile := about.get('profile')) else ''}", "",
         f"An M2-BERT {'text encoder for retrieval' if retrieves else 'masked language model'}: attention replaced by gated long convolutions, the MLP block-diagonal ({PAPER}).", "",
-        "```python", USE[retrieves], "```", "",
+        "With `loco-workbench` installed, whose `lib` is imported here:", "", "```python", USE[retrieves], "```", "",
         "## What it is", "", *table(facts),
         "## Trained on", "", *table({name: value for name, value in lineage.items() if value is not None}),
         "## Measured", "", *table(about.get("metrics", {})),
@@ -66,7 +66,7 @@ def card(model, about: dict) -> str:
 def table(rows: dict) -> list[str]:
     if not rows:
         return ["Unknown.", ""]
-    return ["| | |", "|---|---|", *(f"| {name} | {written(value)} |" for name, value in rows.items()), ""]
+    return ["| | |", "|---|---|", *(f"| {written(name)} | {written(value)} |" for name, value in rows.items()), ""]
 
 
 def written(value) -> str:

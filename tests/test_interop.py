@@ -1,5 +1,7 @@
 """The libraries that users bring read the folders we write: sentence-transformers and mteb. `make interop` installs both."""
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +117,19 @@ def test_longembed_runs_given_its_data(folder, monkeypatch):
 def test_the_folder_names_no_code(folder):
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert not list(folder.rglob("*.py"))
+
+
+def test_the_lines_of_the_model_card_run(folder):
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    names: dict = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    np.testing.assert_allclose(np.linalg.norm(names["vectors"], axis=1), 1, atol=1e-6)
+
+
+def test_the_lines_of_notebook_00_give_our_vectors(folder, tmp_path):
+    page = json.loads((Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb").read_text(encoding="utf-8"))
+    (tmp_path / "models").mkdir()
+    folder.rename(tmp_path / "models" / "reads_32k")
+    names = {"data": tmp_path, "documents": CORPUS, "query": "red fox"}
+    exec("".join(page["cells"][-1]["source"]), names)
+    np.testing.assert_allclose(names["vectors_of_books"], encoder(tmp_path / "models" / "reads_32k").encode(list(CORPUS.values()), show_progress=False), atol=1e-5)
