@@ -400,7 +400,7 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
     short = type(model)(config)
     tables = ("position_embeddings.weight", "filter.inputs")
     short.load_state_dict({name: tensor[:max_length] if name.endswith(tables) else tensor for name, tensor in model.state_dict().items()})
-    return short
+    return short.to(next(model.parameters()))
 
 
 def find_weights(path_or_id: str | Path) -> Path:

@@ -390,6 +390,10 @@ def extend(model: PreTrainedModel, new_length: int, positions: str = "tile", fil
         stretch      k'(i) ≈ k(i (N-1)/(N'-1))                 the same shape on a slower axis: z is interpolated, t rescaled
         tile         z'[i] = z[i mod N], t rescaled            the paper's recipe for positions, applied to z
         extrapolate  k'(i) = k(i) for i < N, then the same formula continued: nothing changes for a short text
+                     (but where `pad_to_max_length` pads it to N' now)
+
+    The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the first N of them zero.
+    What it means to do is `tile` for both, with t rescaled; `stretch` is the default, since it keeps the kernels' shape.
 
     Raises:
         ValueError: new_length is shorter than the model, or an unknown choice.
@@ -417,7 +421,7 @@ def extend(model: PreTrainedModel, new_length: int, positions: str = "tile", fil
         elif name.endswith("filter.inputs"):
             state[name] = torch.cat([tensor, filter_inputs(new_length, config.filter_emb_dim, config.filter_length)[old:].to(tensor)])
     longer.load_state_dict(state)
-    return longer.to(next(model.parameters()).device).train(model.training)
+    return longer.to(next(model.parameters())).train(model.training)             # its device and number type
 
 
 AutoConfig.register(M2BertConfig.model_type, M2BertConfig)

@@ -20,10 +20,10 @@ PAPER_LENGTHS = (128, 2048, 8192, 32768)
 # What the notebooks read of each stage; `base` holds all of it and nothing else.
 KEYS = {
     "compute": "threads device",
-    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_queries queries_per_document",
+    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_queries queries_per_document hub_texts",
     "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
     "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
-    "finetune": "loss documents documents_seen share queries_per_document negatives scale micro_batch tasks lr embedding_lr lr_documents weight_decay warmup seed",
+    "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks lr embedding_lr lr_documents weight_decay warmup seed",
     "evaluate": "depth batch_size",
     "efficiency": "lengths batch repeats",
 }
@@ -62,7 +62,7 @@ CHOICES = {
     ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
-AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "batch_size", "batch", "repeats", "depth",
+AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "query_length", "hub_texts", "batch_size", "batch", "repeats", "depth",
                 "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")                                  # names reach shell lines and file names
 

@@ -349,6 +349,31 @@ def test_extend_keeps_what_each_choice_promises():
             assert torch.equal(new.inputs[64:128], old.inputs)
     with pytest.raises(ValueError, match="already reads 64"):
         extend(model, 32)
+    half = extend(tiny().bfloat16(), 96)
+    assert half.model.layers[0].mixer.in_linear.weight.dtype == torch.bfloat16 and half.model.layers[0].mixer.gated_filter.inputs.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_extended_kernels_follow_their_equations():
+    """Every tap from scratch: z and t of the longer model by the docstring, then the filter's MLP."""
+    model, N, M = tiny(), 64, 192
+    old = model.model.layers[1].mixer.residual_filter
+    i = torch.arange(M)
+    for filters in ("stretch", "tile", "extrapolate"):
+        new = extend(model, M, filters=filters).model.layers[1].mixer.residual_filter
+        where = i * (N - 1) / (M - 1)
+        low, share = where.floor().long().clamp(max=N - 2), where - where.floor().clamp(max=N - 2)
+        angle = 2 * torch.pi * i / N
+        z = {"stretch": old.inputs[low] * (1 - share[:, None]) + old.inputs[low + 1] * share[:, None], "tile": old.inputs[i % N],
+             "extrapolate": torch.stack([i / (N - 1), (1e-4 * angle).cos(), angle.cos(), -(1e-4 * angle).sin(), -angle.sin()], dim=-1)}[filters]
+        if filters == "extrapolate":
+            z[:N] = old.inputs
+        t = i / ((N if filters == "extrapolate" else M) - 1)
+        for mlp, kernel in zip((old.back, old.ahead), new(M)):
+            h = z
+            for layer in mlp[:3]:
+                h = torch.sin(old.freq * (h @ layer.weight.T + layer.bias))
+            close(kernel, (h @ mlp[3].weight.T * torch.exp(-t[:, None] * old.deltas().abs())).T, 1e-5)
 
 
 @torch.no_grad()

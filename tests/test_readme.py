@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from lib import params
+from lib import checkpoint, params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +50,22 @@ def test_the_map_is_the_committed_runs():
     for line in shown:
         own = stored[line["claim"]]
         assert {key: line[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")} == {key: own[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")}
+
+
+def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkeypatch):
+    """The README's own code, on a file and a tokenizer that are here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.save({name.removeprefix("param/"): value for name, value in golden("tiny_base").items() if name.startswith("param/bert.")}, tmp_path / "pytorch_model.bin")
+    tokenizer.save_pretrained(tmp_path)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_published" in block)
+    for name in (checkpoint.PUBLISHED[0], "bert-base-uncased"):
+        assert code.count(name) == 1
+        code = code.replace(name, str(tmp_path))
+    names: dict = {}
+    exec(code, names)
+    assert names["vectors"].shape == (2, 32) and names["vectors"].dtype == "float32"
+    listed = [f"{head}{length}{tail}" for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", README) for length in lengths.split(",")]
+    assert sorted(listed) == sorted(checkpoint.PUBLISHED)
 
 
 @pytest.mark.parametrize("mark", ["@", "TODO", "TBD"])
