@@ -9,10 +9,12 @@ Nothing here unpickles, runs code from a checkpoint, or fills a missing weight
 with random numbers.
 """
 import copy
+import errno
 import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def save(model: nn.Module, tokenizer, folder: str | Path, about: dict | None = N
     about = dict(about or {})
     if about.get("settings"):
         about["settings_sha256"] = card.fingerprint(about["settings"])
-    with files.replacing(folder) as draft:
+    with files.replacing(folder) as draft, writing(folder):
         model.save_pretrained(draft)
         if tokenizer is not None:
             words = copy.deepcopy(tokenizer)
@@ -70,10 +72,21 @@ def save(model: nn.Module, tokenizer, folder: str | Path, about: dict | None = N
             shutil.copymode(draft / "training.json", path)                           # safetensors writes for its owner only
 
 
+@contextmanager
+def writing(path: str | Path):
+    """A full disk as the OSError it is: safetensors, tokenizers and torch each report it in a way of their own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) not in (Exception, RuntimeError, SafetensorError):
+            raise
+        raise OSError(errno.EIO, f"cannot be written, what was there is as it was ({reason(error)})", str(path)) from None
+
+
 def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
     """What sentence-transformers needs beside a Hugging Face folder: Transformer -> Pooling -> Dense(tanh) -> Normalize.
 
-    The pooler is stored a second time, as their Dense. Their names of before version 5.4, which every version reads.
+    The pooler is stored a second time, as their Dense. Class and option names are those of their versions 2 to 5, which 6 reads too.
     """
     D, pooling = model.config.hidden_size, {"cls": "cls_token", "mean": "mean_tokens"}[model.config.pooling]
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
@@ -116,7 +129,8 @@ def load(folder: str | Path, architecture: type | None = None):
             raise CheckpointError(f"{folder} is no model folder: {name} is missing; run the stage that trains it")
         if files.sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in training.json; delete the folder and train or fetch it again")
-    model = (architecture or saved)(M2BertConfig.from_pretrained(folder))
+    config = M2BertConfig.from_pretrained(folder)
+    model = (architecture or saved)(config).to(config.dtype or torch.float32)
     state = read_weights(folder / "model.safetensors")
     if saved is M2BertForMaskedLM:
         # safetensors stores the tied matrix once, under the embeddings' name.
@@ -125,7 +139,7 @@ def load(folder: str | Path, architecture: type | None = None):
             state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
             state |= {f"model.pooler.{name}": tensor for name, tensor in model.model.pooler.state_dict().items()}
     load_strictly(model, state, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if "tokenizer.json" in checksums else None
     return model.eval(), tokenizer
 
 
@@ -168,7 +182,7 @@ def reason(error: Exception) -> str:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
-    """load_state_dict with one clear line: every key used, none missing, shapes equal, no NaN."""
+    """load_state_dict with one clear line: every key used, none missing, shapes equal, real numbers, no NaN."""
     expected = model.state_dict()
     for name in expected.keys() - state.keys():
         raise CheckpointError(f"{source}: {name} is missing ({len(expected.keys() - state.keys())} keys in all)")
@@ -177,9 +191,15 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"{source}: {name} is {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite weights")
+        check_numbers(tensor, f"{source}: {name}")
     model.load_state_dict(state)
+
+
+def check_numbers(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise CheckpointError(f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: no table of real numbers of 16 bits or more")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{name} holds NaN or infinite weights")
 
 
 # The authors' names -> ours, applied in order. In their files one sine frequency
@@ -201,6 +221,7 @@ RENAME = tuple((re.compile(pattern), name) for pattern, name in (
     (r"\.implicit_filter_rev\.0\.", ".ahead.0."), (r"\.implicit_filter_rev\.2\.", ".ahead.1."),
     (r"\.implicit_filter_rev\.4\.", ".ahead.2."), (r"\.implicit_filter_rev\.6\.", ".ahead.3."),
 ))
+HEAD = tuple(f"{layer}.{kind}" for layer in ("dense", "layernorm", "decoder") for kind in ("weight", "bias"))
 CONSTANT = re.compile(r"\.position_ids$|\.pos_emb\.t$|\.modulation\.deltas$")
 
 
@@ -212,12 +233,16 @@ def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         name = name.replace("module.", "")
         if name.startswith(("model.bert.", "model.cls.")):
             name = name.removeprefix("model.")
-        if ".flashfft." in name:
+        if ".flashfft." in name or name.startswith("classifier."):
             continue
         for pattern, replacement in RENAME:
             name = pattern.sub(replacement, name)
         if name.endswith(("_filter.inputs", "_filter.freq", ".pos_emb.t", ".modulation.deltas", ".position_ids")) and tensor.ndim > 1:
-            tensor = tensor[0]                                             # stored with a leading axis of 1
+            if len(tensor) != 1:
+                raise CheckpointError(f"{name} is {tuple(tensor.shape)}, its first axis should be 1")
+            tensor = tensor[0]
+        if not name.endswith(".position_ids"):
+            check_numbers(tensor, name)                                    # before copies are compared: NaN differs from itself
         mine = fixed if CONSTANT.search(name) else weights
         if name in mine and not torch.equal(mine[name], tensor):
             raise CheckpointError(f"{name} is stored several times with different values")
@@ -259,15 +284,24 @@ def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
     for name, tensor in stored.items():
         if name not in expected:
             raise CheckpointError(f"{name} belongs to no part of the model")
-        if tensor.numel() != expected[name].numel() or not torch.allclose(tensor.flatten().double(), expected[name].double(), rtol=1e-5, atol=1e-6):
+        if tensor.numel() != expected[name].numel() or not torch.allclose(tensor.flatten().double(), expected[name].to(tensor.dtype).double(), rtol=1e-5, atol=1e-6):
             raise CheckpointError(f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of a variant that is not known here")
+
+
+# All of a config that changes what `forward` computes.
+ARCHITECTURE = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
+                "mlp_blocks", "filter_order", "filter_emb_dim", "filter_length", "bidirectional", "residual_long_conv", "mixer_layer_norm", "mask_padding",
+                "pad_to_max_length", "pooling")
 
 
 def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
     """The sizes of a published model, read off its tensors' shapes (names already ours)."""
     try:
         vocab, width = state["model.embeddings.word_embeddings.weight"].shape
-        layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
+        numbers = {int(name.split(".")[2]) for name in state if name.startswith("model.layers.")}
+        layers = len(numbers)
+        if not layers or max(numbers) != layers - 1:
+            raise CheckpointError(f"not the weights of an M2-BERT: its layers are {sorted(numbers)[:3]} … {max(numbers, default='none')}, not 0 to {layers - 1}")
         blocks, doubled, _ = state["model.layers.0.mlp.gated_layers.weight"].shape
         return M2BertConfig(
             vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
@@ -337,7 +371,7 @@ def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
     if "model.layers.0.mixer.in_linear.weight" in state:
         raise CheckpointError(f"{path} is a model of this project: give its folder to `load`")
     try:
-        state, stored = from_authors({name: tensor for name, tensor in state.items() if not name.startswith("classifier.")})
+        state, stored = from_authors(state)
         config = infer_config(state, filter_length=infer_filter_length(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -345,7 +379,7 @@ def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
         config.filter_length = None
     retrieval = "model.pooler.weight" in state
     if retrieval:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(("decoder.", "dense.", "layernorm."))}
+        state = {name: tensor for name, tensor in state.items() if name not in HEAD}
     else:
         words = state["model.embeddings.word_embeddings.weight"]
         if not torch.equal(state.setdefault("decoder.weight", words), words):
@@ -371,17 +405,20 @@ def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Pa
     Raises:
         CheckpointError: the model's embedding is not one that the authors' code computes, or another suffix.
     """
-    path, config = Path(path), model.config
-    for name, theirs in (("mask_padding", False), ("pooling", "cls")):
-        if getattr(config, name) != theirs:
-            raise CheckpointError(f"{name}={getattr(config, name)!r}: the authors' code would compute another embedding from these weights; "
-                                  f"set model.config.{name} = {theirs!r} first if that is what you want")
+    path, state = Path(path), to_authors(model)
     if path.suffix not in (".safetensors", ".bin", ".pt"):
         raise CheckpointError(f"{path}: one of .safetensors, .bin or .pt")
-    state = to_authors(model)
+    # The file says nothing but weights: what they would be taken for must be what they are.
+    weights, stored = from_authors(state)
+    theirs = infer_config(weights, filter_length=infer_filter_length(stored))
+    for name in ARCHITECTURE:
+        ours, there = (getattr(config, name) or config.max_position_embeddings if name == "filter_length" else getattr(config, name) for config in (model.config, theirs))
+        if ours != there:
+            raise CheckpointError(f"{name}={ours!r}: the file cannot say so, and the authors' code would compute another embedding from these weights, with {there!r}; "
+                                  f"set model.config.{name} = {there!r} first if that is what you want")
     if isinstance(model, M2BertForMaskedLM):
         state = {f"model.{name}": tensor for name, tensor in state.items()}
-    with files.replacing_file(path) as draft:
+    with files.replacing_file(path) as draft, writing(path):
         if path.suffix == ".safetensors":
             save_file(state, draft)
         else:
@@ -391,6 +428,8 @@ def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Pa
 def cut(model: nn.Module, max_length: int | None) -> nn.Module:
     """The model with tables for `max_length` tokens only; its filters keep their time unit, so nothing else changes."""
     longest = model.config.max_position_embeddings
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise CheckpointError(f"max_length={max_length!r}: a whole number of tokens, or None for all {longest}")
     if max_length is None or max_length == longest:
         return model
     if max_length > longest:

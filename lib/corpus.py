@@ -493,9 +493,12 @@ def given_tokenizer(name: str):
         return wordpiece({piece: number for number, piece in enumerate(pieces)})
     if folder.is_dir() or "/" in name and name.count("/") > 1:
         raise CorpusError(f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's files there")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     try:
+        if not isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"))      # asks once; AutoTokenizer asks for most of a minute
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:                                                   # the hub's, the network's, the library's own
         raise CorpusError(f"tokenizer {name!r} is no folder here and cannot be loaded from the hub ({type(error).__name__}): "
                           "put its vocab.txt into a folder and name that folder as the tokenizer") from None
 

@@ -29,7 +29,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """A draft beside `path`, in its place when the block ends; thrown away when it fails, and the old file stays.
 
     Raises:
-        OSError: with the path.
+        OSError: with the path, where the draft could not be written.
     """
     path, draft = Path(path), None
     try:
@@ -45,14 +45,17 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         if draft is not None:
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename in (None, str(draft), str(path.parent), str(path)):
             raise OSError(error.errno, f"cannot be written, what was there is as it was: {error.strerror}", str(path)) from None
         raise
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A draft beside `folder`, in its place when the block ends; thrown away when it fails, and the old folder stays."""
+    """A draft beside `folder`, in its place when the block ends; thrown away when it fails, and the old folder stays.
+
+    (Killed between its two renames, it leaves both, the old one as `.<name>-…-old`.)
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -72,6 +75,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
+        if old.is_symlink() or old.is_file():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -160,13 +160,15 @@ class ImplicitFilter(nn.Module):
         self.channels, self.max_length, self.emb_dim = channels, max_length, emb_dim
         self.frequency, self.filter_length = frequency, filter_length or max_length
 
-        def mlp() -> nn.ModuleList:
-            return nn.ModuleList([nn.Linear(emb_dim, order), nn.Linear(order, order), nn.Linear(order, order),
-                                  nn.Linear(order, channels, bias=False)])
+        wide = dict(dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
 
-        self.inputs = nn.Parameter(torch.empty(max_length, emb_dim))       # z
-        self.freq = nn.Parameter(torch.empty(order))                       # F: one vector for every depth and direction
-        self.bias = nn.Parameter(torch.empty(channels))                    # gain on the input
+        def mlp() -> nn.ModuleList:
+            return nn.ModuleList([nn.Linear(emb_dim, order, **wide), nn.Linear(order, order, **wide), nn.Linear(order, order, **wide),
+                                  nn.Linear(order, channels, bias=False, **wide)])
+
+        self.inputs = nn.Parameter(torch.empty(max_length, emb_dim, **wide))         # z
+        self.freq = nn.Parameter(torch.empty(order, **wide))               # F: one vector for every depth and direction
+        self.bias = nn.Parameter(torch.empty(channels, **wide))            # gain on the input
         self.ahead = mlp() if bidirectional else None
         self.back = mlp()
         self.reset_parameters()

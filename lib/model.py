@@ -96,6 +96,19 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(x + (where + kind)))
 
 
+def in_parts(function, n: int, group: int, dim: int) -> Tensor:
+    """function(slice(0, n)), computed `group` places of the axis `dim` at a time."""
+    if group >= n:
+        return function(slice(0, n))
+    whole = None
+    for start in range(0, n, group):
+        part = function(slice(start, min(start + group, n)))
+        if whole is None:
+            whole = part.new_empty(*part.shape[:dim], n, *part.shape[dim + 1 :])
+        whole.narrow(dim, start, part.shape[dim]).copy_(part)
+    return whole
+
+
 class SequenceMixer(nn.Module):
     """x2 · LongConv(x1 · v) + ResidualLongConv(u): mixes tokens, channel by channel.
 
@@ -130,12 +143,7 @@ class SequenceMixer(nn.Module):
         B, D, L = u.shape
         kernels = [(filter, filter.hidden(L)) for filter in (self.gated_filter, self.residual_filter) if filter is not None]
         group = D if torch.is_grad_enabled() else max(1, TILE // (3 * B * L))
-        if group >= D:
-            y = self.mix(u, mask, kernels, slice(None))
-        else:
-            y = torch.empty_like(u, memory_format=torch.contiguous_format)
-            for start in range(0, D, group):
-                y[:, start : start + group] = self.mix(u, mask, kernels, slice(start, start + group))
+        y = in_parts(lambda some: self.mix(u, mask, kernels, some), D, group, dim=1)
         return self.out_linear(y.transpose(1, 2))                          # (B, L, D)
 
     def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:
@@ -184,13 +192,9 @@ class MLP(nn.Module):
         self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
-        tokens, some = h.flatten(0, 1), max(1, TILE // (2 * self.wo.d_in))
-        if torch.is_grad_enabled() or len(tokens) <= some:
-            return self.each(h)
-        out = torch.empty_like(tokens)
-        for start in range(0, len(tokens), some):                          # no token meets another here
-            out[start : start + some] = self.each(tokens[start : start + some])
-        return out.view_as(h)
+        tokens = h.flatten(0, 1)                                           # no token meets another here
+        group = len(tokens) if torch.is_grad_enabled() else max(1, TILE // (2 * self.wo.d_in))
+        return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
     def each(self, h: Tensor) -> Tensor:                                   # (…, D)
         gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
@@ -400,16 +404,17 @@ def extend(model: PreTrainedModel, new_length: int, positions: str = "tile", fil
     """
     config = copy.deepcopy(model.config)
     old = config.max_position_embeddings
-    if new_length < old:
-        raise ValueError(f"extend to {new_length} tokens: the model already reads {old}")
+    if type(new_length) is not int or new_length < old:
+        raise ValueError(f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}")
     if positions != "tile" or filters not in ("stretch", "tile", "extrapolate"):
         raise ValueError(f"positions={positions!r}, filters={filters!r}: tile; stretch, tile or extrapolate")
     config.max_position_embeddings = new_length
     if filters == "extrapolate":
         config.filter_length = config.filter_length or old
     elif config.filter_length is not None:
-        config.filter_length = round(config.filter_length * new_length / old)
-    longer = type(model)(config)
+        config.filter_length = round((config.filter_length - 1) * (new_length - 1) / max(1, old - 1)) + 1
+    with torch.random.fork_rng(devices=[]):                                # what it draws is overwritten
+        longer = type(model)(config)
     state = model.state_dict()
     for name, tensor in state.items():
         if name.endswith("position_embeddings.weight"):

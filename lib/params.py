@@ -51,7 +51,7 @@ REFERENCES = {
     ("distilled", "pretrained"): ("pretrained", "continued"),
     ("distilled", "teacher"): ("retrievers",),
     ("retrievers", "pretrained"): ("pretrained", "continued", "distilled"),
-    ("ablations", "rows"): ("retrievers", "published", "yardsticks"),
+    ("ablations", "rows"): ("retrievers", "yardsticks"),
 }
 CHOICES = {
     ("compute", "device"): ("auto", "cpu", "cuda", "mps"),
@@ -338,7 +338,7 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
         if key in OWN_KEYS[table]:
             continue
         if key in OPTIONAL.get(table, {}):
-            same_type(f"{where}.{key}", value, OPTIONAL[table][key]())
+            check_value(where, table, key, value, {key: OPTIONAL[table][key]()})
             continue
         known(key, (*OWN_KEYS[table], *OPTIONAL.get(table, {}), *schema), "key", f"{where}: ")
         check_value(where, schema[key], key, value, design[schema[key]]["base"])

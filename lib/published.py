@@ -31,6 +31,8 @@ def fetch(profile: str, row: str) -> Path:
         raise CheckpointError(f"{own['checkpoint']} has no pooler: a masked language model is no retriever")
     if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(f"{own['checkpoint']} has {model.config.vocab_size:,} words, its tokenizer {len(tokenizer):,}: name the right one as `tokenizer` of the row")
+    if tokenizer.pad_token_id != model.config.pad_token_id:
+        raise CheckpointError(f"{own['checkpoint']} pads with id {model.config.pad_token_id}, its tokenizer with {tokenizer.pad_token_id}: name the right one as `tokenizer` of the row")
     folder = params.data(profile) / "models" / row
     checkpoint.save(model, tokenizer, folder, {"stage": "published", "row": row, "profile": profile, "settings": own,
                                                "trained_on": {"Published by": "the authors of the paper", "Checkpoint": own["checkpoint"]}})
@@ -49,3 +51,5 @@ if __name__ == "__main__":
         fetch(*sys.argv[1:])
     except (CheckpointError, corpus.CorpusError, params.ParamsError) as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")

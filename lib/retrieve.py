@@ -13,6 +13,10 @@ Axes: n texts, N documents, Q queries, D width.
 """
 import json
 import re
+import string
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,9 @@ from lib import files, metrics
 
 CHARACTERS_PER_TOKEN = 16       # first guess of how much text can matter; four times as much where it proves too little
 BATCH_TOKENS = 16_384           # one forward pass at most, padding included
+PIECE = 2**19                   # characters tokenised at a time
+REACH = 4096                    # characters before a cut in which a place for it is looked for
+CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))     # as BERT has them
 SCORES = 32_000_000             # held at a time: 128 MB
 BACKENDS = ("auto", "torch", "faiss")
 
@@ -47,8 +54,10 @@ class Encoder:
 
     def __init__(self, model, tokenizer, max_length: int | None = None, truncate: bool = False, chunk: str | None = None):
         limit = model.config.max_position_embeddings
-        if max_length is not None and max_length < 3:
-            raise ValueError(f"max_length={max_length} leaves no room for a token between [CLS] and [SEP]")
+        if min(max_length or limit, limit) < 3:
+            raise ValueError(f"max_length={min(max_length or limit, limit)} leaves no room for a token between [CLS] and [SEP]")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token: set tokenizer.pad_token to the one the model was trained with")
         if chunk not in (None, "mean", "max") or chunk and truncate:
             raise ValueError(f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean' and chunk='max', or none of them")
         self.model, self.tokenizer, self.truncate, self.chunk = model.eval(), tokenizer, truncate, chunk
@@ -70,6 +79,7 @@ class Encoder:
             ValueError: a text is longer than `max_length` and nothing was said about that, or an embedding is not finite;
                 the index is named.
         """
+        texts = texts if isinstance(texts, str) else list(texts)
         ids = self.tokenize(texts)
         if any(self.longer) and not self.truncate and not self.chunk:
             raise ValueError(f"text {self.longer.index(True)} is longer than {self.max_length} tokens ({self.truncated} of {len(texts)} are): truncate=True reads "
@@ -109,48 +119,77 @@ class Encoder:
         if not self.chunk:
             ids, self.longer = tokenize(texts, self.tokenizer, self.max_length)
             return [[row] for row in ids]
-        ids, _ = tokenize(texts, self.tokenizer, None)
+        ids = tokenize_whole(texts, self.tokenizer)
         self.longer, step = [len(row) > self.max_length for row in ids], self.max_length - 2
         return [[row[:1] + row[start : min(start + step, len(row) - 1)] + row[-1:] for start in range(1, max(2, len(row) - 1), step)] for row in ids]
 
 
-def tokenize(texts: list[str], tokenizer, max_length: int | None) -> tuple[list[list[int]], list[bool]]:
-    """Ids of each text's first `max_length` tokens (None: of all), specials included, and whether anything was left out.
+def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[int]], list[bool]]:
+    """Ids of each text's first `max_length` tokens, specials included, and whether anything was left out.
 
     Only as many characters are tokenised as can matter: a million words cost
     no more than the first few thousand.
     """
+    check_texts(texts)
+    ids: list = [None] * len(texts)
+    cut = [False] * len(texts)
+    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
+    while pending:
+        again = []
+        for some, parts in groups((i, beginning(encodable(texts[i]), characters)) for i in pending):
+            # One token more than fits tells a full text from a truncated one.
+            encoded = tokenizer(parts, truncation=True, max_length=max_length + 1, padding=False,
+                                return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+            for i, part, found in zip(some, parts, encoded):
+                if len(found) <= max_length and len(part) < len(texts[i]):
+                    again.append(i)
+                    continue
+                cut[i] = len(found) > max_length
+                ids[i] = found[: max_length - 1] + [found[-1]] if cut[i] and max_length > 1 else found[:max_length]
+        pending, characters = again, characters * 4
+    return ids, cut
+
+
+def tokenize_whole(texts: list[str], tokenizer) -> list[list[int]]:
+    """All ids of each text, [CLS] … [SEP], tokenised in pieces that break no word."""
+    check_texts(texts)
+    first, last = tokenizer("")["input_ids"]
+
+    def pieces() -> Iterator[tuple[int, str]]:
+        for i, text in enumerate(map(encodable, texts)):
+            while text:
+                part = beginning(text, PIECE)
+                yield i, part
+                text = text[len(part) :]
+
+    ids: list[list[int]] = [[first] for _ in texts]
+    for some, parts in groups(pieces()):
+        backend = tokenizer.backend_tokenizer                              # the tokenizer itself warns of texts longer than the model
+        for i, found in zip(some, backend.encode_batch(parts, add_special_tokens=False)):
+            ids[i] += found.ids
+    return [row + [last] for row in ids]
+
+
+def check_texts(texts: list[str]) -> None:
     if isinstance(texts, str):
         raise TypeError("a list of texts, not one text")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"text {i} is {type(text).__name__}, not str")
-    texts = [encodable(text) for text in texts]
-    ids: list = [None] * len(texts)
-    cut = [False] * len(texts)
-    most = max_length or 4 * max(map(len, texts), default=0) + 2           # a Korean syllable may be taken apart into three
-    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * most
-    while pending:
-        again = []
-        for start in range(0, len(pending), 512):
-            some = pending[start : start + 512]
-            parts = [beginning(texts[i], characters) for i in some]
-            # One token more than fits tells a full text from a truncated one.
-            encoded = tokenizer(parts, truncation=True, max_length=most + 1, padding=False,
-                                return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-            for i, part, found in zip(some, parts, encoded):
-                if len(found) <= most and len(part) < len(texts[i]):
-                    again.append(i)
-                    continue
-                cut[i] = len(found) > most
-                ids[i] = found[: most - 1] + [found[-1]] if cut[i] and most > 1 else found[:most]
-        pending, characters = again, characters * 4
-    return ids, cut
 
 
-# What BERT reads as a token of its own wherever it stands, so a text may be cut after it: CJK characters, ASCII punctuation.
-ALONE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff!-/:-@\\[-`{-~]")
-REACH = 4096                    # characters before a cut in which a place for it is looked for
+def groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
+    """(numbers, parts) of at most 512 parts and, unless one part alone has more, PIECE characters: a tokenizer needs 500 bytes for each."""
+    some, held, size = [], [], 0
+    for i, part in parts:
+        if held and (len(held) == 512 or size + len(part) > PIECE):
+            yield some, held
+            some, held, size = [], [], 0
+        some.append(i)
+        held.append(part)
+        size += len(part)
+    if held:
+        yield some, held
 
 
 def beginning(text: str, characters: int) -> str:
@@ -158,11 +197,17 @@ def beginning(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     end = max(text.rfind(space, 0, characters + 1) for space in " \n\t")
-    if end < max(1, characters - REACH):                                   # languages without spaces
-        first = max(0, characters - REACH)
-        for match in ALONE.finditer(text, first, characters):
-            end = max(end, match.end())
-    return text if end < 0 else text[:end]
+    if end < max(1, characters - REACH):                                   # languages without spaces, and odd ones
+        end = next((i for i in range(characters, max(0, characters - REACH), -1) if stands_alone(text[i - 1])), end)
+    return text[:end] if end > 0 else text
+
+
+@cache
+def stands_alone(character: str) -> bool:
+    """Whether BERT reads it as a token of its own, or not at all, wherever it stands: white space, punctuation, CJK."""
+    code = ord(character)
+    return (character in "\t\n\r" or character in string.punctuation or unicodedata.category(character)[0] in "PZ"
+            or any(low <= code <= high for low, high in CJK))
 
 
 def encodable(text: str) -> str:
@@ -263,14 +308,24 @@ def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: boo
     """{task name: (run of the k best, documents longer than the encoder reads)}; documents that tasks share are embedded once.
 
     Raises:
-        ValueError: an empty query; task and id are named.
+        ValueError: an empty query, or a document longer than an encoder reads that was told nothing about it; task and id are named.
+        TypeError: a query or document is no string.
     """
     for task in tasks:
-        for qid, query in task.queries.items():
-            if not query.strip():
-                raise ValueError(f"{task.name}: query {qid} is empty")
+        for kind, some in (("query", task.queries), ("document", task.documents)):
+            for id, text in some.items():
+                if not isinstance(text, str):
+                    raise TypeError(f"{task.name}: {kind} {id} is {type(text).__name__}, not str")
+                if kind == "query" and not text.strip():
+                    raise ValueError(f"{task.name}: query {id} is empty")
     texts = sorted({text for task in tasks for text in task.documents.values()})
     place = {text: i for i, text in enumerate(texts)}
+    if not encoder.truncate and not encoder.chunk:
+        encoder.tokenize(texts)
+        for task in tasks:
+            for pid, text in task.documents.items():
+                if encoder.longer[place[text]]:
+                    raise ValueError(f"{task.name}: document {pid} is longer than {encoder.max_length} tokens: give the Encoder truncate=True or chunk='mean'")
     vectors, longer = encoder.encode(texts, batch_size, show_progress=show_progress), encoder.longer
     ranked = {}
     for task in tasks:

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import random
+import resource
+import signal
 import re
 from pathlib import Path
 
@@ -509,11 +511,80 @@ def test_a_masked_lm_goes_back_to_composers_format(golden, tmp_path, name):
     same(checkpoint.load_published(tmp_path / name), model)
 
 
-def test_what_the_authors_code_would_not_compute_is_not_written(tiny, tmp_path):
-    for changes in (dict(mask_padding=True, pooling="cls"), dict(mask_padding=False, pooling="mean")):
-        refused(lambda: checkpoint.save_published(tiny(**changes), tmp_path / "model.bin"), "another embedding", "set model.config.")
-    refused(lambda: checkpoint.save_published(tiny(mask_padding=False, pooling="cls"), tmp_path / "model.h5"), "model.h5", ".safetensors")
+AS_PUBLISHED = dict(mask_padding=False, pad_to_max_length=True, pooling="cls")
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    (dict(mask_padding=True), "mask_padding"), (dict(pooling="mean"), "pooling"), (dict(pad_to_max_length=False), "pad_to_max_length"), (dict(layer_norm_eps=1e-3), "layer_norm_eps"),
+    (dict(pad_token_id=3), "pad_token_id"), (dict(intermediate_size=31), "intermediate_size"), (dict(mlp_blocks=3), "intermediate_size"), (dict(num_hidden_layers=0), "layers")])
+def test_what_the_file_cannot_say_is_not_written(tiny, tmp_path, changes, name):
+    refused(lambda: checkpoint.save_published(tiny(**(AS_PUBLISHED | changes)), tmp_path / "model.bin"), name)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_suffix_is_refused(tiny, tmp_path):
+    refused(lambda: checkpoint.save_published(tiny(**AS_PUBLISHED), tmp_path / "model.h5"), "model.h5", ".safetensors")
+
+
+@pytest.mark.parametrize("kind", ["save", "save_published.bin", "save_published.safetensors", "load_published"])
+def test_a_disk_that_is_really_full_is_one_oserror_and_leaves_what_was_there(golden, tiny, tokenizer, tmp_path, kind):
+    """The system's own refusal, which the libraries that write report each in its own way."""
+    torch.save(published(golden), tmp_path / "weights.bin")
+    model, before = tiny(**AS_PUBLISHED), contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        if kind == "load_published":
+            assert type(checkpoint.load_published(tmp_path / "weights.bin")) is M2BertForRetrieval
+        else:
+            with pytest.raises(OSError, match=f"cannot be written.*{'folder' if kind == 'save' else 'out'}"):
+                checkpoint.save(model, tokenizer, tmp_path / "folder") if kind == "save" else checkpoint.save_published(model, tmp_path / f"out.{kind.rpartition('.')[2]}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_16_bit_weights_stay_16_bits_on_disk_and_back(tiny, tokenizer, golden, tmp_path, dtype):
+    model = tiny().to(dtype)
+    checkpoint.save(model, tokenizer, tmp_path / "folder")
+    again = checkpoint.load(tmp_path / "folder")[0]
+    same(again, model)
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype, torch.float32}
+    ids = torch.tensor([[2, 5, 9, 3]])
+    assert torch.equal(again(ids).pooler_output, model(ids).pooler_output)
+    torch.save({name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in published(golden).items()}, tmp_path / "model.bin")
+    arrays = golden("tiny_base")                                           # published in 16 bits: read into float32
+    torch.testing.assert_close(checkpoint.load_published(tmp_path / "model.bin")(arrays["input/input_ids"]).pooler_output, arrays["output/pooled"], rtol=0, atol=0.2)
+
+
+IN_LINEAR = "bert.encoder.layer.0.attention.in_linear.weight"
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    (lambda state: state.update({"bert.encoder.layer.3000000.attention.in_linear.weight": state[IN_LINEAR]}), ("layers", "3000000")),
+    (lambda state: state.update({IN_LINEAR: state[IN_LINEAR].to(torch.int8)}), ("in_linear.weight", "torch.int8")),
+    (lambda state: state.update({IN_LINEAR: state[IN_LINEAR].to(torch.complex64)}), ("in_linear.weight", "torch.complex64")),
+    (lambda state: state.update({IN_LINEAR: state[IN_LINEAR].to(torch.float8_e4m3fn)}), ("in_linear.weight", "float8")),
+    (lambda state: state.update({IN_LINEAR: state[IN_LINEAR].to_sparse()}), ("in_linear.weight", "sparse")),
+    (lambda state: state.update({"bert.encoder.layer.1.attention.filter_fn.pos_emb.z": state["bert.encoder.layer.1.attention.filter_fn.pos_emb.z"].repeat(2, 1, 1)}), ("inputs", "first axis")),
+    (lambda state: state["bert.encoder.layer.1.attention.filter_fn.implicit_filter.1.freq"].fill_(torch.nan), (".freq", "NaN")),
+    (lambda state: state.update({"dense.whatever": torch.zeros(1)}), ("dense.whatever", "no part of the model")),
+], ids=["layer number", "int8", "complex", "float8", "sparse", "two filters in one", "NaN", "unknown head"])
+def test_tensors_that_only_look_right_are_refused_by_name(golden, tmp_path, change, parts):
+    state = published(golden)
+    change(state)
+    torch.save(state, tmp_path / "model.bin")
+    refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), "model.bin", *parts)
+
+
+def test_a_tokenizer_that_the_record_does_not_know_is_not_read(tiny, tokenizer, tmp_path):
+    checkpoint.save(tiny(), None, tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    assert checkpoint.load(tmp_path / "folder")[1] is None
 
 
 @pytest.mark.parametrize(("key", "change"), [
@@ -526,6 +597,12 @@ def test_a_constant_that_this_model_does_not_compute_is_refused_by_name(golden, 
     torch.save(state, tmp_path / "model.bin")
     ours = key.replace("bert.encoder.layer.", "model.layers.").replace("attention.filter_fn2", "mixer.residual_filter").replace("attention.filter_fn", "mixer.gated_filter").replace("bert.", "model.")
     refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), "model.bin", ours)
+
+
+@pytest.mark.parametrize("length", [0, -5, 16.0, "16", True])
+def test_a_length_that_is_none_is_refused(golden, tmp_path, length):
+    torch.save(published(golden), tmp_path / "model.bin")
+    refused(lambda: checkpoint.load_published(tmp_path / "model.bin", length), f"max_length={length!r}", "whole number")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -544,6 +621,7 @@ FORMATS = {
     "flat": ("pytorch_model.bin", lambda golden: published(golden)),
     "module.": ("model.bin", lambda golden: published(golden, prefix="module.")),
     "classifier": ("step.pt", lambda golden: published(golden) | {"classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.zeros(1)}),
+    "module.classifier": ("step.pt", lambda golden: published(golden, prefix="module.") | {"module.classifier.weight": torch.zeros(1, 32)}),
     "with a head": ("step.pt", lambda golden: published(golden, drop=("none",))),
     "FlashFFTConv": ("step.pt", lambda golden: published(golden) | FLASH),
     "Composer": ("ep1.pt", lambda golden: {"state": {"model": published(golden, prefix="model.") | {f"model.{name}": value for name, value in FLASH.items()}}}),

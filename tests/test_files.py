@@ -89,6 +89,23 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch, error
             (tmp_path / "folder" / "old").write_text("old")
 
 
+def test_a_link_or_file_in_a_folders_place_leaves_nothing_behind(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("old")
+    for name in ("link", "file"):
+        with files.replacing(tmp_path / name) as draft:
+            (draft / "a").write_text("new")
+        assert (tmp_path / name / "a").read_text() == "new" and not (tmp_path / name).is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "file", "link"]
+
+
+def test_an_error_about_another_file_stays_about_that_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"), files.replacing_file(tmp_path / "a"):
+        open(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_files_have_equal_sums(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -133,6 +133,26 @@ def test_bfloat16_stays_near_the_reference(variant, how):
 
 
 @torch.no_grad()
+def test_groups_change_neither_type_nor_value_under_autocast(monkeypatch):
+    model, ids = tiny(), torch.randint(1, 50, (2, 40))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model(ids, output_hidden_states=True)
+        monkeypatch.setattr(lib.model, "TILE", 300)
+        groups = model(ids, output_hidden_states=True)
+    for ours, expected in zip(groups.hidden_states, whole.hidden_states):
+        assert ours.dtype == expected.dtype
+        close(ours.float(), expected.float(), 0.05)                        # products of other sizes round elsewhere
+
+
+def test_a_model_built_in_16_bits_has_float32_filters():
+    from transformers import AutoModel
+    built = AutoModel.from_config(tiny().config, dtype=torch.bfloat16)
+    assert built.model.layers[0].mixer.in_linear.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in built.model.layers[0].mixer.gated_filter.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in tiny().double().parameters()} == {torch.float64}
+
+
+@torch.no_grad()
 def test_16_bit_weights_keep_the_kernels_of_a_long_model(tmp_path):
     """bfloat16 has 256 places for 4096 positions: kernels of rounded inputs would be steps."""
     model = tiny(max_position_embeddings=4096)
@@ -349,8 +369,20 @@ def test_extend_keeps_what_each_choice_promises():
             assert torch.equal(new.inputs[64:128], old.inputs)
     with pytest.raises(ValueError, match="already reads 64"):
         extend(model, 32)
+    for wrong in (100.5, "100", None):
+        with pytest.raises(ValueError, match="a whole number"):
+            extend(model, wrong)
     half = extend(tiny().bfloat16(), 96)
     assert half.model.layers[0].mixer.in_linear.weight.dtype == torch.bfloat16 and half.model.layers[0].mixer.gated_filter.inputs.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_cut_model_is_stretched_by_the_same_rule():
+    """Its time unit is not its length: the end of its axis goes to the end of the new one all the same."""
+    short = checkpoint.cut(tiny(), 24)
+    old, new = (m.model.layers[0].mixer.gated_filter for m in (short, extend(short, 47)))
+    close(new(47)[0][:, ::2], old(24)[0], 1e-5)                            # every second place falls on an old one
+    assert torch.equal(torch.random.get_rng_state(), (extend(short, 47), torch.random.get_rng_state())[1])
 
 
 @torch.no_grad()

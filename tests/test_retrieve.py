@@ -1,5 +1,6 @@
 """Search: vectors that depend on their text alone, one order among equals, files that survive."""
 import builtins
+import copy
 import json
 import math
 import os
@@ -97,7 +98,7 @@ def test_what_is_no_text_is_named(tiny, tokenizer, odd, kind):
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(st.sampled_from("red fox\n\tun🦊.-é红\ud800"), max_size=60), gap=st.sampled_from([" ", "\n", "", "unbelievable", " unbelievable ", "红", "红e\u0301", "un-", "🦊"]),
+@given(text=st.text(st.sampled_from("red fox\n\tun🦊.-é红\ud800"), max_size=60), gap=st.sampled_from([" ", "\n", "", "unbelievable", " unbelievable ", "红", "红e\u0301", "un-", "🦊", "un\u00a0", "un—", "un\x0b", "un\x85", "\u2028", "。"]),
        times=st.integers(0, 400), max_length=st.integers(3, 12), reach=st.sampled_from([8, 40, 4096]))
 def test_tokenising_the_beginning_gives_the_tokens_of_the_whole(tokenizer, text, gap, times, max_length, reach):
     """Only so many characters are tokenised as can matter, and no word is read in half."""
@@ -118,11 +119,11 @@ def test_a_word_across_the_first_cut_is_read_whole(tokenizer):
     assert cut == [True]
 
 
-@pytest.mark.parametrize("text", ["red fox " * 500_000, "红狐狸" * 333_333, "fox." * 250_000], ids=["words", "CJK", "no space"])
-def test_a_million_words_cost_as_much_as_the_first_few(tokenizer, text):
+@pytest.mark.parametrize("separator", [" ", "\r", "\u00a0", "\u3000", "\u2028", "—", "。", "红", "."])
+def test_a_million_words_cost_as_much_as_the_first_few(tokenizer, separator):
     seen = []
     spy = lambda texts, **options: seen.extend(map(len, texts)) or tokenizer(texts, **options)
-    retrieve.tokenize([text], spy, 32)
+    retrieve.tokenize([f"fox{separator}" * 1_000_000], spy, 32)
     assert max(seen) <= 16 * 32
 
 
@@ -179,6 +180,46 @@ def test_the_windows_of_a_text_hold_all_of_its_tokens_once(tiny, tokenizer, text
     whole = tokenizer(retrieve.encodable(text))["input_ids"]
     assert [token for window in windows for token in window[1:-1]] == whole[1:-1]
     assert all(len(window) <= max_length and (window[0], window[-1]) == (whole[0], whole[-1]) for window in windows)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.sampled_from("red fox\n\tun🦊.-é红한\ud800\u00a0—"), max_size=60), max_size=5), piece=st.integers(1, 50), reach=st.sampled_from([1, 8, 4096]))
+def test_pieces_give_the_tokens_of_the_whole(tokenizer, texts, piece, reach):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieve, "PIECE", piece)
+        patch.setattr(retrieve, "REACH", reach)
+        ids = retrieve.tokenize_whole(texts, tokenizer)
+        cut, _ = retrieve.tokenize(texts, tokenizer, 10**4)
+    assert ids == cut == [tokenizer(retrieve.encodable(text))["input_ids"] for text in texts]
+
+
+def test_no_call_of_the_tokenizer_gets_more_than_a_piece(tokenizer, monkeypatch):
+    monkeypatch.setattr(retrieve, "PIECE", 1000)
+    seen = []
+    spy = lambda texts, **options: seen.append(sum(map(len, texts))) or tokenizer(texts, **options)
+    retrieve.tokenize(["fox " * n for n in (10, 200, 249, 90, 1, 1000, 3)], spy, 10**4)
+    assert max(seen) == 4000 and sorted(seen)[-2] <= 1000 and sum(seen) == 4 * 1553      # a text of 4,000 characters without more goes alone
+
+
+@pytest.mark.parametrize("odd", [None, 1.5, b"fox"])
+def test_rank_names_the_task_and_document_that_is_wrong(tiny, tokenizer, odd):
+    encoder = retrieve.Encoder(tiny(), tokenizer)
+    with pytest.raises(TypeError, match="toy: document d2 is"):
+        retrieve.rank(encoder, [task(documents={"d1": "fox", "d2": odd})], show_progress=False)
+    with pytest.raises(TypeError, match="toy: query 7 is"):
+        retrieve.rank(encoder, [task(queries={"7": odd})], show_progress=False)
+    with pytest.raises(ValueError, match="toy: document d2 is longer than 32 tokens.*truncate=True"):
+        retrieve.rank(encoder, [task(documents={"d1": "fox", "d2": "hen " * 40})], show_progress=False)
+
+
+def test_an_encoder_says_what_it_lacks(tiny, tokenizer):
+    with pytest.raises(ValueError, match="max_length=2 leaves no room"):
+        retrieve.Encoder(tiny(max_position_embeddings=2), tokenizer, chunk="mean")
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        retrieve.Encoder(tiny(), bare)
+    assert retrieve.Encoder(tiny(), tokenizer).encode((text for text in ("fox", "hen")), show_progress=False).shape == (2, 16)
 
 
 def test_a_published_model_gets_batches_of_the_length_it_pads_to(tiny, tokenizer, monkeypatch):
