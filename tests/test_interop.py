@@ -28,7 +28,7 @@ def kept_here(tmp_path, monkeypatch):
 @pytest.fixture(params=["ours, mean", "ours, cls", "as published"])
 def folder(request, tiny, tokenizer, tmp_path):
     """A saved model of each kind; its weights large enough for the pooler to matter."""
-    how = {"ours, mean": dict(pooling="mean"), "ours, cls": dict(pooling="cls"), "as published": dict(pooling="cls", mask_padding=False)}[request.param]
+    how = {"ours, mean": dict(pooling="mean"), "ours, cls": dict(pooling="cls"), "as published": dict(pooling="cls", mask_padding=False, pad_to_max_length=True)}[request.param]
     model = tiny(num_hidden_layers=2, **how)
     with torch.no_grad():
         model.model.pooler.weight.normal_()
