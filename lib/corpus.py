@@ -67,12 +67,12 @@ class CorpusError(ValueError):
 
 def build(folder: str | Path, source: str = "embedded", pretraining: str = "embedded", tokenizer: str = "embedded", vocabulary: int = 8192,
           books: Iterable[int] = (512, 1024), natural: Iterable[str] = NATURAL, packages: int | Iterable[str] = 0, files_per_package: int = 400,
-          test_documents: int = 1000, test_queries: int = 500, validation_queries: int = 200, queries_per_document: int = 6,
+          test_documents: int = 1000, test_queries: int = 500, validation_documents: int = 1000, validation_queries: int = 200, queries_per_document: int = 6,
           hub_texts: int = 200_000, show_progress: bool = True) -> dict:
     """Write the corpus into `folder`, whole or not at all.
 
     Args:
-        source: of the tasks: embedded, hub (LoCoV1), or a folder that lib.locov1 reads.
+        source: of the tasks: embedded, hub (LoCoV1), or longembed, or a folder that lib.layouts reads.
         pretraining: embedded, hub (C4, Wikipedia, BookCorpus; `hub_texts` of each), or a folder of parquet, jsonl or txt.
         tokenizer: embedded (trained here, `vocabulary` pieces), bert-base-uncased, or a folder with its vocab.txt or tokenizer.json.
         books: longest documents of the core tasks, in tokens with [CLS] and [SEP]; below 512 most hold one item.
@@ -98,7 +98,7 @@ def build(folder: str | Path, source: str = "embedded", pretraining: str = "embe
     words = make_tokenizer(tokenizer, rows, vocabulary)
     tables = Tables()
     if source == "embedded":
-        limits = {"train": (None, None), "validation": (test_documents, validation_queries), "test": (test_documents, test_queries)}
+        limits = {"train": (None, None), "validation": (validation_documents, validation_queries), "test": (test_documents, test_queries)}
         count = Counter(normal(item.summary) for module in library.modules for item in module.items)
         from lib.retrieve import bar
         progress = bar(total=len(SPLITS), desc="tasks", show=show_progress)
@@ -368,6 +368,9 @@ def mirror(tables: Tables, source: str) -> None:
     for split in locov1.splits(source):
         for name in locov1.tasks(source, split):
             task = locov1.load(name, source, split)
+            graded = next((qid for qid, judged in task.qrels.items() if set(judged.values()) != {1}), None)
+            if graded is not None:
+                raise CorpusError(f"{source}: query {graded!r} of {name} has graded judgements, which a corpus cannot hold: score it with locov1.load, or make them 1")
             tables.documents[split] += [(writable(pid), name, writable(text)) for pid, text in task.documents.items()]
             tables.queries[split] += [(writable(qid), name, writable(query), list(map(writable, task.qrels[qid]))) for qid, query in task.queries.items()]
             tables.evidence[split] += [(qid, name, *span) for qid, span in task.evidence.items()]
@@ -411,7 +414,7 @@ def as_row(text: str, source: str) -> tuple[str, str, str, str]:
 
 def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
     """Pretraining text of a folder: parquet or jsonl with a column `text` (and `source`), or txt files, one text each."""
-    from lib.locov1 import read_jsonl, read_parquet
+    from lib.layouts import read_jsonl, read_parquet
     if not folder.is_dir():
         raise CorpusError(f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, jsonl or txt files")
     rows = []
@@ -425,8 +428,7 @@ def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
         elif path.suffix == ".jsonl":
             found = [(row["text"], row.get("source", f"{where}#{number}")) for number, row in enumerate(read_jsonl(path, ("text",)))]
         else:
-            table = read_parquet(path, ["text"], optional=["source"])
-            found = list(zip(table["text"], table.get("source") or [f"{where}#{number}" for number in range(len(table["text"]))]))
+            found = [(row["text"], row.get("source", f"{where}#{number}")) for number, row in enumerate(read_parquet(path, ["text"], optional=["source"]))]
         for number, (text, source) in enumerate(found, start=1):
             if not isinstance(text, str):
                 raise CorpusError(f"{path}: text {number} is {'null' if text is None else type(text).__name__}: give every row a text, or take it out")
@@ -648,8 +650,8 @@ def load_tokenizer(folder: str | Path):
 
 def pretraining(folder: str | Path, kind: str, split: str = "train") -> list[str]:
     """The pretraining texts of one kind, "short" or "long"; split "validation" was never trained on."""
-    from lib.locov1 import read_parquet
+    from lib.layouts import read_parquet
     for value, allowed in ((kind, ("short", "long")), (split, ("train", "validation"))):
         if value not in allowed:
             raise CorpusError(f"{value!r}: one of {', '.join(allowed)}")
-    return read_parquet(Path(folder) / "pretrain.parquet", ["text"], filters=[("kind", "==", kind), ("split", "==", split)])["text"]
+    return [row["text"] for row in read_parquet(Path(folder) / "pretrain.parquet", ["text", "kind", "split"]) if (row["kind"], row["split"]) == (kind, split)]

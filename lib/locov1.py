@@ -1,29 +1,52 @@
 """LoCoV1 and everything of its shape: a retrieval task is documents, queries and judgements.
 
     load("book_512_deep")                            one task of the corpus built here
-    load("qmsum", source="../mirror")                of a folder
+    load("qmsum", source="../mirror")                of a folder: see lib/layouts.py for what it may look like
     load("qasper_title", source="hub")               of hazyresearch/LoCoV1-Documents and -Queries
-    tasks(source, split)                             the names of all tasks
-
-A folder holds either `documents-<split>.parquet` and `queries-<split>.parquet`, with all tasks in
-one file, or the hub's `documents/<task>_<split>.jsonl` and `queries/<task>_<split>.jsonl`. Columns:
-pid, dataset, passage; qid, dataset, query, answer_pids. `evidence-<split>.parquet`, where there is
-one, says where in its document an answer lies (qid, dataset, pid, start_frac, end_frac).
+    tasks(source, split), splits(source)             what a source has
+    LOCOV1                                           the paper's twelve tasks
 
 Ids are strings, always. Whatever would score a task wrongly without a word (an id twice, a
 judgement of a document that is not there, a null passage, an empty query) is an error here.
 """
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from lib import params
+from lib import layouts
 from lib.corpus import BUILD, SPLITS, CorpusError
 
-HUB_DOCUMENTS = "hazyresearch/LoCoV1-Documents"
-HUB_QUERIES = "hazyresearch/LoCoV1-Queries"
+
+class Description(NamedTuple):
+    """A task of LoCoV1 as the paper's Table 10 has it; lengths are mean characters."""
+    source: str
+    domain: str
+    query: str
+    document: str
+    train_queries: int
+    train_documents: int
+    test_queries: int
+    test_documents: int
+    query_characters: int
+    document_characters: int
+
+
+LOCOV1 = {name: Description(*rest) for name, *rest in (
+    ("summ_screen_fd", "SCROLLS SummScreenFD", "screenwriting", "summary of an episode", "its transcript", 3673, 3673, 338, 338, 590, 30_792),
+    ("gov_report", "SCROLLS GovReport", "government", "summary of a report", "the report", 17_457, 17_457, 972, 972, 3_871, 55_280),
+    ("qmsum", "SCROLLS QMSum", "corporate", "answer about a meeting", "the question and the meeting's transcript", 1257, 1257, 272, 272, 430, 58_129),
+    ("qasper_title", "QASPER", "science", "title of a paper", "its full text", 888, 888, 416, 416, 71, 22_315),
+    ("qasper_abstract", "QASPER", "science", "abstract of a paper", "its full text", 888, 888, 416, 416, 931, 22_315),
+    ("multifieldqa", "LongBench MultiFieldQA-en", "general", "question", "context that answers it", 120, 120, 30, 30, 62, 29_465),
+    ("2wikimqa", "LongBench 2WikiMQA", "general", "question over two articles", "context that answers it", 240, 240, 60, 60, 69, 37_867),
+    ("passage_retrieval", "LongBench passage_retrieval_en", "general", "summary of one paragraph", "thirty paragraphs", 240, 240, 60, 60, 840, 35_814),
+    ("legal_case_reports", "Australian legal case reports (UCI)", "law", "text about a case (the paper does not say which)", "its report", 3094, 3094, 770, 770, 14_986, 47_536),
+    ("courtlistener_HTML", "CourtListener", "law", "text that cites an opinion", "the opinion, HTML", 10_000, 10_000, 2000, 2000, 146, 57_028),
+    ("courtlistener_Plain_Text", "CourtListener", "law", "text that cites an opinion", "the opinion, plain text", 10_000, 10_000, 2000, 2000, 146, 48_190),
+    ("stackoverflow", "StackOverflow", "programming", "question", "answer", 1599, 18_005, 400, 7741, 758, 4_544),
+)}
 
 
 @dataclass(frozen=True)
@@ -31,9 +54,10 @@ class Task:
     """One retrieval task.
 
     Attributes:
-        documents: {pid: text}; queries: {qid: text}; qrels: {qid: {pid: 1}}.
+        documents: {pid: text}; queries: {qid: text}; qrels: {qid: {pid: gain}}, 1 where judgements have no grades. A
+            folder of plain texts has neither queries nor qrels.
         evidence: {qid: (pid, start, end)}, shares of the document's characters; empty where unknown.
-        dropped: documents left out because their passage is null, with the queries only they answer.
+        dropped: documents left out because their passage is null, with the queries and judgements that only they answer.
     """
     name: str
     split: str
@@ -48,7 +72,8 @@ def load(task: str, source: str | Path = "embedded", split: str = "test", drop_n
     """One task.
 
     Args:
-        source: "embedded" (the corpus of the profile in params.yaml), "hub", or a folder.
+        source: "embedded" (the corpus of the profile in params.yaml), "hub" (LoCoV1), "longembed", or a folder in any
+            layout of lib/layouts.py.
         drop_null: leave documents without text out, with their queries, as the authors' loader does; the hub's
             QASPER tasks have some. Default: on the hub only; elsewhere a null passage is an error.
 
@@ -56,150 +81,53 @@ def load(task: str, source: str | Path = "embedded", split: str = "test", drop_n
         CorpusError: one line that names the file or id, and the way out.
     """
     known_split(split)
-    if source == "hub":
-        documents, queries, evidence = *hub(task, split), []
-        files = HUB_DOCUMENTS, HUB_QUERIES, ""
-    else:
-        folder = folder_of(source)
-        files, documents, queries, evidence = folder_rows(folder, task, split)
-    return assemble(task, split, documents, queries, evidence, files, source == "hub" if drop_null is None else drop_null)
+    layout = layouts.of(source)
+    names = layout.tasks(split)
+    documents, queries, _ = layout.files(task, split)
+    if isinstance(queries, Path) and documents.is_file() and not queries.is_file():
+        raise CorpusError(f"{queries} is missing: a mirror has it, fetch it, or {BUILD}")
+    if task not in names:
+        raise unknown_task(task, names, layout) if names else no_split(layout, split)
+    documents, queries, evidence = layout.rows(task, split)
+    searched = isinstance(layout, layouts.Texts)
+    return assemble(task, split, documents, queries, evidence, layout.files(task, split), source == "hub" if drop_null is None else drop_null, searched)
 
 
 def tasks(source: str | Path = "embedded", split: str = "test") -> list[str]:
     """The names of a source's tasks, sorted."""
     known_split(split)
-    if source == "hub":
-        return sorted(set(from_hub(HUB_QUERIES, split)["dataset"]))
-    folder = folder_of(source)
-    if (path := folder / f"queries-{split}.parquet").is_file():
-        return sorted(set(map(str, read_parquet(path, ["dataset"])["dataset"])))
-    names = sorted(path.name.removesuffix(f"_{split}.jsonl") for path in (folder / "queries").glob(f"*_{split}.jsonl"))
+    layout = layouts.of(source)
+    names = layout.tasks(split)
     if not names:
-        raise no_split(folder, split)
+        raise no_split(layout, split)
     return names
 
 
 def splits(source: str | Path = "embedded") -> list[str]:
-    """Which of train, validation and test a source has; the hub has the test split."""
-    if source == "hub":
-        return ["test"]
-    folder = folder_of(source)
-    return [split for split in SPLITS if (folder / f"queries-{split}.parquet").is_file() or any((folder / "queries").glob(f"*_{split}.jsonl"))]
+    """Which of train, validation and test a source has: looked up, not assumed."""
+    return layouts.of(source).splits()
 
 
-# ------------------------------------------------------------------ folders
+def training_split(source: str | Path, allow_test_training: bool = False) -> str:
+    """The split to fine-tune on: train; or, where a source has none and it is allowed in so many words, test.
 
-def folder_of(source: str | Path) -> Path:
-    embedded = source == "embedded"
-    folder = params.data(params.load()["profile"]) / "corpus" if embedded else Path(source)
-    if not folder.is_dir():
-        raise CorpusError(f"{folder} is no folder: " + (BUILD if embedded else "data.source is embedded, hub, or a folder with documents-<split>.parquet and queries-<split>.parquet"))
-    return folder
-
-
-def folder_rows(folder: Path, task: str, split: str) -> tuple[tuple, list[dict], list[dict], list[dict]]:
-    """(files of documents, queries and evidence, rows of documents, of queries, of evidence)."""
-    documents, queries, evidence = (folder / f"{kind}-{split}.parquet" for kind in ("documents", "queries", "evidence"))
-    if documents.is_file() or queries.is_file():
-        asked = of_task(queries, task, ["qid", "query", "answer_pids"])
-        if not asked:
-            raise unknown_task(task, tasks(folder, split), queries)
-        spans = of_task(evidence, task, ["qid", "pid", "start_frac", "end_frac"]) if evidence.is_file() else []
-        return (documents, queries, evidence), of_task(documents, task, ["pid", "passage"]), asked, spans
-    documents, queries = (folder / kind / f"{task}_{split}.jsonl" for kind in ("documents", "queries"))
-    if not queries.is_file() and not documents.is_file():
-        raise unknown_task(task, tasks(folder, split), folder)
-    return (documents, queries, ""), read_jsonl(documents, ("pid", "passage")), read_jsonl(queries, ("qid", "query", "answer_pids")), []
-
-
-def read_parquet(path: Path, columns: list[str], filters: list | None = None, optional: list[str] = ()) -> dict[str, list]:
-    """Columns of a file; the optional ones where it has them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    try:
-        names = pq.read_schema(path).names
-        absent = [name for name in columns if name not in names]
-        if absent:
-            raise CorpusError(f"{path} has no column {', '.join(absent)}: it needs {', '.join(columns)}")
-        return pq.read_table(path, columns=[*columns, *(name for name in optional if name in names)], filters=filters).to_pydict()
-    except FileNotFoundError:
-        raise CorpusError(f"{path} is missing: fetch it, or {BUILD}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}): delete it and fetch it again, or {BUILD}") from None
-
-
-def of_task(path: Path, task: str, columns: list[str]) -> list[dict]:
-    table = read_parquet(path, ["dataset", *columns], filters=[("dataset", "==", task)])
-    return [dict(zip(columns, row)) for row in zip(*(table[name] for name in columns))]
-
-
-def read_jsonl(path: Path, names: tuple[str, ...]) -> list[dict]:
-    """One JSON object a line; a broken line is named."""
-    rows = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise CorpusError(f"{path}:{number}: no JSON object, the file may be cut off: delete it and fetch it again") from None
-                absent = [name for name in names if name not in row] if isinstance(row, dict) else list(names)
-                if absent:
-                    raise CorpusError(f"{path}:{number}: has no {', '.join(absent)}: a line needs {', '.join(names)}")
-                rows.append(row)
-    except FileNotFoundError:
-        raise CorpusError(f"{path} is missing: a mirror has documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl") from None
-    return rows
-
-
-# ------------------------------------------------------------------ the hub
-
-def hub(task: str, split: str) -> tuple[list[dict], list[dict]]:
-    documents, queries = from_hub(HUB_DOCUMENTS, split), from_hub(HUB_QUERIES, split)
-    rows = [[row for row in data.filter(lambda row: row["dataset"] == task)] for data in (documents, queries)]
-    if not rows[1]:
-        raise unknown_task(task, sorted(set(queries["dataset"])), HUB_QUERIES)
-    return rows[0], rows[1]
-
-
-def from_hub(name: str, split: str):
-    """A data set of the hub, through its local cache; never runs code from there."""
-    import datasets
-    import huggingface_hub
-    offline = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        if not any(offline) and not reachable(name):
-            # The cache at once; load_dataset would ask six times, for half a minute.
-            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:
-        # The HTTP client's errors are of no common family; none is our bug.
-        raise CorpusError(f"{name} ({split}) cannot be loaded from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): without a network, "
-                          "give data.source a folder with documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl") from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = offline
-
-
-def reachable(name: str) -> bool:
-    """Whether the hub answers at all, asked once."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
-    except HfHubHTTPError:
-        return True
-    except Exception:
-        return False
-    return True
+    Raises:
+        CorpusError: there is no train split, and no permission.
+    """
+    there = splits(source)
+    if "train" in there:
+        return "train"
+    if allow_test_training and "test" in there:
+        return "test"
+    raise CorpusError(f"{source} has no train split (it has {', '.join(there) or 'none'}), and training on what is tested proves nothing: give a folder with a train split, or "
+                      "set finetune.allow_test_training: true, and the report says so beside each number")
 
 
 # ------------------------------------------------------------------ one task
 
 def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable[dict], evidence: Iterable[dict] = (), files: tuple = ("", "", ""),
-             drop_null: bool = False) -> Task:
-    """A task from its rows, or the error that says which row is wrong."""
+             drop_null: bool = False, searched: bool = False) -> Task:
+    """A task from its rows, or the error that says which row is wrong; `searched`: it may do without queries."""
     where, where_asked, where_evidence = files
     texts: dict[str, str] = {}
     null: set[str] = set()
@@ -229,16 +157,16 @@ def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable
             raise CorpusError(f"{where_asked}: task {name} has query id {qid!r} twice: make ids unique")
         if not isinstance(query, str) or not query.strip():
             raise CorpusError(f"{where_asked}: query {qid!r} of {name} is empty: give it a text, or take it out")
-        if not isinstance(answers, list) or not answers:
+        if not isinstance(answers, (list, dict)) or not answers:
             raise CorpusError(f"{where_asked}: query {qid!r} of {name} has no answer_pids: judge it, or take it out")
-        judged = {str(pid): 1 for pid in answers}
+        judged = {str(pid): gain for pid, gain in answers.items()} if isinstance(answers, dict) else {str(pid): 1 for pid in answers}
         missing = [pid for pid in judged if pid not in texts and pid not in null]
         if missing:
             raise CorpusError(f"{where_asked}: query {qid!r} of {name} is answered by document {missing[0]!r}, which is not there ({len(missing)} of {len(judged)} answers): complete the documents, or take the judgement out")
-        judged = {pid: 1 for pid in judged if pid not in null}
+        judged = {pid: gain for pid, gain in judged.items() if pid not in null}
         if judged:
             asked[qid], qrels[qid] = query, judged
-    if not asked:
+    if not asked and not searched:
         raise CorpusError(f"{where_asked}: task {name} has no queries: fetch the file again, or {BUILD}")
     spans = {}
     for row in evidence:
@@ -256,10 +184,9 @@ def known_split(split: str) -> None:
         raise CorpusError(f"split {split!r}: one of {', '.join(SPLITS)}")
 
 
-def no_split(folder: Path, split: str) -> CorpusError:
-    there = splits(folder)
-    return CorpusError(f"{folder} has no {split} split (neither documents-{split}.parquet nor documents/<task>_{split}.jsonl): " +
-                       (f"it has {', '.join(there)}" if there else f"fetch it, or {BUILD}"))
+def no_split(layout, split: str) -> CorpusError:
+    there = layout.splits()
+    return CorpusError(f"{layout} has no {split} split: " + (f"it has {', '.join(there)}" if there else f"fetch it, or {BUILD}"))
 
 
 def unknown_task(task: str, names: list[str], where) -> CorpusError:

@@ -1,17 +1,23 @@
 """Is a ranking good, and is one better than another beyond chance?
 
-    ndcg(run, qrels)          trec_eval's nDCG@k
-    interval(values)          mean and 95 % bootstrap interval over queries
-    paired(a, b)              the same for a difference between two systems on the same queries
+    ndcg, recall, precision, mrr, average_precision      a measure(run, qrels, k), a mean or a value per query
+    ndcg_range(run, qrels)                               the worst and the best that ties leave open
+    interval(values)                                     mean and 95 % bootstrap interval over queries
+    paired(a, b)                                         the same for a difference of two systems on the same queries
+    p_value(a, b), holm(p_values)                        is it chance, and is it chance among so many comparisons?
 
-Source: Järvelin & Kekäläinen 2002; definition and tie rule of trec_eval, equal
-        to pytrec_eval within 1e-6 (tests/test_metrics.py).
+Source: Järvelin & Kekäläinen 2002; definitions and tie rule of trec_eval, equal
+        to pytrec_eval within 1e-6 (tests/test_metrics.py). Holm 1979.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import log2
 
 import numpy as np
 
+RESAMPLES = 10_000
+
+
+# ------------------------------------------------------------------ measures
 
 def ranking(scores: dict[str, float]) -> list[str]:
     """Document ids, best first: score descending in float32, ties by id descending (trec_eval's rule)."""
@@ -30,49 +36,141 @@ def ndcg(run: dict, qrels: dict, k: int = 10, per_query: bool = False):
         per_query: return {query_id: value} instead of the mean.
 
     Returns:
-        A fraction in [0, 1]. A judged query that the run lacks scores 0 and counts.
+        A fraction in [0, 1]. A judged query that the run lacks scores 0 and counts (`missing` names it).
 
     Raises:
         ValueError: no judged query, a score that is not finite, a query whose judgements hold nothing relevant, or k < 1.
     """
+    return measure(run, qrels, k, per_query, "nDCG", lambda gains, best: dcg(gains[:k]) / dcg(best[:k]))
+
+
+def recall(run: dict, qrels: dict, k: int = 100, per_query: bool = False):
+    """The share of the relevant documents that are among the first k. Arguments and errors as in `ndcg`."""
+    return measure(run, qrels, k, per_query, "recall", lambda gains, best: relevant(gains[:k]) / len(best))
+
+
+def precision(run: dict, qrels: dict, k: int = 10, per_query: bool = False):
+    """The share of the first k places that hold a relevant document; places that the run leaves empty count."""
+    return measure(run, qrels, k, per_query, "precision", lambda gains, best: relevant(gains[:k]) / k)
+
+
+def mrr(run: dict, qrels: dict, k: int = 10, per_query: bool = False):
+    """Reciprocal rank: 1 over the place of the first relevant document, 0 where none is among the first k."""
+    return measure(run, qrels, k, per_query, "MRR", lambda gains, best: next((1 / place for place, gain in enumerate(gains[:k], start=1) if gain > 0), 0.0))
+
+
+def average_precision(run: dict, qrels: dict, k: int = 1000, per_query: bool = False):
+    """The precision at the place of each relevant document among the first k, summed, over the number of relevant ones; its mean is MAP."""
+    def value(gains: list[float], best: list[float]) -> float:
+        places = [place for place, gain in enumerate(gains[:k], start=1) if gain > 0]
+        return sum(found / place for found, place in enumerate(places, start=1)) / len(best)
+
+    return measure(run, qrels, k, per_query, "MAP", value)
+
+
+def measure(run: dict, qrels: dict, k: int, per_query: bool, name: str, value: Callable[[list[float], list[float]], float]):
+    """value(gains in the order of the ranking, gains > 0 in their best order) of every judged query, or its mean."""
     if k < 1:
-        raise ValueError(f"nDCG@{k}: k counts documents, from 1")
+        raise ValueError(f"{name}@{k}: k counts documents, from 1")
+    values = {query: value([max(0, judged.get(doc, 0)) for doc in ranking(scores)], best) for query, scores, judged, best in judged_queries(run, qrels)}
+    return values if per_query else sum(values.values()) / len(values)
+
+
+def judged_queries(run: dict, qrels: dict) -> Iterator[tuple[str, dict[str, float], dict[str, int], list[int]]]:
+    """(query, its scores, its judgements, its gains > 0 descending), or the reason why nothing can be measured."""
     if not qrels:
         raise ValueError("no judged query: nothing to average")
-    values = {}
     for query, judged in qrels.items():
         scores = run.get(query, {})
         for doc, score in scores.items():
             if not np.isfinite(score):
                 raise ValueError(f"query {query}: the score of {doc} is {score}")
-        gains = [max(0, judged.get(doc, 0)) for doc in ranking(scores)[:k]]
-        best = sorted((gain for gain in judged.values() if gain > 0), reverse=True)[:k]
+        best = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
         if not best:
             raise ValueError(f"query {query} has no relevant document: drop it, or judge one")
-        values[query] = dcg(gains) / dcg(best)
-    return values if per_query else sum(values.values()) / len(values)
+        yield query, scores, judged, best
+
+
+def missing(run: dict, qrels: dict) -> list[str]:
+    """Judged queries for which the run ranks nothing: they score 0."""
+    return [query for query in qrels if not run.get(query)]
+
+
+def ndcg_range(run: dict, qrels: dict, k: int = 10) -> tuple[float, float]:
+    """(lowest, highest) mean nDCG@k over all orders of documents whose scores tie in float32. Equal where nothing ties."""
+    low = high = 0.0
+    for query, scores, judged, best in judged_queries(run, qrels):
+        gains = [(-np.float32(score), max(0, judged.get(doc, 0))) for doc, score in scores.items()]
+        worst_order, best_order = ([gain for _, gain in sorted(gains, key=lambda pair: (pair[0], sign * pair[1]))] for sign in (1, -1))
+        low, high = low + dcg(worst_order[:k]) / dcg(best[:k]), high + dcg(best_order[:k]) / dcg(best[:k])
+    return low / len(qrels), high / len(qrels)
 
 
 def dcg(gains: Sequence[float]) -> float:
     return sum(gain / log2(place + 2) for place, gain in enumerate(gains))
 
 
-def interval(values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+def relevant(gains: Sequence[float]) -> int:
+    return sum(gain > 0 for gain in gains)
+
+
+# ------------------------------------------------------------------ chance
+
+def interval(values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high): percentile bootstrap over queries, the same bits every time."""
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"an interval needs one row of finite values: got shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite")
-    rng = np.random.default_rng(seed)
-    block = max(1, 4_000_000 // len(values))                               # 32 MB of indices at a time
-    means = np.concatenate([values[rng.integers(len(values), size=(min(block, resamples - done), len(values)))].mean(axis=1)
-                            for done in range(0, resamples, block)])
+    means = resampled(values, resamples, seed)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(values.mean()), float(low), float(high)
 
 
+def resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means of so many draws of len(values) values, with repetition; the same seed and number of values: the same draws."""
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"an interval needs one row of finite values: got shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite")
+    rng = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // len(values))                               # 32 MB of indices at a time
+    return np.concatenate([values[rng.integers(len(values), size=(min(block, resamples - done), len(values)))].mean(axis=1)
+                           for done in range(0, resamples, block)])
+
+
 def paired(a: dict[str, float], b: dict[str, float], **options) -> tuple[float, float, float]:
-    """(mean of a - b, low, high) over the queries, which must be the same in both."""
+    """(mean of a - b, low, high) over the queries, which must be the same in both. All pairs of systems share their draws."""
+    return interval(differences(a, b), **options)
+
+
+def p_value(a: dict[str, float], b: dict[str, float], resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided bootstrap p-value of "a and b are equally good", from the draws of `paired`.
+
+        p = min(1, 2 (1 + draws on the other side of 0 from the mean, 0 itself included) / (1 + draws))
+
+    It is never 0: so many draws cannot show less than 2 / (1 + draws).
+    """
+    d = differences(a, b)
+    means = resampled(d, resamples, seed)
+    other = (means <= 0).sum() if d.mean() > 0 else (means >= 0).sum()
+    return float(min(1.0, 2 * (1 + other) / (1 + resamples)))
+
+
+def differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
     if a.keys() != b.keys():
         raise ValueError(f"two systems on the same queries: {len(a.keys() ^ b.keys())} queries are in one only")
-    return interval([a[query] - b[query] for query in sorted(a)], **options)
+    return np.array([a[query] - b[query] for query in sorted(a)], dtype=np.float64)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that hold for all comparisons together.
+
+        p'_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j)),   p_(1) ≤ … ≤ p_(m)
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((0 <= p) & (p <= 1)).all():
+        raise ValueError(f"p-values lie between 0 and 1: got {list(p_values)}")
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(np.minimum(1, (len(p) - np.arange(len(p))) * p[order]))
+    return corrected.tolist()

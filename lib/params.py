@@ -20,10 +20,10 @@ PAPER_LENGTHS = (128, 2048, 8192, 32768)
 # What the notebooks read of each stage; `base` holds all of it and nothing else.
 KEYS = {
     "compute": "threads device",
-    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_queries queries_per_document hub_texts",
+    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_documents validation_queries queries_per_document hub_texts",
     "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
     "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
-    "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks lr embedding_lr lr_documents weight_decay warmup seed",
+    "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks allow_test_training lr embedding_lr lr_documents weight_decay warmup seed",
     "evaluate": "depth batch_size",
     "efficiency": "lengths batch repeats",
 }
@@ -44,7 +44,7 @@ OWN_KEYS = {
     "lessons": {"notebook": str},
 }
 # The same, where it may be left out.
-OPTIONAL = {"published": {"tokenizer": str, "max_length": int}}
+OPTIONAL = {"published": {"tokenizer": str, "max_length": int}, "yardsticks": {"first_tokens": int}}
 # Where a row's reference may point.
 REFERENCES = {
     ("continued", "pretrained"): ("pretrained", "continued"),
@@ -63,7 +63,7 @@ CHOICES = {
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
 AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "query_length", "hub_texts", "batch_size", "batch", "repeats", "depth",
-                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length"}
+                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length", "first_tokens"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")                                  # names reach shell lines and file names
 
 
@@ -158,6 +158,13 @@ def rows(profile: str, table: str) -> dict[str, dict]:
     known(profile, design["lengths"], "profile")
     known(table, TABLES, "table")
     return select(design, profile)[table]
+
+
+def own(row: str, table: str) -> dict | None:
+    """What params.yaml says of a row of this table; None where the table has no such row."""
+    design = load()
+    known(table, TABLES, "table")
+    return design[table].get(row)
 
 
 def select(design: dict, profile: str) -> dict[str, dict]:

@@ -229,6 +229,13 @@ def scores(profile: str) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["row", "reads", "task", "reads_tokens", "ndcg@10", "low", "high", "queries", "documents", "truncated"])
 
 
+def marked(profile: str, row: str) -> str:
+    """The row's name, and beside it that it was trained on what it is tested on, where that is so."""
+    path = source(profile) / "metrics" / "finetune" / f"{row}.json"
+    trained_on = json.loads(path.read_text(encoding="utf-8")).get("trained_on") if path.is_file() else None
+    return f"{row} (trained on test)" if trained_on == "test" else row
+
+
 def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
     """nDCG@10 of every query: row, task, reads, qid, ndcg@10. Rows that were not run have no lines (load_metrics names them)."""
     if rows is None:
@@ -256,8 +263,18 @@ def difference(values: pd.DataFrame, row: str, reference: str) -> tuple[float, f
     Args:
         values: lines of `per_query`, of the tasks and reads that are to be compared.
     """
-    sides = [values[values["row"] == name].set_index(["task", "qid"])["ndcg@10"].to_dict() for name in (row, reference)]
-    return metrics.paired(*sides) if all(sides) else None
+    pair = sides(values, row, reference)
+    return metrics.paired(*pair) if all(pair) else None
+
+
+def p_value(values: pd.DataFrame, row: str, reference: str) -> float | None:
+    """How probable so large a difference is between equally good rows, alone among comparisons (`metrics.holm` for several)."""
+    pair = sides(values, row, reference)
+    return metrics.p_value(*pair) if all(pair) else None
+
+
+def sides(values: pd.DataFrame, row: str, reference: str) -> list[dict]:
+    return [values[values["row"] == name].set_index(["task", "qid"])["ndcg@10"].to_dict() for name in (row, reference)]
 
 
 def compared(profile: str, key: str) -> list[str]:
@@ -268,7 +285,8 @@ def compared(profile: str, key: str) -> list[str]:
 def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
     """The rows of an ablation against its first row, one line per row and group of tasks.
 
-    Columns: row, tasks, ndcg@10, low, high, queries; difference, difference_low, difference_high (none for the reference); status.
+    Columns: row, tasks, ndcg@10, low, high, queries; difference, difference_low, difference_high and p, corrected after Holm
+    for all comparisons of the table (none for the reference); status.
     """
     rows = compared(profile, key)
     values = per_query(profile, rows)
@@ -282,19 +300,25 @@ def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
             if len(own):
                 line |= dict(zip(("ndcg@10", "low", "high"), metrics.interval(own.to_numpy())))
             if row != rows[0] and (found := difference(some, row, rows[0])):
-                line |= dict(zip(("difference", "difference_low", "difference_high"), found))
+                line |= dict(zip(("difference", "difference_low", "difference_high"), found)) | {"p": p_value(some, row, rows[0])}
             lines.append(line)
-    return pd.DataFrame(lines, columns=["row", "tasks", "ndcg@10", "low", "high", "queries", "difference", "difference_low", "difference_high", "status"])
+    compared_lines = [line for line in lines if "p" in line]
+    for line, p in zip(compared_lines, metrics.holm([line["p"] for line in compared_lines])):
+        line["p"] = p
+    return pd.DataFrame(lines, columns=["row", "tasks", "ndcg@10", "low", "high", "queries", "difference", "difference_low", "difference_high", "p", "status"])
 
 
-def verdict(low: float, high: float, expected: int) -> str:
+def verdict(low: float, high: float, expected: int, p: float = 0.0) -> str:
     """Has a difference the sign that the paper found, beyond chance? In words, from the two ends of its interval.
 
     Args:
         expected: +1 or -1, the paper's sign.
+        p: corrected for the other comparisons of a table; from 0.05 on nothing is decided, whatever the interval says.
     """
     if math.isnan(low) or math.isnan(high):
         return NOT_RUN
+    if p >= 0.05:
+        return "undecided"
     if expected < 0:
         low, high = -high, -low
     return "reproduces" if low > 0 else NOT_HERE if high < 0 else "undecided"
@@ -306,6 +330,11 @@ def with_interval(value: float, low: float, high: float, signed: bool = False) -
         return "–"
     form = "{:+.1f}" if signed else "{:.1f}"
     return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
+
+
+def chance(p: float | None) -> str:
+    """A p-value, written."""
+    return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def curves(profile: str, names: list[str]) -> pd.DataFrame:

@@ -341,8 +341,22 @@ STOP_WORDS = frozenset("a an and are as at be but by for if in into is it no not
 WORD = re.compile(r"\w+")
 
 
+# Scripts that put no space between words: kana, CJK, Thai, Lao, Burmese, Khmer.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+PARTS = re.compile(f"[{UNSPACED}]+|[^{UNSPACED}]+")
+
+
 def words(text: str) -> list[str]:
-    return [word for word in WORD.findall(text.lower()) if word not in STOP_WORDS]
+    """Lower-cased Unicode words without function words; of scripts without spaces, every two neighbouring characters."""
+    found = []
+    for word in WORD.findall(text.lower()):
+        if word.isascii():
+            found.append(word)
+            continue
+        for part in PARTS.findall(word):
+            unspaced = re.match(f"[{UNSPACED}]", part)
+            found += [part[i : i + 2] for i in range(max(1, len(part) - 1))] if unspaced else [part]
+    return [word for word in found if word not in STOP_WORDS]
 
 
 def first_words(text: str, n: int, tokenizer=None) -> str:
@@ -411,12 +425,28 @@ def bm25(documents: dict[str, str], queries: dict[str, str], first_tokens: int |
     return run
 
 
-def evaluate(task, run: dict, k: int = 10) -> dict:
-    """{"ndcg@k", "low", "high", "queries", "documents"}: the mean over queries and its 95 % bootstrap interval."""
-    values = metrics.ndcg(run, task.qrels, k=k, per_query=True)
-    mean, low, high = metrics.interval(list(values.values()))
-    return {f"ndcg@{k}": round(mean, 6), "low": round(low, 6), "high": round(high, 6),
-            "queries": len(values), "documents": len(task.documents)}
+MEASURES = {"ndcg@10": (metrics.ndcg, 10), "recall@100": (metrics.recall, 100), "precision@10": (metrics.precision, 10), "mrr@10": (metrics.mrr, 10),
+            "map": (metrics.average_precision, 1000)}
+
+
+def per_query(run: dict, qrels: dict) -> dict[str, dict[str, float]]:
+    """{measure: {query: value}} of the measures in MEASURES; a judged query that the run lacks scores 0."""
+    return {name: measure(run, qrels, k, per_query=True) for name, (measure, k) in MEASURES.items()}
+
+
+def evaluate(task, run: dict) -> dict:
+    """What the run is worth: the means of MEASURES, and of nDCG@10 the 95 % bootstrap interval over queries (low, high).
+
+    Also: queries, documents; missing, the judged queries for which the run ranks nothing (they score 0); and, where
+    scores tie so that the order among equals matters, ties: the lowest and highest nDCG@10 any order gives.
+    """
+    values = per_query(run, task.qrels)
+    mean, low, high = metrics.interval(list(values["ndcg@10"].values()))
+    worst, best = metrics.ndcg_range(run, task.qrels, k=10)
+    result = {"ndcg@10": mean, "low": low, "high": high, **{name: sum(some.values()) / len(some) for name, some in values.items() if name != "ndcg@10"}}
+    result = {name: round(value, 6) for name, value in result.items()}
+    result |= {"queries": len(task.qrels), "documents": len(task.documents), "missing": len(metrics.missing(run, task.qrels))}
+    return result | ({"ties": [round(worst, 6), round(best, 6)]} if best - worst > 1e-9 else {})
 
 
 def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> None:

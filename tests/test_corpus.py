@@ -382,7 +382,7 @@ def test_a_books_documents_fit_n_tokens_and_are_the_same_in_its_tasks(small, tas
 
 
 def test_test_queries_and_documents_are_limited_and_training_is_not(small):
-    manifest = corpus.build(small[0].with_name("limited"), **SMALL | dict(test_documents=5, test_queries=4, validation_queries=3, queries_per_document=1, natural=["page_deep"]))
+    manifest = corpus.build(small[0].with_name("limited"), **SMALL | dict(test_documents=5, test_queries=4, validation_documents=5, validation_queries=3, queries_per_document=1, natural=["page_deep"]))
     assert manifest["tasks"].keys() == {name for name in ZONES if name != "page_shallow"} | {"book_512_any", "book_1024_any"}
     for name, splits in manifest["tasks"].items():
         for split, some in splits.items():

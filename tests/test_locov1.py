@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import locov1, metrics, retrieve
+from lib import layouts, locov1, metrics, retrieve
 from lib.corpus import CorpusError
 from lib.locov1 import Task
 
@@ -219,9 +219,8 @@ def test_what_is_no_folder_or_holds_nothing_says_what_to_put_there(tmp_path):
         for call in (lambda: locov1.load("fables", source), lambda: locov1.tasks(source), lambda: locov1.splits(source)):
             refused(call, source, "no folder", "documents-<split>.parquet")
     (tmp_path / "empty").mkdir()
-    for call in (lambda: locov1.load("fables", tmp_path / "empty"), lambda: locov1.tasks(tmp_path / "empty")):
-        refused(call, tmp_path / "empty", "no test split", "documents-test.parquet", "documents/<task>_test.jsonl")
-    assert locov1.splits(tmp_path / "empty") == []
+    for call in (lambda: locov1.load("fables", tmp_path / "empty"), lambda: locov1.tasks(tmp_path / "empty"), lambda: locov1.splits(tmp_path / "empty")):
+        refused(call, tmp_path / "empty", "holds no task", "documents-<split>.parquet", "documents/<task>_<split>.jsonl")
 
 
 def test_an_unknown_split_or_task_is_answered_with_the_known_ones(tmp_path):
@@ -292,8 +291,9 @@ def hub(monkeypatch):
         def load_dataset(name, split=None, trust_remote_code=False, **options):
             assert not trust_remote_code
             serve.calls.append((name, split))
-            return datasets.Dataset.from_list({locov1.HUB_DOCUMENTS: documents, locov1.HUB_QUERIES: queries}[name])
+            return datasets.Dataset.from_list({layouts.HUB_DOCUMENTS: documents, layouts.HUB_QUERIES: queries}[name])
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["test"])
     serve.calls = []
     datasets.disable_progress_bars()
     return serve
@@ -304,19 +304,19 @@ def test_the_hub_gives_the_same_task_as_a_folder(hub):
     assert locov1.load("fables", "hub") == FABLES
     assert set(hub.calls) == {("hazyresearch/LoCoV1-Documents", "test"), ("hazyresearch/LoCoV1-Queries", "test")}
     assert locov1.tasks("hub") == ["fables", "tales"] and locov1.splits("hub") == ["test"]
-    refused(lambda: locov1.load("fabels", "hub"), locov1.HUB_QUERIES, "'fabels'", "did you mean 'fables'?")
+    refused(lambda: locov1.load("fabels", "hub"), layouts.HUB_QUERIES, "'fabels'", "did you mean 'fables'?")
 
 
 def test_the_hubs_null_passages_are_left_out_unless_asked_not_to(hub):
     hub(documents=[*DOCUMENTS, dict(pid="d4", dataset="fables", passage=None)], queries=[*QUERIES, dict(qid="q3", dataset="fables", query="nothing", answer_pids=["d4"])])
     task = locov1.load("fables", "hub")
     assert task.qrels == FABLES.qrels and task.dropped == 1
-    refused(lambda: locov1.load("fables", "hub", drop_null=False), locov1.HUB_DOCUMENTS, "'d4'", "drop_null")
+    refused(lambda: locov1.load("fables", "hub", drop_null=False), layouts.HUB_DOCUMENTS, "'d4'", "drop_null")
 
 
 def test_a_faulty_query_of_the_hub_is_named_by_its_data_set(hub):
     hub(queries=changed(QUERIES, query=""))
-    refused(lambda: locov1.load("fables", "hub"), locov1.HUB_QUERIES, "'q1'", "is empty")
+    refused(lambda: locov1.load("fables", "hub"), layouts.HUB_QUERIES, "'q1'", "is empty")
 
 
 class TransportError(Exception):
@@ -336,7 +336,7 @@ def test_a_hub_that_fails_is_named_with_the_way_out(monkeypatch, failure):
 def test_in_offline_mode_the_hub_is_not_asked(no_network, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    refused(lambda: locov1.load("fables", "hub"), locov1.HUB_DOCUMENTS, "without a network", "documents/<task>_<split>.jsonl")
+    refused(lambda: locov1.load("fables", "hub"), layouts.HUB_QUERIES, "without a network", "documents/<task>_<split>.jsonl")
     assert no_network == ([], [])
 
 

@@ -1,4 +1,5 @@
 """nDCG by hand and against trec_eval's own code; intervals against distributions we know."""
+import itertools
 import math
 import random
 
@@ -94,6 +95,73 @@ def test_nothing_to_measure_is_refused():
         metrics.ndcg({"q": {"d": 1.0}}, {"q": {"d": 1}}, k=0)
 
 
+# ---------------------------------------------------------------- the other measures
+
+def test_measures_by_hand():
+    """Places: x a y b; a and b are relevant, and a third that is not found."""
+    qrels, run = {"q": {"a": 3, "b": 1, "lost": 2, "y": 0}}, {"q": {"x": 9.0, "a": 8.0, "y": 7.0, "b": 6.0}}
+    assert metrics.recall(run, qrels) == pytest.approx(2 / 3) and metrics.recall(run, qrels, k=3) == pytest.approx(1 / 3)
+    assert metrics.precision(run, qrels) == pytest.approx(0.2) and metrics.precision(run, qrels, k=2) == 0.5
+    assert metrics.mrr(run, qrels) == 0.5 and metrics.mrr(run, qrels, k=1) == 0
+    assert metrics.average_precision(run, qrels) == pytest.approx((1 / 2 + 2 / 4) / 3)
+
+
+MEASURES = {"recall": "recall", "precision": "P", "average_precision": "map_cut", "ndcg": "ndcg_cut"}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_equals_trec_evals_on_runs_with_ties_and_missing_queries(name):
+    rng = random.Random(1)
+    for trial in range(40):
+        docs = [f"d{i}" for i in range(rng.randint(1, 30))]
+        qrels = {f"q{q}": {doc: rng.choice([-1, 0, 0, 1, 1, 2]) for doc in rng.sample(docs, rng.randint(1, len(docs)))} | {"answer": 1} for q in range(5)}
+        score = [lambda: rng.random(), lambda: rng.randint(0, 3), lambda: 0.7 + rng.randint(0, 4) * 2e-8][trial % 3]
+        run = {query: {doc: float(score()) for doc in rng.sample(docs, rng.randint(1, len(docs)))} for query in list(qrels)[trial % 2 :]}
+        for k in (1, 5, 10, 100):
+            found = {query: values[f"{MEASURES[name]}_{k}"] for query, values in pytrec_eval.RelevanceEvaluator(qrels, {f"{MEASURES[name]}.{k}"}).evaluate(run).items()}
+            ours = getattr(metrics, name)(run, qrels, k, per_query=True)
+            assert ours == pytest.approx({query: found.get(query, 0.0) for query in qrels}, abs=1e-6)
+            assert getattr(metrics, name)(run, qrels, k) == pytest.approx(sum(found.values()) / len(qrels), abs=1e-6)
+        assert metrics.missing(run, qrels) == (["q0"] if trial % 2 else [])
+
+
+def test_reciprocal_rank_equals_trec_evals():
+    rng = random.Random(2)
+    for _ in range(40):
+        docs = [f"d{i}" for i in range(rng.randint(1, 30))]
+        qrels = {f"q{q}": {"answer": 1, "d0": rng.choice([0, 1])} for q in range(5)}
+        run = {query: {doc: float(rng.randint(0, 3)) for doc in docs} for query in qrels}
+        found = {query: values["recip_rank"] for query, values in pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(run).items()}
+        assert metrics.mrr(run, qrels, k=1000, per_query=True) == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "mrr"])
+def test_a_measure_refuses_what_it_cannot_count(name):
+    for wrong in (({"q": {"d": math.nan}}, {"q": {"d": 1}}), ({}, {}), ({}, {"q": {"d": 0}})):
+        with pytest.raises(ValueError):
+            getattr(metrics, name)(*wrong)
+    with pytest.raises(ValueError, match="@0: k counts"):
+        getattr(metrics, name)({}, {"q": {"d": 1}}, k=0)
+
+
+def test_the_range_over_ties_by_hand():
+    """a, b and c tie for the second to fourth place, b is the answer."""
+    run, qrels = {"q": {"x": 2.0, "a": 1.0, "b": 1.0, "c": 1.0 + 1e-9, "z": 0.5}}, {"q": {"b": 1}}
+    assert metrics.ndcg_range(run, qrels) == pytest.approx((1 / math.log2(5), 1 / math.log2(3)))
+    assert metrics.ndcg_range(run, {"q": {"x": 1}}) == (1, 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores=st.dictionaries(st.sampled_from("abcdefgh"), st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=6), data=st.data())
+def test_the_range_holds_every_order_of_the_ties_and_its_ends_are_reached(scores, data):
+    qrels = {"q": {doc: data.draw(st.integers(0, 2)) for doc in scores} | {"answer": 1}}
+    values = []
+    for order in itertools.permutations(scores):                           # a tiny step by which each order breaks the ties
+        broken = {doc: scores[doc] + 0.001 * place for place, doc in enumerate(order)}
+        values.append(metrics.ndcg({"q": broken}, qrels, k=3))
+    assert metrics.ndcg_range({"q": scores}, qrels, k=3) == pytest.approx((min(values), max(values)))
+
+
 # ---------------------------------------------------------------- intervals
 
 def test_interval_of_a_constant_is_the_constant():
@@ -161,3 +229,40 @@ def test_paired_ignores_the_order_of_queries_and_changes_sign():
 def test_paired_refuses_different_queries():
     with pytest.raises(ValueError, match="2 queries are in one only"):
         metrics.paired({"x": 1.0, "y": 1.0}, {"x": 1.0, "z": 1.0})
+
+
+# ---------------------------------------------------------------- many comparisons
+
+def test_p_values_of_no_difference_are_spread_evenly():
+    """300 pairs of equally good systems: p ≤ 0.05 in about 5 % of them, p ≤ 0.5 in about half."""
+    rng = np.random.default_rng(5)
+    p = []
+    for experiment in range(300):
+        a, b = ({f"q{i}": value for i, value in enumerate(rng.beta(2, 3, size=80))} for _ in range(2))
+        p.append(metrics.p_value(a, b, resamples=500, seed=experiment))
+    assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09 and 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58
+
+
+def test_a_p_value_and_its_interval_agree():
+    rng = np.random.default_rng(6)
+    for shift in (0.0, 0.02, 0.05, 0.2):
+        b = {f"q{i}": float(value) for i, value in enumerate(rng.random(60))}
+        a = {query: value + shift + 0.1 * float(rng.standard_normal()) for query, value in b.items()}
+        _, low, high = metrics.paired(a, b)
+        assert (metrics.p_value(a, b) < 0.05) == (low > 0 or high < 0) or abs(metrics.p_value(a, b) - 0.05) < 0.005
+        assert metrics.p_value(a, b) == pytest.approx(metrics.p_value(b, a), abs=1e-3)
+    assert metrics.p_value(b, b) == 1 and metrics.p_value({q: v + 1 for q, v in b.items()}, b) == pytest.approx(2 / 10_001)
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.5, 0.9]) == [1.0, 1.0] and metrics.holm([0.2]) == [0.2] and metrics.holm([]) == []
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.holm([0.1, 1.2])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_no_correction_and_bonferronis(p):
+    corrected = metrics.holm(p)
+    assert all(raw <= value <= min(1, len(p) * raw) + 1e-12 for raw, value in zip(p, corrected))
+    assert [corrected[i] for i in np.argsort(p, kind="stable")] == sorted(corrected)

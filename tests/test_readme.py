@@ -37,7 +37,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_notebook_and_module_has_its_place():
-    assert {int(number) for number in re.findall(r"\b(\d\d) (?:start|the|pre|fine|eval|eff|all)", README)} | {7, 8, 9} == set(range(12))
+    assert {int(number) for number in re.findall(r"\b(\d\d) (?:start|the|pre|fine|eval|eff|all)", README)} | {7, 8, 9} == set(range(13))
     assert "07-09" in README
     named = set(re.findall(r"`(\w+)`", next(line for line in README.splitlines() if line.startswith("| [`lib/`]"))))
     assert named == {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import params, report
+from lib import metrics, params, report
 
 matplotlib.use("svg")
 ROOT = Path(__file__).parents[1]
@@ -216,6 +216,33 @@ def test_an_ablation_compares_on_the_same_queries_and_names_who_is_missing(house
     assert frame.at[reference, "ndcg@10"] == 0.25 and math.isnan(frame.at[reference, "difference"])
     assert frame.loc[others[0], ["ndcg@10", "difference", "difference_low", "difference_high", "queries"]].tolist() == [0.5, 0.25, 0.25, 0.25, 3]    # every query gained the same
     assert set(frame.loc[others[1:], "status"]) == {"not run"}
+    assert frame.at[others[0], "p"] == pytest.approx(2 / 10_001) and frame["p"].notna().sum() == 1
+
+
+def test_p_values_of_an_ablation_are_corrected_for_each_other(house):
+    """Three comparisons: the smallest p is multiplied by three, and none is below its raw value."""
+    reference, *others = params.rows("laptop", "ablations")["loss"]["rows"]
+    data, rng = params.data("laptop"), np.random.default_rng(0)
+    base = rng.random(40)
+    for i, row in enumerate((reference, *others[:3])):
+        (data / "runs" / row).mkdir(parents=True)
+        noise = 0.2 * rng.standard_normal(40) + 0.03 * i
+        pd.DataFrame({"task": "book_256_deep", "reads": "all", "qid": [f"q{n}" for n in range(40)], "ndcg@10": base + (noise if i else 0)}).to_parquet(data / "runs" / row / "per_query.parquet")
+    values, frame = report.per_query("laptop"), report.ablation("laptop", "loss").set_index("row")
+    raw = [report.p_value(values, row, reference) for row in others[:3]]
+    assert frame.loc[others[:3], "p"].tolist() == pytest.approx(metrics.holm(raw)) and max(raw) < 1 and min(frame.loc[others[:3], "p"]) == pytest.approx(3 * min(raw))
+
+
+def test_what_is_not_certain_among_many_comparisons_is_undecided():
+    assert report.verdict(0.1, 0.2, 1, p=0.06) == "undecided" and report.verdict(0.1, 0.2, 1, p=0.04) == "reproduces"
+    assert report.verdict(math.nan, math.nan, 1, p=0.06) == "not run"
+    assert [report.chance(p) for p in (None, math.nan, 0.0002, 0.0491)] == ["–", "–", "< 0.001", "0.049"]
+
+
+def test_a_row_trained_on_test_says_so_wherever_it_is_named(house):
+    for row, split in (("opl", "test"), ("mnrl", "train")):
+        report.metric({"trained_on": split}, "finetune", row, params.data("laptop"), "laptop")
+    assert [report.marked("laptop", row) for row in ("opl", "mnrl", "bm25")] == ["opl (trained on test)", "mnrl", "bm25"]
 
 
 # ------------------------------------------------------------------ the paper

@@ -422,7 +422,10 @@ def test_evaluate_reports_mean_interval_and_counts():
     assert scores["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3)) / 2, abs=1e-6)
     assert scores["low"] <= scores["ndcg@10"] <= scores["high"]
     assert (scores["queries"], scores["documents"]) == (2, 3)
-    assert retrieve.evaluate(task(), run, k=1)["ndcg@1"] == 0.5
+    assert (scores["recall@100"], scores["mrr@10"], scores["precision@10"], scores["map"]) == (1, 0.75, 0.1, 0.75)
+    assert scores["missing"] == 0 and "ties" not in scores
+    some = retrieve.evaluate(task(), {"2": {"a": 1.0, "c": 1.0}})
+    assert some["missing"] == 1 and some["ties"] == pytest.approx([1 / math.log2(3) / 2, 0.5], abs=1e-6)
     json.dumps(scores)
 
 
@@ -439,6 +442,13 @@ def test_bm25_by_hand():
     assert run["r"] == pytest.approx({"b": 2 * idf(2) * part(1, 1), "a": 2 * idf(2) * part(1, 3)}, rel=1e-5)
     assert list(run["r"]) == ["b", "a"]
     assert run["s"] == {}
+
+
+def test_bm25_reads_scripts_without_spaces_by_pairs_of_characters():
+    assert retrieve.words("The red Füchsin, 红狐狸 and 猫! ひらがなABC") == ["red", "füchsin", "红狐", "狐狸", "猫", "ひら", "らが", "がな", "abc"]
+    assert retrieve.words("ПРИВЕТ мир") == ["привет", "мир"]
+    documents = {"a": "一只红狐狸在夜里奔跑", "b": "绿色的母鸡睡觉", "c": "猫头鹰"}
+    assert list(retrieve.bm25(documents, {"q": "红狐狸"})["q"]) == ["a"] and list(retrieve.bm25(documents, {"q": "母鸡"})["q"]) == ["b"]
 
 
 def test_bm25_reads_only_the_first_words():

@@ -1,0 +1,145 @@
+"""Every layout gives the same task; what a source has is looked up; what is wrong is named."""
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib import layouts, locov1, metrics, retrieve
+from lib.corpus import CorpusError
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {"d1": "the red fox runs by night", "d2": "Die Füchsin 🦊 schläft", "d3": "owl by day"}
+QUERIES = {"q1": "red fox", "q2": "vixen"}
+QRELS = {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}
+
+
+def beir(folder, split="test", titles=False, header=True):
+    """The task as BEIR writes it."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    rows = [{"_id": pid, "title": "A title" if titles else "", "text": text, "metadata": {}} for pid, text in DOCUMENTS.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": qid, "text": text}) + "\n" for qid, text in {**QUERIES, "q9": "of another split"}.items()), encoding="utf-8")
+    lines = [f"{qid}\t{pid}\t{gain}\n" for qid, judged in QRELS.items() for pid, gain in {**judged, "zero": 0}.items()]
+    (folder / "qrels" / f"{split}.tsv").write_text(("query-id\tcorpus-id\tscore\n" if header else "") + "".join(lines), encoding="utf-8")
+    return folder
+
+
+def refused(call, *parts) -> None:
+    with pytest.raises(CorpusError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert str(part) in str(error.value), error.value
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_beir_folder_is_a_task_with_its_grades(tmp_path, header):
+    task = locov1.load("fables", beir(tmp_path / "fables", header=header))
+    assert (task.documents, task.queries, task.qrels) == (DOCUMENTS, QUERIES, QRELS)
+    assert metrics.ndcg(retrieve.bm25(task.documents, {"q1": "red fox owl"}), {"q1": QRELS["q1"]}) > 0.9
+
+
+def test_a_folder_of_beir_folders_is_its_tasks_and_a_title_is_a_line(tmp_path):
+    beir(tmp_path / "a", "test"), beir(tmp_path / "b", "dev", titles=True), beir(tmp_path / "b", "train", titles=True)
+    assert locov1.splits(tmp_path) == ["train", "validation", "test"]
+    assert (locov1.tasks(tmp_path, "test"), locov1.tasks(tmp_path, "validation"), locov1.tasks(tmp_path, "train")) == (["a"], ["b"], ["b"])
+    assert locov1.load("b", tmp_path, "validation").documents["d3"] == "A title\nowl by day"
+    refused(lambda: locov1.load("a", tmp_path, "train"), tmp_path, "'a'", "did you mean 'b'")
+
+
+@pytest.mark.parametrize(("line", "parts"), [("q1\td1", (":4:", "tabs")), ("q1\td1\tyes", (":4:", "whole number")), ("q1 d1 1", (":4:", "tabs"))])
+def test_a_faulty_judgement_is_named_by_its_line(tmp_path, line, parts):
+    beir(tmp_path / "fables")
+    path = tmp_path / "fables" / "qrels" / "test.tsv"
+    path.write_text("\n".join([*path.read_text().splitlines()[:3], line]) + "\n")
+    refused(lambda: locov1.load("fables", tmp_path), path, *parts)
+
+
+def test_a_judgement_of_a_document_that_is_not_there_is_named(tmp_path):
+    beir(tmp_path / "fables")
+    path = tmp_path / "fables" / "qrels" / "test.tsv"
+    path.write_text(path.read_text() + "q2\tlost\t1\n")
+    refused(lambda: locov1.load("fables", tmp_path), "corpus.jsonl" if False else "queries.jsonl", "'lost'", "'q2'")
+
+
+def test_a_folder_of_texts_is_searched_without_queries(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "deeper" / ".git").mkdir(parents=True)
+    for name, text in {"a.txt": "\ufeffred fox", "deeper/B.MD": "# owl\r\n", "deeper/empty.md": " \n", "deeper/.git/x.txt": "hidden", "picture.png": "no"}.items():
+        (folder / name).write_bytes(text.encode())
+    assert locov1.tasks(folder) == ["notes"] and locov1.splits(folder) == ["test"]
+    task = locov1.load("notes", folder)
+    assert task.documents == {"a.txt": "red fox", "deeper/B.MD": "# owl\r\n"} and not task.queries and not task.qrels
+    assert list(retrieve.bm25(task.documents, {"q": "owl"})["q"]) == ["deeper/B.MD"]
+    (folder / "latin.txt").write_bytes("Füchsin".encode("latin-1"))
+    refused(lambda: locov1.load("notes", folder), "latin.txt", "UTF-8")
+
+
+def test_a_folder_of_nothing_says_what_it_needs(tmp_path):
+    refused(lambda: locov1.tasks(tmp_path), tmp_path, "corpus.jsonl", "queries/<task>_<split>.jsonl", ".txt")
+
+
+# ------------------------------------------------------------------ the hub
+
+@pytest.fixture
+def served(monkeypatch):
+    """served(tables): load_dataset and get_dataset_split_names answer from {(name, configuration, split): rows}."""
+    def serve(tables):
+        def load_dataset(name, config=None, split=None, trust_remote_code=False):
+            assert not trust_remote_code
+            return datasets.Dataset.from_list(tables[name, config, split])
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: [split for other, _, split in tables if other == name])
+        monkeypatch.setattr(layouts, "reachable", lambda name: True)
+    return serve
+
+
+def test_the_splits_of_the_hub_are_discovered(served):
+    rows = [dict(qid="q1", dataset="fables", query="fox", answer_pids=["d1"])], [dict(pid="d1", dataset="fables", passage="red fox")]
+    served({(name, None, split): rows[name == layouts.HUB_DOCUMENTS] for name in (layouts.HUB_QUERIES, layouts.HUB_DOCUMENTS) for split in ("test", "train")})
+    assert locov1.splits("hub") == ["train", "test"]
+    assert locov1.load("fables", "hub", "train").queries == {"q1": "fox"}
+
+
+def test_longembed_comes_through_the_same_door(served):
+    def part(kind, length=None):
+        more = {} if length is None else {"context_length": length}
+        return {"corpus": [dict(doc_id=f"d{length}", text=f"red fox {length}", **more)], "queries": [dict(qid=f"q{length}", text="fox", **more)],
+                "qrels": [dict(qid=f"q{length}", doc_id=f"d{length}", **more)]}[kind]
+    served({(layouts.LONGEMBED, "needle", kind): part(kind, 256) + part(kind, 512) for kind in ("corpus", "queries", "qrels")}
+           | {(layouts.LONGEMBED, "qmsum", kind): part(kind) for kind in ("corpus", "queries", "qrels")})
+    assert locov1.load("needle_512", "longembed").qrels == {"q512": {"d512": 1}}
+    assert locov1.load("qmsum", "longembed").documents == {"dNone": "red fox None"}
+    assert len(locov1.tasks("longembed")) == 4 + 2 * 8
+    refused(lambda: locov1.load("needle", "longembed"), "dwzhu/LongEmbed", "did you mean 'needle_")
+    refused(lambda: locov1.tasks("longembed", "train"), "no train split", "it has test")
+
+
+# ------------------------------------------------------------------ the paper's twelve
+
+def test_the_twelve_tasks_are_the_papers_table_10():
+    printed = pd.read_csv(ROOT / "data" / "paper" / "table10_tasks.csv").set_index("task")
+    assert set(printed.index) == set(locov1.LOCOV1) and len(locov1.LOCOV1) == 12
+    for name, described in locov1.LOCOV1.items():
+        for column in ("domain", "train_queries", "train_documents", "test_queries", "test_documents", "query_characters", "document_characters"):
+            assert printed.at[name, column] == getattr(described, column), (name, column)
+
+
+def test_a_task_of_600_million_characters_stays_under_two_gigabytes(tmp_path):
+    """10,000 documents of 60,000 characters, half of the task's file another task; in a process of its own."""
+    schema = pa.schema([("pid", pa.string()), ("dataset", pa.string()), ("passage", pa.string())])
+    with pq.ParquetWriter(tmp_path / "documents-test.parquet", schema, compression="zstd") as file:
+        for start in range(0, 20_000, 500):
+            file.write_table(pa.table([[f"d{i}" for i in range(start, start + 500)], ["big" if i % 2 else "other" for i in range(start, start + 500)],
+                                       [f"{i} " + "lorem ipsum " * 5000 for i in range(start, start + 500)]], schema=schema))
+    pq.write_table(pa.Table.from_pylist([dict(qid="q", dataset="big", query="lorem", answer_pids=["d1"])]), tmp_path / "queries-test.parquet")
+    code = f"from lib import locov1; import resource; t = locov1.load('big', {str(tmp_path)!r}); print(len(t.documents), len(t.documents['d1']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    n, characters, peak = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split())
+    assert (n, characters) == (10_000, 60_002) and peak * (1 if sys.platform == "darwin" else 1024) < 2e9
