@@ -364,7 +364,9 @@ def embedded_tasks(tables: Tables, split: str, modules: list[Module], count: Cou
 
 def mirror(tables: Tables, source: str) -> None:
     """The tasks of a folder or of the hub, checked, as they are."""
-    from lib import locov1
+    from lib import layouts, locov1
+    if isinstance(layouts.of(source), layouts.Texts):
+        raise CorpusError(f"{source} is a folder of texts: they can be searched (locov1.load), but nobody asks and nobody judges; give data.source a folder with queries")
     for split in locov1.splits(source):
         for name in locov1.tasks(source, split):
             task = locov1.load(name, source, split)

@@ -87,7 +87,7 @@ class Parquet(Folder):
 class Jsonl(Folder):
     @staticmethod
     def fits(folder: Path) -> bool:
-        return any((folder / kind).is_dir() for kind in ("documents", "queries"))
+        return any(any((folder / kind).glob("*.jsonl")) for kind in ("documents", "queries"))
 
     def splits(self) -> list[str]:
         return [split for split in SPLITS if any((self.folder / "queries").glob(f"*_{split}.jsonl"))]
@@ -125,7 +125,7 @@ class Beir(Folder):
         return [split for split in SPLITS if any(self.qrels(place, split).is_file() for place in self.places())]
 
     def tasks(self, split: str) -> list[str]:
-        return [place.resolve().name for place in self.places() if self.qrels(place, split).is_file()]
+        return [self.folder.resolve().name if place == self.folder else place.name for place in self.places() if self.qrels(place, split).is_file()]
 
     def files(self, task: str, split: str) -> tuple:
         return self.place(task) / "corpus.jsonl", self.place(task) / "queries.jsonl", ""
@@ -133,21 +133,33 @@ class Beir(Folder):
     def rows(self, task: str, split: str) -> tuple[Iterable[dict], Iterable[dict], Iterable[dict]]:
         documents, queries, _ = self.files(task, split)
         judged = read_qrels(self.qrels(self.place(task), split))
-        return (({"pid": row["_id"], "passage": f"{row['title']}\n{row['text']}" if row.get("title") else row["text"]} for row in read_jsonl(documents, ("_id", "text"))),
-                ({"qid": row["_id"], "query": row["text"], "answer_pids": judged[str(row["_id"])]} for row in read_jsonl(queries, ("_id", "text")) if str(row["_id"]) in judged), [])
+
+        def asked() -> Iterator[dict]:
+            left = dict(judged)
+            for row in read_jsonl(queries, ("_id", "text")):
+                if (answers := left.pop(str(row["_id"]), None)) is not None:
+                    yield {"qid": row["_id"], "query": row["text"], "answer_pids": answers}
+            if left:
+                raise CorpusError(f"{queries}: judged query {min(left)!r} is not there ({len(left)} such): complete the file, or take the judgements out")
+
+        return (({"pid": row["_id"], "passage": f"{row['title']}\n{row['text']}" if row.get("title") and isinstance(row["text"], str) else row["text"]}
+                 for row in read_jsonl(documents, ("_id", "text"))), asked(), [])
 
 
 class Texts(Folder):
     """The reader's own folder: the id of a document is its path in it. To search, not to score."""
 
+    def __str__(self) -> str:
+        return f"{self.folder} (a folder of texts: no parquet, jsonl or BEIR task is there)"
+
     @staticmethod
-    def paths(folder: Path) -> list[Path]:
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in TEXTS and path.is_file()
-                      and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    def paths(folder: Path) -> Iterator[Path]:
+        return (path for path in folder.rglob("*") if path.suffix.lower() in TEXTS and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
     @classmethod
     def fits(cls, folder: Path) -> bool:
-        return bool(cls.paths(folder))
+        return any(cls.paths(folder))
 
     def splits(self) -> list[str]:
         return ["test"]
@@ -159,7 +171,7 @@ class Texts(Folder):
         return self.folder, "", ""
 
     def rows(self, task: str, split: str) -> tuple[Iterable[dict], Iterable[dict], Iterable[dict]]:
-        return ({"pid": path.relative_to(self.folder).as_posix(), "passage": text} for path in self.paths(self.folder) if (text := read_text(path)).strip()), [], []
+        return ({"pid": path.relative_to(self.folder).as_posix(), "passage": text} for path in sorted(self.paths(self.folder)) if (text := read_text(path)).strip()), [], []
 
 
 class Hub:
@@ -171,7 +183,7 @@ class Hub:
         return [split for split in SPLITS if split in from_hub(HUB_QUERIES, lambda: datasets.get_dataset_split_names(HUB_QUERIES))]
 
     def tasks(self, split: str) -> list[str]:
-        return sorted(set(self.table(HUB_QUERIES, split)["dataset"]))
+        return sorted(set(self.table(HUB_QUERIES, split)["dataset"])) if split in self.splits() else []
 
     def files(self, task: str, split: str) -> tuple:
         return HUB_DOCUMENTS, HUB_QUERIES, ""
@@ -259,25 +271,30 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> Iterator[dict]:
                 yield row
     except FileNotFoundError:
         raise CorpusError(f"{path} is missing: a mirror has it, fetch it") from None
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read ({error.strerror}): see to its permissions, or fetch it again") from None
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """{query id: {document id: gain}} of BEIR's three columns; its first line names them."""
     judged: dict[str, dict[str, int]] = {}
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
                 if number == 1 and row[-1:] == ["score"] or not row:
                     continue
                 try:
                     qid, pid, gain = row
-                    judged.setdefault(qid, {})[pid] = int(gain)
+                    if judged.setdefault(qid, {}).setdefault(pid, int(gain)) != int(gain):
+                        raise CorpusError(f"{path}:{number}: query {qid!r} judges {pid!r} twice, as {judged[qid][pid]} and {gain}: keep one")
+                except CorpusError:
+                    raise
                 except ValueError:
                     raise CorpusError(f"{path}:{number}: wants query-id, corpus-id and a whole number, tabs between them: got {row!r:.80}") from None
     except FileNotFoundError:
         raise CorpusError(f"{path} is missing: fetch it, a BEIR folder has qrels/<split>.tsv") from None
-    except UnicodeDecodeError:
-        raise CorpusError(f"{path} is no UTF-8 text: delete it and fetch it again") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorpusError(f"{path} is no table of UTF-8 text ({error}): delete it and fetch it again") from None
     return {qid: found for qid, answers in judged.items() if (found := {pid: gain for pid, gain in answers.items() if gain > 0})}
 
 
@@ -287,6 +304,8 @@ def read_text(path: Path) -> str:
             return file.read()
     except UnicodeDecodeError:
         raise CorpusError(f"{path} is no UTF-8 text: convert it, or move it out of the folder") from None
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read ({error.strerror}): see to its permissions, or move it out of the folder") from None
 
 
 # ------------------------------------------------------------------ the hub

@@ -157,6 +157,11 @@ def assemble(name: str, split: str, documents: Iterable[dict], queries: Iterable
             raise CorpusError(f"{where_asked}: task {name} has query id {qid!r} twice: make ids unique")
         if not isinstance(query, str) or not query.strip():
             raise CorpusError(f"{where_asked}: query {qid!r} of {name} is empty: give it a text, or take it out")
+        if isinstance(answers, dict):
+            odd = next((pid for pid, gain in answers.items() if type(gain) is not int), None)
+            if odd is not None:
+                raise CorpusError(f"{where_asked}: query {qid!r} of {name} grades {odd!r} with {answers[odd]!r}: a grade is a whole number")
+            answers = {pid: gain for pid, gain in answers.items() if gain > 0}
         if not isinstance(answers, (list, dict)) or not answers:
             raise CorpusError(f"{where_asked}: query {qid!r} of {name} has no answer_pids: judge it, or take it out")
         judged = {str(pid): gain for pid, gain in answers.items()} if isinstance(answers, dict) else {str(pid): 1 for pid in answers}

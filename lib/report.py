@@ -231,9 +231,12 @@ def scores(profile: str) -> pd.DataFrame:
 
 def marked(profile: str, row: str) -> str:
     """The row's name, and beside it that it was trained on what it is tested on, where that is so."""
-    path = source(profile) / "metrics" / "finetune" / f"{row}.json"
-    trained_on = json.loads(path.read_text(encoding="utf-8")).get("trained_on") if path.is_file() else None
-    return f"{row} (trained on test)" if trained_on == "test" else row
+    chain, place = [row], source(profile) / "metrics" / "finetune"
+    models = {name: own for table in params.MODELS for name, own in params.load()[table].items()}
+    while (before := models.get(chain[-1], {}).get("pretrained")) is not None:
+        chain.append(before)
+    paths = [path for name in chain if (path := place / f"{name}.json").is_file()]
+    return f"{row} (trained on test)" if any(json.loads(path.read_text(encoding="utf-8")).get("trained_on") == "test" for path in paths) else row
 
 
 def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:

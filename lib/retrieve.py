@@ -332,8 +332,14 @@ def rank(encoder: Encoder, tasks: list, batch_size: int = 32, show_progress: boo
         pids, qids = list(task.documents), list(task.queries)
         columns = [place[task.documents[pid]] for pid in pids]
         queries = encoder.encode([task.queries[qid] for qid in qids], batch_size, show_progress=False)
-        ranked[task.name] = search(queries, vectors[columns], qids, pids, k), sum(longer[i] for i in columns)
+        run = search(queries, vectors[columns], qids, pids, k + 1)
+        ranked[task.name] = without_itself(run, task.qrels, k), sum(longer[i] for i in columns)
     return ranked
+
+
+def without_itself(run: dict, qrels: dict, k: int) -> dict:
+    """The k best of each query, without the document that has the query's own id and is not judged relevant: BEIR's rule, where queries are documents too."""
+    return {qid: dict([(pid, score) for pid, score in found.items() if pid != qid or qrels.get(qid, {}).get(pid, 0) > 0][:k]) for qid, found in run.items()}
 
 
 # The most frequent English function words; other languages lose nothing but these.
@@ -348,24 +354,30 @@ PARTS = re.compile(f"[{UNSPACED}]+|[^{UNSPACED}]+")
 
 def words(text: str) -> list[str]:
     """Lower-cased Unicode words without function words; of scripts without spaces, every two neighbouring characters."""
-    found = []
-    for word in WORD.findall(text.lower()):
-        if word.isascii():
-            found.append(word)
-            continue
-        for part in PARTS.findall(word):
-            unspaced = re.match(f"[{UNSPACED}]", part)
-            found += [part[i : i + 2] for i in range(max(1, len(part) - 1))] if unspaced else [part]
-    return [word for word in found if word not in STOP_WORDS]
+    return [part for word in WORD.findall(text.lower()) for part in parts_of(word) if part not in STOP_WORDS]
+
+
+def parts_of(word: str) -> list[str]:
+    if word.isascii():
+        return [word]
+    return [pair for part in PARTS.findall(word)
+            for pair in ([part[i : i + 2] for i in range(max(1, len(part) - 1))] if re.match(f"[{UNSPACED}]", part) else [part])]
+
+
+def longer_than(task, n: int | None, tokenizer) -> int:
+    """How many documents of a task have more than n tokens."""
+    return 0 if n is None else sum(tokenize(list(task.documents.values()), tokenizer, n + 2)[1])
 
 
 def first_words(text: str, n: int, tokenizer=None) -> str:
     """The text up to its n-th token: BM25's own words (function words count), or the pieces of a given tokenizer."""
     if tokenizer is None:
-        end = None
-        for count, match in enumerate(WORD.finditer(text), start=1):
-            end = match.end()
-            if count == n:
+        end, count = None, 0
+        for match in WORD.finditer(text):
+            if count and count + len(parts_of(match[0])) > n:
+                break
+            end, count = match.end(), count + len(parts_of(match[0]))
+            if count >= n:
                 break
         return text[:end] if end is not None else text
     text, characters = encodable(text), CHARACTERS_PER_TOKEN * n

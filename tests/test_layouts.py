@@ -1,6 +1,5 @@
 """Every layout gives the same task; what a source has is looked up; what is wrong is named."""
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +65,7 @@ def test_a_judgement_of_a_document_that_is_not_there_is_named(tmp_path):
     beir(tmp_path / "fables")
     path = tmp_path / "fables" / "qrels" / "test.tsv"
     path.write_text(path.read_text() + "q2\tlost\t1\n")
-    refused(lambda: locov1.load("fables", tmp_path), "corpus.jsonl" if False else "queries.jsonl", "'lost'", "'q2'")
+    refused(lambda: locov1.load("fables", tmp_path), "queries.jsonl", "'lost'", "'q2'")
 
 
 def test_a_folder_of_texts_is_searched_without_queries(tmp_path):
@@ -80,6 +79,42 @@ def test_a_folder_of_texts_is_searched_without_queries(tmp_path):
     assert list(retrieve.bm25(task.documents, {"q": "owl"})["q"]) == ["deeper/B.MD"]
     (folder / "latin.txt").write_bytes("Füchsin".encode("latin-1"))
     refused(lambda: locov1.load("notes", folder), "latin.txt", "UTF-8")
+
+
+def test_what_would_score_a_beir_task_wrongly_is_named(tmp_path):
+    folder = beir(tmp_path / "fables")
+    whole = {path: path.read_text(encoding="utf-8") for path in (folder / "queries.jsonl", folder / "corpus.jsonl", folder / "qrels" / "test.tsv")}
+    queries, corpus, qrels = whole
+    queries.write_text(whole[queries].splitlines()[0] + "\n", encoding="utf-8")
+    refused(lambda: locov1.load("fables", folder), queries, "'q2' is not there")
+    queries.write_text(whole[queries], encoding="utf-8")
+    corpus.write_text(whole[corpus].replace('"title": "", "text": "owl by day"', '"title": "A", "text": null'), encoding="utf-8")
+    refused(lambda: locov1.load("fables", folder), corpus, "'d3'", "null passage")
+    corpus.write_text(whole[corpus], encoding="utf-8")
+    qrels.write_text(whole[qrels] + "q1\td1\t1\n", encoding="utf-8")
+    refused(lambda: locov1.load("fables", folder), qrels, "'d1' twice, as 2 and 1")
+    qrels.write_text("\ufeff" + "".join(whole[qrels].splitlines(keepends=True)[1:]), encoding="utf-8")
+    assert locov1.load("fables", folder).qrels == QRELS                    # a byte order mark, no header
+
+
+def test_a_linked_beir_folder_is_named_as_its_link(tmp_path):
+    beir(tmp_path / "elsewhere" / "v1")
+    (tmp_path / "beir").mkdir()
+    (tmp_path / "beir" / "scifact").symlink_to(tmp_path / "elsewhere" / "v1")
+    assert locov1.tasks(tmp_path / "beir") == ["scifact"] and locov1.load("scifact", tmp_path / "beir").queries == QUERIES
+
+
+@pytest.mark.parametrize("gain", ["2", None, 1.5])
+def test_a_grade_that_is_no_whole_number_is_named(gain):
+    with pytest.raises(CorpusError, match="query 'q' of t grades 'd' with"):
+        locov1.assemble("t", "test", [dict(pid="d", passage="x")], [dict(qid="q", query="x", answer_pids={"d": gain})])
+
+
+def test_notes_in_a_folder_called_documents_are_texts(tmp_path):
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "a.md").write_text("owl")
+    assert list(locov1.load(tmp_path.name, tmp_path).documents) == ["documents/a.md"]
+    refused(lambda: locov1.load("qmsum", tmp_path), "a folder of texts: no parquet, jsonl or BEIR task is there")
 
 
 def test_a_folder_of_nothing_says_what_it_needs(tmp_path):
@@ -106,6 +141,14 @@ def test_the_splits_of_the_hub_are_discovered(served):
     served({(name, None, split): rows[name == layouts.HUB_DOCUMENTS] for name in (layouts.HUB_QUERIES, layouts.HUB_DOCUMENTS) for split in ("test", "train")})
     assert locov1.splits("hub") == ["train", "test"]
     assert locov1.load("fables", "hub", "train").queries == {"q1": "fox"}
+
+
+def test_a_split_that_the_hub_lacks_is_said_to_be_lacking(served):
+    rows = [dict(qid="q1", dataset="fables", query="fox", answer_pids=["d1"])], [dict(pid="d1", dataset="fables", passage="red fox")]
+    served({(name, None, "test"): rows[name == layouts.HUB_DOCUMENTS] for name in (layouts.HUB_QUERIES, layouts.HUB_DOCUMENTS)})
+    refused(lambda: locov1.load("fables", "hub", "train"), "has no train split: it has test")
+    refused(lambda: locov1.training_split("hub"), "has no train split", "allow_test_training: true")
+    assert locov1.training_split("hub", allow_test_training=True) == "test"
 
 
 def test_longembed_comes_through_the_same_door(served):

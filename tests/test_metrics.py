@@ -243,15 +243,23 @@ def test_p_values_of_no_difference_are_spread_evenly():
     assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09 and 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58
 
 
-def test_a_p_value_and_its_interval_agree():
-    rng = np.random.default_rng(6)
-    for shift in (0.0, 0.02, 0.05, 0.2):
-        b = {f"q{i}": float(value) for i, value in enumerate(rng.random(60))}
-        a = {query: value + shift + 0.1 * float(rng.standard_normal()) for query, value in b.items()}
-        _, low, high = metrics.paired(a, b)
-        assert (metrics.p_value(a, b) < 0.05) == (low > 0 or high < 0) or abs(metrics.p_value(a, b) - 0.05) < 0.005
-        assert metrics.p_value(a, b) == pytest.approx(metrics.p_value(b, a), abs=1e-3)
-    assert metrics.p_value(b, b) == 1 and metrics.p_value({q: v + 1 for q, v in b.items()}, b) == pytest.approx(2 / 10_001)
+def test_few_queries_cannot_give_a_small_p():
+    """n queries that all gain the same: only all signs alike are as extreme, 2 of 2^n."""
+    for n in (1, 2, 3, 6):
+        p = metrics.p_value({f"q{i}": 0.5 for i in range(n)}, {f"q{i}": 0.25 for i in range(n)})
+        assert p == pytest.approx(2 / 2**n, abs=0.02)
+
+
+def test_p_equals_the_exact_randomisation_test():
+    """All 2^10 sign patterns, counted."""
+    rng = np.random.default_rng(7)
+    for shift in (0.0, 0.1, 0.3):
+        d = rng.normal(shift, 0.3, size=10)
+        exact = np.mean([abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=10)])
+        a, b = {f"q{i}": float(value) for i, value in enumerate(d)}, {f"q{i}": 0.0 for i in range(10)}
+        assert metrics.p_value(a, b) == pytest.approx(exact, abs=0.02)
+        assert metrics.p_value(a, b) == metrics.p_value(b, a)
+    assert metrics.p_value(a, a) == 1
 
 
 def test_holm_by_hand():

@@ -216,7 +216,7 @@ def test_an_ablation_compares_on_the_same_queries_and_names_who_is_missing(house
     assert frame.at[reference, "ndcg@10"] == 0.25 and math.isnan(frame.at[reference, "difference"])
     assert frame.loc[others[0], ["ndcg@10", "difference", "difference_low", "difference_high", "queries"]].tolist() == [0.5, 0.25, 0.25, 0.25, 3]    # every query gained the same
     assert set(frame.loc[others[1:], "status"]) == {"not run"}
-    assert frame.at[others[0], "p"] == pytest.approx(2 / 10_001) and frame["p"].notna().sum() == 1
+    assert frame.at[others[0], "p"] == pytest.approx(0.25, abs=0.02) and frame["p"].notna().sum() == 1          # three queries cannot prove more
 
 
 def test_p_values_of_an_ablation_are_corrected_for_each_other(house):
@@ -240,9 +240,10 @@ def test_what_is_not_certain_among_many_comparisons_is_undecided():
 
 
 def test_a_row_trained_on_test_says_so_wherever_it_is_named(house):
-    for row, split in (("opl", "test"), ("mnrl", "train")):
+    for row, split in (("opl", "test"), ("mnrl", "train"), ("prototype_32k", "test"), ("prototype", "nothing")):
         report.metric({"trained_on": split}, "finetune", row, params.data("laptop"), "laptop")
     assert [report.marked("laptop", row) for row in ("opl", "mnrl", "bm25")] == ["opl (trained on test)", "mnrl", "bm25"]
+    assert report.marked("laptop", "prototype") == "prototype (trained on test)"         # through what it starts from
 
 
 # ------------------------------------------------------------------ the paper

@@ -416,6 +416,18 @@ def test_rank_refuses_an_empty_query_by_name(tiny, tokenizer):
         retrieve.rank(retrieve.Encoder(tiny(), tokenizer), [task(queries={"1": "fox", "2": " \n"})])
 
 
+def test_a_document_that_is_the_query_is_left_out_unless_it_is_an_answer(tiny, tokenizer):
+    run = {"1": {"1": 3.0, "a": 2.0, "b": 1.0}, "2": {"2": 3.0, "a": 2.0}}
+    assert retrieve.without_itself(run, {"1": {"a": 1}, "2": {"2": 1}}, k=2) == {"1": {"a": 2.0, "b": 1.0}, "2": {"2": 3.0, "a": 2.0}}
+    same = task(documents={"1": "red fox", "a": "red fox", "b": "hen"}, queries={"1": "red fox"}, qrels={"1": {"a": 1}})
+    ranked, _ = retrieve.rank(retrieve.Encoder(tiny(), tokenizer), [same], show_progress=False, k=2)["toy"]
+    assert list(ranked["1"]) == ["a", "b"]
+
+
+def test_documents_that_bm25_reads_in_part_are_counted(tokenizer):
+    assert [retrieve.longer_than(task(), n, tokenizer) for n in (None, 1, 2, 59, 60)] == [0, 3, 1, 1, 0]
+
+
 def test_evaluate_reports_mean_interval_and_counts():
     run = {"1": {"a": 1.0, "b": 0.5}, "2": {"a": 1.0, "c": 0.5}}
     scores = retrieve.evaluate(task(), run)
@@ -447,6 +459,7 @@ def test_bm25_by_hand():
 def test_bm25_reads_scripts_without_spaces_by_pairs_of_characters():
     assert retrieve.words("The red Füchsin, 红狐狸 and 猫! ひらがなABC") == ["red", "füchsin", "红狐", "狐狸", "猫", "ひら", "らが", "がな", "abc"]
     assert retrieve.words("ПРИВЕТ мир") == ["привет", "мир"]
+    assert retrieve.first_words("红狐狸在夜里 red fox", 3) == "红狐狸在夜里" and retrieve.first_words("red 红狐狸 fox", 3) == "red 红狐狸" and retrieve.first_words("a red fox", 2) == "a red"
     documents = {"a": "一只红狐狸在夜里奔跑", "b": "绿色的母鸡睡觉", "c": "猫头鹰"}
     assert list(retrieve.bm25(documents, {"q": "红狐狸"})["q"]) == ["a"] and list(retrieve.bm25(documents, {"q": "母鸡"})["q"]) == ["b"]
 
