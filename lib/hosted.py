@@ -3,12 +3,16 @@
     Hosted(url, model, key)      an endpoint as OpenAI, Voyage, Together or Cohere have it, as an encoder
     Remembered(encoder, path)    any encoder, its vectors kept on disk: a run that stops goes on where it stopped
 
+Both are encoders as `retrieve.rank` takes them. What an endpoint does with texts longer than its model is its own
+business: nothing is cut here, and `longer` stays False.
+
 The key is read from an environment variable, whose name alone stands in params.yaml. What an endpoint answers is
 checked before it is believed; what is read back from disk too.
 """
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,16 +21,31 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 
 FORMS = {                                                                  # what is sent, and where the vectors stand in the answer
-    "openai": ("input", lambda answer: [item["embedding"] for item in sorted(answer["data"], key=lambda item: item["index"])]),
+    "openai": ("input", lambda answer: in_order(answer["data"])),
     "cohere": ("texts", lambda answer: answer["embeddings"]["float"] if isinstance(answer["embeddings"], dict) else answer["embeddings"]),
 }
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}                      # worth another try
 LONGEST_WAIT = 60.0
+
+
+class NoRedirect(HTTPRedirectHandler):
+    """A redirection would take the key and the texts to another host; it is an error instead."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def in_order(data: list[dict]) -> list:
+    """OpenAI's answers by their index, which must be 0, 1, 2 …"""
+    found = {item["index"]: item["embedding"] for item in data}
+    if sorted(found) != list(range(len(data))):
+        raise ValueError(f"the answers are numbered {sorted(found)[:9]}, not 0 to {len(data) - 1}")
+    return [found[i] for i in range(len(data))]
 
 
 class HostedError(RuntimeError):
@@ -50,19 +69,28 @@ class Hosted:
             raise HostedError(f"{url}: a key and texts go over https only (http on this machine)")
         if form not in FORMS:
             raise HostedError(f"form {form!r}: one of {', '.join(FORMS)}")
-        if key and not os.environ.get(key):
-            raise HostedError(f"{url} needs a key: set the environment variable {key}")
+        self.secret = os.environ.get(key, "").strip() if key else ""
+        if key and not re.fullmatch(r"[\x21-\x7e]+", self.secret):
+            raise HostedError(f"{url} needs a key: set the environment variable {key} to it, one word")
+        if batch < 1 or tries < 1:
+            raise HostedError(f"batch={batch}, tries={tries}: both count from 1")
+        self.truncate, self.chunk, self.longer = True, None, []
         self.url, self.model, self.form, self.batch, self.options, self.tries, self.timeout = url, model, form, batch, options or {}, tries, timeout
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {os.environ[key].strip()}"} if key else {})
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.secret}"} if key else {})
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Vectors in the order of `texts`, float32, (n, D), as the endpoint gives them.
+    def encode(self, texts: list[str], batch_size: int | None = None, normalize: bool = True, show_progress: bool = False) -> np.ndarray:
+        """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`, else as the endpoint gives them.
 
         Raises:
             HostedError: after the last try, or at once where another would not help.
         """
-        vectors = [vector for start in range(0, len(texts), self.batch) for vector in self.ask(list(texts[start : start + self.batch]))]
-        return np.asarray(vectors, dtype=np.float32).reshape(len(texts), -1 if len(texts) else 0)
+        size = min(self.batch, batch_size or self.batch)
+        parts = [self.ask(list(texts[start : start + size])) for start in range(0, len(texts), size)]
+        if len({part.shape[1] for part in parts}) > 1:
+            raise HostedError(f"{self.url} answers with vectors of {' and '.join(str(width) for width in sorted({part.shape[1] for part in parts}))} numbers: one model has one width")
+        self.longer = [False] * len(texts)
+        vectors = np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize and parts else vectors
 
     def ask(self, texts: list[str]) -> np.ndarray:
         field, vectors_of = FORMS[self.form]
@@ -70,18 +98,26 @@ class Hosted:
         for attempt in range(1, self.tries + 1):
             wait = min(2.0 ** (attempt - 1), LONGEST_WAIT)
             try:
-                with urlopen(Request(self.url, body, self.headers), timeout=self.timeout) as answer:
+                with build_opener(NoRedirect).open(Request(self.url, body, self.headers), timeout=self.timeout) as answer:
                     return checked(vectors_of(json.loads(answer.read())), len(texts))
             except HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}: {error.read(300).decode('utf-8', 'replace')}"
+                try:
+                    said = error.read(300).decode("utf-8", "replace")
+                except (OSError, HTTPException):
+                    said = ""
+                reason = f"HTTP {error.code} {error.reason}: {said}"
                 if error.code not in AGAIN:
-                    raise HostedError(f"{self.url} refuses model {self.model!r} ({one_line(reason)})") from None
+                    raise HostedError(f"{self.url} refuses model {self.model!r} ({self.told(reason)})") from None
                 wait = seconds(error.headers.get("Retry-After"), wait)
             except (URLError, HTTPException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
                 reason = f"{type(error).__name__}: {error}"
             if attempt < self.tries:
                 time.sleep(wait)
-        raise HostedError(f"{self.url} does not answer for model {self.model!r} after {self.tries} tries (last: {one_line(reason)}): what was embedded is kept, run it again later")
+        raise HostedError(f"{self.url} does not answer for model {self.model!r} after {self.tries} tries (last: {self.told(reason)}): run it again later; what `Remembered` holds is not asked for again")
+
+    def told(self, reason: str) -> str:
+        """A reason in one line; a server may repeat what it was sent."""
+        return " ".join((reason.replace(self.secret, "***") if self.secret else reason).split())[:200]
 
 
 def checked(vectors, n: int) -> np.ndarray:
@@ -100,10 +136,6 @@ def seconds(header: str | None, otherwise: float) -> float:
         return otherwise
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
-
-
 class Remembered:
     """An encoder whose vectors are kept in an SQLite file, each under sha256(model, text), each with its own checksum.
 
@@ -117,48 +149,57 @@ class Remembered:
         self.encoder, self.path, self.name, self.step = encoder, Path(path), name, step
         self.asked = 0                                                     # texts that the encoder had to embed
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.file() as file:
-                file.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL, checksum BLOB NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise HostedError(f"{self.path} cannot be read as a store of vectors ({error}): delete it, they are embedded again") from None
+        with self.file() as file:
+            file.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL, checksum BLOB NOT NULL)")
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["encoder"], name)                     # truncate, chunk, max_length …
 
     @contextmanager
     def file(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=60)
+        connection = None
         try:
+            connection = sqlite3.connect(self.path, timeout=60)
             with connection:
                 yield connection
+        except sqlite3.OperationalError as error:                          # locked, full, not writable
+            raise HostedError(f"{self.path} cannot be used now ({error}): free the disk, or wait for the other run; what is in it is kept") from None
+        except sqlite3.DatabaseError as error:
+            raise HostedError(f"{self.path} is damaged ({error}): delete it, its vectors are embedded again") from None
         finally:
-            connection.close()
+            if connection is not None:
+                connection.close()
 
-    def encode(self, texts: list[str], *args, **options) -> np.ndarray:
-        keys = [hashlib.sha256(json.dumps([self.name, text]).encode()).digest() for text in texts]
+    def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True, show_progress: bool = False) -> np.ndarray:
+        """As the encoder's; texts that are kept are not asked for."""
+        texts = list(texts)
+        keys = [hashlib.sha256(json.dumps([self.name, normalize, text]).encode()).digest() for text in texts]
         known = self.read(keys)
         place = {key: i for i, key in reversed(list(enumerate(keys)))}     # the first text of each key
         fresh = sorted(i for key, i in place.items() if key not in known)
         for start in range(0, len(fresh), self.step):
             some = fresh[start : start + self.step]
-            vectors = np.ascontiguousarray(self.encoder.encode([texts[i] for i in some], *args, **options), dtype="<f4")
+            vectors = np.ascontiguousarray(self.encoder.encode([texts[i] for i in some], batch_size, normalize=normalize, show_progress=show_progress), dtype="<f4")
             self.asked += len(some)
             rows = [(keys[i], vector.tobytes(), checksum(keys[i], vector.tobytes())) for i, vector in zip(some, vectors)]
             with self.file() as file:
                 file.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
             known |= {keys[i]: vector for i, vector in zip(some, vectors)}
+        widths = {known[key].shape for key in keys}
+        if len(widths) > 1:
+            raise HostedError(f"{self.path} holds vectors of {' and '.join(str(width) for width, in sorted(widths))} numbers under the name {self.name!r}: the model has changed, give it another name")
+        self.longer = [False] * len(texts)                                 # whether a kept text was longer than its model is not kept
         return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), -1 if len(texts) else 0)
 
     def read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         """What is kept of these and is undamaged."""
         found = {}
-        try:
-            with self.file() as file:
-                for start in range(0, len(keys), 500):
-                    some = keys[start : start + 500]
-                    for key, vector, stored in file.execute(f"SELECT * FROM vectors WHERE key IN ({','.join('?' * len(some))})", some):
-                        if stored == checksum(key, vector):
-                            found[key] = np.frombuffer(vector, dtype="<f4")
-        except sqlite3.DatabaseError as error:
-            raise HostedError(f"{self.path} is damaged ({error}): delete it, its vectors are embedded again") from None
+        with self.file() as file:
+            for start in range(0, len(keys), 500):
+                some = keys[start : start + 500]
+                for key, vector, stored in file.execute(f"SELECT * FROM vectors WHERE key IN ({','.join('?' * len(some))})", some):
+                    if stored == checksum(key, vector):
+                        found[key] = np.frombuffer(vector, dtype="<f4")
         return found
 
 

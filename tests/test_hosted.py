@@ -4,11 +4,12 @@ import sqlite3
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lib import hosted
+from lib import metrics, retrieve
 from lib.hosted import Hosted, HostedError, Remembered
 
 
@@ -41,6 +42,14 @@ def server(monkeypatch):
                 content = {"data": data[1:]}
             elif kind == "not a number":
                 content = {"data": [{"index": i, "embedding": [float("nan")] * 3} for i in range(len(texts))]}
+            elif kind == "numbered twice":
+                content = {"data": [item | {"index": 0} for item in data]}
+            elif kind == "moved":
+                content, status, headers = {}, 302, {"Location": house.elsewhere}
+            elif kind == "echo":
+                content, status = {"error": f"bad key {self.headers['Authorization']}"}, 401
+            elif kind == "wider":
+                content = {"data": [{"index": i, "embedding": [1.0] * 4} for i in range(len(texts))]}
             elif kind == "something else":
                 content = ["hello"]
             elif kind == "cohere":
@@ -70,24 +79,27 @@ TEXTS = ["red fox", "hen", "", "Füchsin 🦊", "owl"]
 
 def test_texts_go_out_in_batches_and_vectors_come_back_in_order(server, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "s3cret\n")
-    vectors = Hosted(server.url, "m", key="SOME_KEY", batch=2, options={"dimensions": 3}).encode(TEXTS)
+    encoder = Hosted(server.url, "m", key="SOME_KEY", batch=2, options={"dimensions": 3})
+    vectors = encoder.encode(TEXTS, normalize=False)
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, [vector(text) for text in TEXTS])
     assert [body["input"] for body in server.bodies] == [TEXTS[:2], TEXTS[2:4], TEXTS[4:]]
     assert {(body["model"], body["dimensions"]) for body in server.bodies} == {("m", 3)}
     assert {header["Authorization"] for header in server.headers} == {"Bearer s3cret"}
+    np.testing.assert_allclose(encoder.encode(TEXTS), vectors / np.linalg.norm(vectors, axis=1, keepdims=True), rtol=1e-6)
+    assert encoder.encode([]).shape[0] == 0
 
 
 def test_coheres_form(server):
     server.plan = ["cohere"]
-    np.testing.assert_array_equal(Hosted(server.url, "m", form="cohere").encode(TEXTS), [vector(text) for text in TEXTS])
+    np.testing.assert_array_equal(Hosted(server.url, "m", form="cohere").encode(TEXTS, normalize=False), [vector(text) for text in TEXTS])
     assert server.bodies[0]["texts"] == TEXTS
 
 
-@pytest.mark.parametrize("kind", ["throttled", "broken", "cut off", "too few", "not a number", "something else"])
+@pytest.mark.parametrize("kind", ["throttled", "broken", "cut off", "too few", "not a number", "something else", "numbered twice"])
 def test_what_may_pass_is_tried_again(server, kind):
     server.plan = [kind, kind]
-    np.testing.assert_array_equal(Hosted(server.url, "m").encode(TEXTS), [vector(text) for text in TEXTS])
+    np.testing.assert_array_equal(Hosted(server.url, "m").encode(TEXTS, normalize=False), [vector(text) for text in TEXTS])
     assert len(server.bodies) == 3 and server.waited == ([7, 7] if kind == "throttled" else [1, 2])
 
 
@@ -114,9 +126,45 @@ def test_a_server_that_is_not_there_is_named(server, monkeypatch):
         Hosted("http://127.0.0.1:9/v1", "m", tries=2).encode(["x"])
 
 
+def test_no_way_leads_the_key_out(server, monkeypatch):
+    """A server that repeats it, one that sends it elsewhere, and a key that is no header."""
+    monkeypatch.setenv("SOME_KEY", "s3cret")
+    server.elsewhere, server.plan = server.url.replace("embeddings", "elsewhere"), ["echo"]
+    for kind, part in (("echo", "bad key Bearer \\*\\*\\*"), ("moved", "HTTP 302")):
+        server.plan = [kind]
+        before = len(server.bodies)
+        with pytest.raises(HostedError, match=part) as error:
+            Hosted(server.url, "m", key="SOME_KEY").encode(TEXTS)
+        assert "s3cret" not in str(error.value) and len(server.bodies) == before + 1
+    for key in ("s3cret\nline", "s3 cret", "s3cr\u00e9t", " "):
+        monkeypatch.setenv("SOME_KEY", key)
+        with pytest.raises(HostedError, match="SOME_KEY to it, one word") as error:
+            Hosted(server.url, "m", key="SOME_KEY")
+        assert "s3" not in str(error.value)
+
+
+def test_one_model_has_one_width(server, tmp_path):
+    server.plan = ["good", "wider"]
+    with pytest.raises(HostedError, match="vectors of 3 and 4 numbers"):
+        Hosted(server.url, "m", batch=3).encode(TEXTS)
+    store = Remembered(Hosted(server.url, "m"), tmp_path / "v", "m")
+    store.encode(TEXTS[:2])
+    server.plan = ["wider"]
+    with pytest.raises(HostedError, match="3 and 4 numbers under the name 'm'.*another name"):
+        store.encode(TEXTS)
+
+
+def test_hosted_and_remembered_models_rank_like_any_encoder(server, tmp_path):
+    task = SimpleNamespace(name="toy", documents={"a": "red fox", "b": "owl", "c": "hen"}, queries={"1": "red fox", "2": "hen"}, qrels={"1": {"a": 1}, "2": {"c": 1}})
+    for encoder in (Hosted(server.url, "m"), Remembered(Hosted(server.url, "m"), tmp_path / "v", "m")):
+        run, longer = retrieve.rank(encoder, [task], show_progress=False)["toy"]
+        assert longer == 0 and metrics.ndcg(run, task.qrels) == 1
+    assert len(server.bodies) == 3                                         # documents, queries, documents; the queries of the second are texts it keeps
+
+
 def test_what_would_leak_or_cannot_work_is_refused_at_once(monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
-    for options, part in ((dict(url="http://example.org/v1"), "https only"), (dict(url="https://example.org", key="NO_KEY"), "environment variable NO_KEY"), (dict(url="https://example.org", form="soap"), "openai, cohere")):
+    for options, part in ((dict(url="http://example.org/v1"), "https only"), (dict(url="https://example.org", key="NO_KEY"), "environment variable NO_KEY"), (dict(url="https://example.org", form="soap"), "openai, cohere"), (dict(url="https://example.org", tries=0), "count from 1")):
         with pytest.raises(HostedError, match=part):
             Hosted(**({"model": "m"} | options))
 
@@ -129,7 +177,7 @@ class Counting:
     def __init__(self, fail_after=10**9):
         self.seen, self.fail_after = [], fail_after
 
-    def encode(self, texts):
+    def encode(self, texts, batch_size=32, normalize=True, show_progress=False):
         if len(self.seen) + len(texts) > self.fail_after:
             raise HostedError("stopped")
         self.seen += texts
@@ -169,8 +217,25 @@ def test_a_damaged_vector_is_embedded_again_and_a_damaged_file_is_named(tmp_path
     np.testing.assert_array_equal(store.encode(TEXTS), [vector(text) for text in TEXTS])
     assert len(inner.seen) == 6
     path.write_bytes(b"no database " * 100)
-    with pytest.raises(HostedError, match="v cannot be read.*delete it"):
+    with pytest.raises(HostedError, match="v is damaged.*delete it"):
         Remembered(inner, path, "m")
+
+
+def test_a_store_that_is_locked_or_full_is_never_called_damaged(tmp_path, monkeypatch):
+    store = Remembered(Counting(), tmp_path / "v", "m")
+    store.encode(TEXTS[:1])
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(path, timeout=0))
+    other = connect(tmp_path / "v")
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(HostedError, match="v cannot be used now .*locked.*kept"):
+            store.encode(TEXTS)
+    finally:
+        other.close()
+    assert store.encode(TEXTS).shape == (5, 3)
+    raw = store.encode(TEXTS, normalize=False)                             # another vector, not the one that is kept
+    assert store.asked == 10 and raw.shape == (5, 3)
 
 
 def test_two_writers_at_once_lose_nothing(tmp_path):
