@@ -137,7 +137,7 @@ def seconds(header: str | None, otherwise: float) -> float:
 
 
 class Remembered:
-    """An encoder whose vectors are kept in an SQLite file, each under sha256(model, text), each with its own checksum.
+    """An encoder whose vectors are kept in an SQLite file, each under sha256(name, normalize, text), each with its own checksum.
 
     Args:
         encoder: anything with encode(texts) -> (n, D).
@@ -175,16 +175,15 @@ class Remembered:
         texts = list(texts)
         keys = [hashlib.sha256(json.dumps([self.name, normalize, text]).encode()).digest() for text in texts]
         known = self.read(keys)
-        place = {key: i for i, key in reversed(list(enumerate(keys)))}     # the first text of each key
-        fresh = sorted(i for key, i in place.items() if key not in known)
+        fresh = list({key: text for key, text in zip(keys, texts) if key not in known}.items())
         for start in range(0, len(fresh), self.step):
             some = fresh[start : start + self.step]
-            vectors = np.ascontiguousarray(self.encoder.encode([texts[i] for i in some], batch_size, normalize=normalize, show_progress=show_progress), dtype="<f4")
+            vectors = np.ascontiguousarray(self.encoder.encode([text for _, text in some], batch_size, normalize=normalize, show_progress=show_progress), dtype="<f4")
             self.asked += len(some)
-            rows = [(keys[i], vector.tobytes(), checksum(keys[i], vector.tobytes())) for i, vector in zip(some, vectors)]
+            rows = [(key, vector.tobytes(), checksum(key, vector.tobytes())) for (key, _), vector in zip(some, vectors)]
             with self.file() as file:
                 file.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-            known |= {keys[i]: vector for i, vector in zip(some, vectors)}
+            known |= {key: vector for (key, _), vector in zip(some, vectors)}
         widths = {known[key].shape for key in keys}
         if len(widths) > 1:
             raise HostedError(f"{self.path} holds vectors of {' and '.join(str(width) for width, in sorted(widths))} numbers under the name {self.name!r}: the model has changed, give it another name")

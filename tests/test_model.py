@@ -1,5 +1,4 @@
 """The encoder against the authors' reference values, its definition, and its promises."""
-import json
 from pathlib import Path
 
 import numpy as np

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from lib import train
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
-from lib.model import M2BertForMaskedLM, M2BertForRetrieval
+from lib.model import M2BertForMaskedLM
 from lib.train import Pairs, PretrainingText, TrainingError
 
 SENTENCES = ["the red fox runs by night", "the green hen sleeps by day", "the blue owl runs", "owls sleeps by day", "red hens runs unbelievable",
