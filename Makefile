@@ -25,7 +25,7 @@ help:
 	@echo 'make report [PROFILE=smoke]     open the report'
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests'
-	@echo 'make interop                    the tests with sentence-transformers and mteb, which it installs (350 MB)'
+	@echo 'make interop                    the tests with sentence-transformers, mteb and all-MiniLM-L6-v2, which it installs (440 MB)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
 	@echo 'make lock                       both lock files anew, from pyproject.toml (needs uv)'
 	@echo

@@ -100,7 +100,7 @@ def build(folder: str | Path, source: str = "embedded", pretraining: str = "embe
     if source == "embedded":
         limits = {"train": (None, None), "validation": (validation_documents, validation_queries), "test": (test_documents, test_queries)}
         count = Counter(normal(item.summary) for module in library.modules for item in module.items)
-        from lib.retrieve import bar
+        from lib.encoder import bar
         progress = bar(total=len(SPLITS), desc="tasks", show=show_progress)
         for split in SPLITS:
             embedded_tasks(tables, split, modules[split], count, words, books, natural, queries_per_document, *limits[split])

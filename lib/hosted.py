@@ -1,10 +1,10 @@
 """Embeddings that others compute: hosted models, and a memory of what was paid for.
 
-    Hosted(url, model, key)      an endpoint as OpenAI, Voyage, Together or Cohere have it, as an encoder
+    Hosted(url, model, key)      an endpoint as OpenAI, Voyage, Together or Cohere have it: encode(texts) -> (n, D)
     Remembered(encoder, path)    any encoder, its vectors kept on disk: a run that stops goes on where it stopped
 
-Both are encoders as `retrieve.rank` takes them. What an endpoint does with texts longer than its model is its own
-business: nothing is cut here, and `longer` stays False.
+What an endpoint does with texts longer than its model is its own business: nothing is cut here. As a row of params.yaml,
+with first tokens or windows: lib/ranker.py.
 
 The key is read from an environment variable, whose name alone stands in params.yaml. What an endpoint answers is
 checked before it is believed; what is read back from disk too.
@@ -74,7 +74,6 @@ class Hosted:
             raise HostedError(f"{url} needs a key: set the environment variable {key} to it, one word")
         if batch < 1 or tries < 1:
             raise HostedError(f"batch={batch}, tries={tries}: both count from 1")
-        self.truncate, self.chunk, self.longer = True, None, []
         self.url, self.model, self.form, self.batch, self.options, self.tries, self.timeout = url, model, form, batch, options or {}, tries, timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.secret}"} if key else {})
 
@@ -88,7 +87,6 @@ class Hosted:
         parts = [self.ask(list(texts[start : start + size])) for start in range(0, len(texts), size)]
         if len({part.shape[1] for part in parts}) > 1:
             raise HostedError(f"{self.url} answers with vectors of {' and '.join(str(width) for width in sorted({part.shape[1] for part in parts}))} numbers: one model has one width")
-        self.longer = [False] * len(texts)
         vectors = np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize and parts else vectors
 
@@ -152,9 +150,6 @@ class Remembered:
         with self.file() as file:
             file.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL, checksum BLOB NOT NULL)")
 
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["encoder"], name)                     # truncate, chunk, max_length …
-
     @contextmanager
     def file(self) -> Iterator[sqlite3.Connection]:
         connection = None
@@ -187,7 +182,6 @@ class Remembered:
         widths = {known[key].shape for key in keys}
         if len(widths) > 1:
             raise HostedError(f"{self.path} holds vectors of {' and '.join(str(width) for width, in sorted(widths))} numbers under the name {self.name!r}: the model has changed, give it another name")
-        self.longer = [False] * len(texts)                                 # whether a kept text was longer than its model is not kept
         return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), -1 if len(texts) else 0)
 
     def read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:

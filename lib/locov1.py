@@ -4,6 +4,7 @@
     load("qmsum", source="../mirror")                of a folder: see lib/layouts.py for what it may look like
     load("qasper_title", source="hub")               of hazyresearch/LoCoV1-Documents and -Queries
     tasks(source, split), splits(source)             what a source has
+    every(source, also)                              all tasks of several
     LOCOV1                                           the paper's twelve tasks
 
 Ids are strings, always. Whatever would score a task wrongly without a word (an id twice, a
@@ -11,7 +12,7 @@ judgement of a document that is not there, a null passage, an empty query) is an
 """
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,23 @@ def tasks(source: str | Path = "embedded", split: str = "test") -> list[str]:
 def splits(source: str | Path = "embedded") -> list[str]:
     """Which of train, validation and test a source has: looked up, not assumed."""
     return layouts.of(source).splits()
+
+
+def every(source: str | Path = "embedded", also: Iterable[str | Path] = (), split: str = "test") -> list[Task]:
+    """The tasks of a source, then those of other sources, named `<source>/<task>` by the last part of their source's name.
+
+    Raises:
+        CorpusError: as `load`, or two sources of one name.
+    """
+    found = [load(name, source, split) for name in tasks(source, split)]
+    names: dict[str, str | Path] = {}
+    for other in also:
+        prefix = Path(other).name
+        if prefix in names:
+            raise CorpusError(f"{names[prefix]} and {other} are both called {prefix}: rename one")
+        names[prefix] = other
+        found += [replace(load(name, other, split), name=f"{prefix}/{name}") for name in tasks(other, split)]
+    return found
 
 
 def training_split(source: str | Path, allow_test_training: bool = False) -> str:

@@ -39,9 +39,9 @@ STAGES = {
 }
 # What a figure or table is called -> the stage that writes it.
 WRITERS = {r"data|data_lengths|bm25_ladder": "data", r"ablation_(\w+)": "ablation@{}", r"lesson_(\w+)": "lesson@{}", r"efficiency(_counts)?": "efficiency",
-           r"paper_map|table_locov1|rows|length_ladder|retrievers|training": "figures"}
+           r"paper_map|paper_cells|table_locov1|where_read|rows|length_ladder|retrievers|needle|training": "figures"}
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{report.NOT_RUN}")
-VERDICTS = {"reproduces": "yes", report.NOT_HERE: "no", "undecided": "soft", report.NOT_RUN: "soft"}
+VERDICTS = {"reproduces": "yes", "matches": "yes", report.NOT_HERE: "no", "undecided": "soft", "differs": "soft", report.NOT_RUN: "soft", "cannot run here": "soft"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2229; --soft: #5a6470; --line: #d9dee4; --card: #f6f7f9; --page: #fff; --link: #0a58a8; --bar: #7fa8d1; }
@@ -189,7 +189,8 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
     sections = [
         ("claims", "The claims", "What the paper says, beside what was found here.", items("tables/paper_map")),
         ("length", "Does reading further help?", "The same kind of encoder, reading further and further.",
-         items("figures/length_ladder", "figures/retrievers", "tables/table_locov1"))]
+         items("figures/length_ladder", "figures/retrievers", "tables/table_locov1")),
+        ("where", "Where is the evidence read?", "By its place in the document, by the document’s length, and by moving a needle.", items("figures/needle", "figures/where_read", "tables/where_read"))]
     for name, own in params.rows(profile, "ablations").items():
         sections.append((f"ablation-{name}", f"Ablation: {name.replace('_', ' ')}", f"Compared with {own['rows'][0]}: {', '.join(own['rows'][1:]) or 'nothing at this profile'}.",
                          items(f"figures/ablation_{name}", f"tables/ablation_{name}")))
@@ -199,6 +200,7 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
         ("efficiency", "Efficiency", 'Counted here; measured times differ from run to run and <a href="timings/index.html">have a page of their own</a>.',
          items("figures/efficiency_counts", "tables/efficiency_counts")),
         ("lessons", "Lessons", "A search, the mixer and the losses from close by.", items(*(f"figures/lesson_{name}" for name in params.rows(profile, "lessons")))),
+        ("cells", "The paper, number by number", "Each number that the paper prints, and what became of it here.", items("tables/paper_cells")),
         ("notebooks", "Notebooks", "Every number above comes out of one of these, as it was run.", notebook_list(profile, executed))]
     if left:
         sections.append(("more", "More", "What else the stages wrote.", items(*(f"{kind}/{stem}" for kind, stem in sorted(left)))))

@@ -24,7 +24,7 @@ KEYS = {
     "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
     "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
     "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks allow_test_training lr embedding_lr lr_documents weight_decay warmup seed",
-    "evaluate": "depth batch_size",
+    "evaluate": "depth batch_size also needles",
     "efficiency": "lengths batch repeats",
 }
 STAGES = tuple(KEYS)
@@ -44,7 +44,14 @@ OWN_KEYS = {
     "lessons": {"notebook": str},
 }
 # The same, where it may be left out.
-OPTIONAL = {"published": {"tokenizer": str, "max_length": int}, "yardsticks": {"first_tokens": int}}
+OPTIONAL = {
+    "published": {"tokenizer": str, "max_length": int},
+    "yardsticks": {"first_tokens": int, "model": str, "revision": str, "chunk": str, "window": int, "stride": int, "query_prompt": str, "document_prompt": str,
+                   "url": str, "key": str, "form": str, "batch": int, "query_options": dict, "document_options": dict},
+}
+# Keys of a yardstick that say nothing without another one.
+NEEDS = {"revision": "model", "chunk": "model", "window": "chunk", "stride": "chunk", "query_prompt": "model", "document_prompt": "model", "batch": "model", "url": "model", "key": "url", "form": "url",
+         "query_options": "url", "document_options": "url"}
 # Where a row's reference may point.
 REFERENCES = {
     ("continued", "pretrained"): ("pretrained", "continued"),
@@ -60,10 +67,12 @@ CHOICES = {
     ("pretrain", "mixture"): ("short", "long", "mixed"),
     ("pretrain", "extend_filters"): ("stretch", "tile", "extrapolate"),
     ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
+    ("yardsticks", "chunk"): ("mean", "max", "best"),
+    ("yardsticks", "form"): ("openai", "cohere"),
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
 AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "query_length", "hub_texts", "batch_size", "batch", "repeats", "depth",
-                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length", "first_tokens"}
+                "hidden_size", "intermediate_size", "mlp_blocks", "filter_order", "vocabulary", "length", "max_length", "first_tokens", "window", "stride"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")                                  # names reach shell lines and file names
 
 
@@ -165,6 +174,15 @@ def own(row: str, table: str) -> dict | None:
     design = load()
     known(table, TABLES, "table")
     return design[table].get(row)
+
+
+def repeats(row: str) -> list[str]:
+    """The rows that are this one with other seeds: those of its table that differ from it in nothing but `seed`, in the file's order, itself among them."""
+    design = load()
+    for table in MODELS:
+        if row in design[table]:
+            return [name for name, own in design[table].items() if {**own, "seed": 0} == {**design[table][row], "seed": 0}]
+    return [row]
 
 
 def select(design: dict, profile: str) -> dict[str, dict]:
@@ -288,6 +306,10 @@ def check_value(where: str, stage: str, key: str, value, base: dict) -> None:
     known(key, base, "key", f"{where}: ")
     like = base[key]
     same_type(f"{where}.{key}", value, like)
+    if (stage, key) == ("evaluate", "also"):
+        for source in value:
+            if not isinstance(source, str) or source not in ("hub", "longembed") and not Path(source).is_absolute():
+                raise ParamsError(f"{where}.also: {source!r} is none of hub, longembed and an absolute path")
     choices = CHOICES.get((stage, key))
     if choices:
         known(value, choices, "value", f"{where}.{key}: ")
@@ -351,6 +373,14 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
         check_value(where, schema[key], key, value, design[schema[key]]["base"])
     if "length" in own and own["length"] not in PAPER_LENGTHS:
         raise ParamsError(f"{where}.length: {own['length']} is none of the paper's {', '.join(map(str, PAPER_LENGTHS))}; what they are in a profile stands in `lengths`")
+    if table == "yardsticks":
+        for key, other in NEEDS.items():
+            if key in own and other not in own:
+                raise ParamsError(f"{where}.{key}: says nothing without {other!r}")
+        if not re.fullmatch(r"[A-Za-z_]\w{0,60}", own.get("key", "A"), re.ASCII):
+            raise ParamsError(f"{where}.key: wants the name of the environment variable that holds the key, never the key")
+        if "url" in own and "revision" in own:
+            raise ParamsError(f"{where}.revision: an endpoint has none")
     if "notebook" in own and not re.fullmatch(r"\d\d_[a-z0-9_]+", own["notebook"]):
         raise ParamsError(f"{where}.notebook: {own['notebook']!r} is no notebook's name, such as 00_start_here")
 

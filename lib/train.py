@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lib import metrics
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss, prototype_loss
-from lib.retrieve import bar, pad, tokenize
+from lib.encoder import bar, pad, tokenize
 
 LOSSES = ("mnrl", "opl", "prototype", "none")
 PASS_TOKENS = 32_768                    # of pretraining that go through the model together; a step of more is added up

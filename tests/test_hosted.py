@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib import metrics, retrieve
+from lib import metrics, ranker, retrieve
 from lib.hosted import Hosted, HostedError, Remembered
 
 
@@ -154,12 +154,30 @@ def test_one_model_has_one_width(server, tmp_path):
         store.encode(TEXTS)
 
 
-def test_hosted_and_remembered_models_rank_like_any_encoder(server, tmp_path):
+def test_an_endpoint_is_a_row_that_asks_once(server, tokenizer, tmp_path, monkeypatch):
+    """Documents and queries with their own options and prompts; a run that stops, or comes again, pays for nothing twice."""
+    monkeypatch.setenv("SOME_KEY", "s3cret")
     task = SimpleNamespace(name="toy", documents={"a": "red fox", "b": "owl", "c": "hen"}, queries={"1": "red fox", "2": "hen"}, qrels={"1": {"a": 1}, "2": {"c": 1}})
-    for encoder in (Hosted(server.url, "m"), Remembered(Hosted(server.url, "m"), tmp_path / "v", "m")):
-        run, longer = retrieve.rank(encoder, [task], show_progress=False)["toy"]
+    own = {"url": server.url, "model": "m", "key": "SOME_KEY", "batch": 2, "document_options": {"input_type": "document"}, "query_options": {"input_type": "query"}, "query_prompt": "find: ", "document_prompt": "find: "}
+    server.plan = ["good", "refused"]
+    with pytest.raises(HostedError, match="refuses"):
+        retrieve.rank(ranker.hosted(own, tokenizer, tmp_path / "kept"), [task], show_progress=False)
+    for _ in range(2):
+        run, longer = retrieve.rank(ranker.hosted(own, tokenizer, tmp_path / "kept"), [task], show_progress=False)["toy"]
         assert longer == 0 and metrics.ndcg(run, task.qrels) == 1
-    assert len(server.bodies) == 3                                         # documents, queries, documents; the queries of the second are texts it keeps
+    asked = [(body["input_type"], body["input"]) for body in server.bodies]
+    assert asked == [("document", ["find: red fox", "find: hen"]), ("document", ["find: owl"]), ("document", ["find: owl"]), ("query", ["find: red fox", "find: hen"])]
+    assert not any("s3cret" in path.read_bytes().decode("latin-1") for path in (tmp_path / "kept").iterdir())
+
+
+def test_an_endpoint_reads_the_first_tokens_or_windows(server, tokenizer, tmp_path):
+    task = SimpleNamespace(name="toy", documents={"a": "red fox runs by night", "b": "owl"}, queries={"1": "owl"}, qrels={"1": {"b": 1}})
+    own = {"url": server.url, "model": "m"}
+    retrieve.rank(ranker.hosted(own | {"first_tokens": 4}, tokenizer, tmp_path), [task], show_progress=False)     # [CLS] and [SEP] count
+    assert server.bodies[0]["input"] == ["red fox", "owl"]
+    run, longer = retrieve.rank(ranker.hosted(own | {"chunk": "best", "window": 2, "stride": 1}, tokenizer, tmp_path), [task], show_progress=False)["toy"]
+    assert sum((body["input"] for body in server.bodies), []) == ["red fox", "owl", "by night", "fox runs", "runs by"] and longer == 1
+    assert list(run["1"]) == metrics.ranking(run["1"])
 
 
 def test_what_would_leak_or_cannot_work_is_refused_at_once(monkeypatch):

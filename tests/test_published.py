@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lib import checkpoint, locov1, metrics, params, published, retrieve
 from lib.checkpoint import CheckpointError
@@ -54,6 +55,7 @@ def test_a_published_row_is_evaluated_like_any_other(house, weights):
     (root / "data" / "corpus").mkdir()
     pd.DataFrame([dict(dataset="foxes", pid=pid, passage=text) for pid, text in DOCUMENTS.items()]).to_parquet(root / "data/corpus/documents-test.parquet")
     pd.DataFrame([dict(dataset="foxes", qid=qid, query=text, answer_pids=pids) for qid, (text, pids) in QUERIES.items()]).to_parquet(root / "data/corpus/queries-test.parquet")
+    AutoTokenizer.from_pretrained(weights).save_pretrained(root / "data" / "corpus" / "tokenizer")
     done = subprocess.run([sys.executable, "-m", "lib.profile", "repro", "-s", "strip", "published@theirs", "evaluate@theirs"], env=os.environ | {"HF_HUB_OFFLINE": "1"},
                           text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

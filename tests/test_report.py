@@ -233,6 +233,49 @@ def test_p_values_of_an_ablation_are_corrected_for_each_other(house):
     assert frame.loc[others[:3], "p"].tolist() == pytest.approx(metrics.holm(raw)) and max(raw) < 1 and min(frame.loc[others[:3], "p"]) == pytest.approx(3 * min(raw))
 
 
+def seeded(row: str, values: list[float]) -> None:
+    place = params.data("laptop") / "runs" / row
+    place.mkdir(parents=True)
+    pd.DataFrame({"task": "book_256_deep", "reads": "all", "qid": [f"q{n}" for n in range(len(values))], "ndcg@10": values}).to_parquet(place / "per_query.parquet")
+
+
+def test_rows_that_differ_in_the_seed_alone_are_one_row_trained_twice(house):
+    """Each query has the mean of both trainings; the difference of each pair of trainings is shown."""
+    assert params.repeats("opl") == params.repeats("opl_again") == ["opl", "opl_again"] and params.repeats("bm25") == ["bm25"] and params.repeats("prototype") == ["prototype"]
+    seeded("mnrl_2", [0.2, 0.4, 0.6]), seeded("mnrl_2_again", [0.4, 0.4, 0.4]), seeded("opl", [0.5, 0.7, 0.9]), seeded("opl_again", [0.1, 0.1, 0.1])
+    values = report.per_query("laptop", ["mnrl_2", "opl"])
+    assert values["row"].nunique() == 4
+    assert report.seeds_mean(values, "mnrl_2").tolist() == pytest.approx([0.3, 0.4, 0.5]) and report.seeds(values, "opl") == 2
+    assert report.difference(values, "opl", "mnrl_2")[0] == pytest.approx(0.0) and report.by_seed(values, "opl", "mnrl_2") == pytest.approx([0.3, 0.3, -0.3, -0.3])
+    line = report.ablation("laptop", "loss").set_index("row").loc["opl"]
+    assert line["seeds"] == 2 and line["by_seed"] == pytest.approx([0.3, 0.3, -0.3, -0.3]) and line["queries"] == 3
+    assert report.each_seed(line["by_seed"]) == "+30.0, +30.0, -30.0, -30.0" and report.each_seed([0.1]) == "–"
+
+
+def test_seeds_that_disagree_decide_nothing():
+    assert report.verdict(0.1, 0.2, 1, by_seed=[0.1, 0.2]) == "reproduces" and report.verdict(0.1, 0.2, 1, by_seed=[0.3, -0.01]) == "undecided"
+    assert report.verdict(-0.2, -0.1, 1, by_seed=[-0.1]) == report.NOT_HERE
+
+
+def test_needles_of_rows_that_have_some(house):
+    for row, values in (("opl", [0.5, 1.0]), ("reads_32k", [])):
+        (params.data("laptop") / "runs" / row).mkdir(parents=True)
+        pd.DataFrame({"place": [0, 39][: len(values)], "qid": ["n"] * len(values), "ndcg@10": values}).to_parquet(params.data("laptop") / "runs" / row / "needle.parquet")
+    assert report.needles("laptop").to_dict("list") == {"place": [0, 39], "qid": ["n", "n"], "ndcg@10": [0.5, 1.0], "row": ["opl", "opl"]}
+    assert report.needles("smoke").empty
+
+
+def test_every_number_of_a_table_gets_a_verdict(house):
+    (house / "data" / "paper").mkdir(parents=True)
+    (house / "data" / "paper" / "table8_loss.csv").write_text("loss,batch,score,source\nmnrl,2,70.4,T\nopl,1,94.7,T\nprototype,2,,T\nx,2,1,T\n")
+    ours = {("mnrl", "score"): ((70.0, 69.0, 71.0), "a"), ("opl", "score"): ((40.0, 39.0, 41.0), "b"), ("x", "score"): (None, "c")}
+    lines = report.cells("table8_loss", "loss", ours, lambda line, column: ("cannot run here", f"{line} {column}"))
+    told = {(line["line"], line["column"]): (line["verdict"], line["why"]) for line in lines}
+    assert told == {("mnrl", "score"): ("matches", "a"), ("opl", "score"): ("differs", "b"), ("x", "score"): ("not run", "c"), **{(name, "batch"): ("cannot run here", f"{name} batch") for name in ("mnrl", "opl", "prototype", "x")}}
+    assert lines[1] == {"table": "Table 8", "line": "mnrl", "column": "score", "the paper's": "70.4", "ours": "70.0 [69.0, 71.0]", "verdict": "matches", "why": "a"}
+    assert len(report.cells("table8_loss", ["loss", "batch"], {}, lambda *_: ("not run", ""), ["score"])) == 3
+
+
 def test_what_is_not_certain_among_many_comparisons_is_undecided():
     assert report.verdict(0.1, 0.2, 1, p=0.06) == "undecided" and report.verdict(0.1, 0.2, 1, p=0.04) == "reproduces"
     assert report.verdict(math.nan, math.nan, 1, p=0.06) == "not run"

@@ -1,0 +1,117 @@
+"""Rows of params.yaml become rankers, other people's models among them, read as far as the row says."""
+import importlib.machinery
+import sys
+
+import numpy as np
+import pytest
+
+from lib import params, ranker
+from lib.bm25 import Bm25
+from lib.ranker import Foreign, RankerError
+
+TEXT = "red fox runs by night the owl sleeps by day"                        # ten tokens of the tests' tokenizer
+
+
+def letters(texts: list[str]) -> np.ndarray:
+    """How often each letter stands in a text, and 1: a model that adds up."""
+    return np.array([[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] + [1] for text in texts], dtype=np.float32)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def foreign(tokenizer, **options) -> Foreign:
+    return Foreign(letters, letters, tokenizer, **options)
+
+
+@pytest.mark.parametrize("max_length, read", [(None, TEXT), (99, TEXT), (12, TEXT), (11, "red fox runs by night the owl sleeps by"), (3, "red")])
+def test_the_first_tokens_are_read_and_what_is_left_is_counted(tokenizer, max_length, read):
+    one = foreign(tokenizer, max_length=max_length)
+    vectors, owner = one.encode_documents([TEXT, "hen"], show_progress=False)
+    np.testing.assert_allclose(vectors, unit(letters([read, "hen"])), atol=1e-6)
+    assert owner.tolist() == [0, 1] and one.longer == [read != TEXT, False] and one.reads == max_length
+    np.testing.assert_allclose(one.encode_queries([TEXT]), vectors[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", ["mean", "max", "best"])
+@pytest.mark.parametrize("window, stride, parts", [(5, None, ["red fox runs by night", "the owl sleeps by day"]), (4, 3, ["red fox runs by", "by night the owl", "owl sleeps by day"]), (99, None, [TEXT])])
+def test_windows_are_put_together_by_their_definition(tokenizer, chunk, window, stride, parts):
+    one = foreign(tokenizer, chunk=chunk, window=window, stride=stride)
+    vectors, owner = one.encode_documents(["hen", TEXT, ""], show_progress=False)
+    windows = unit(letters(parts))
+    expected = {"mean": unit(windows.mean(axis=0))[None], "max": unit(windows.max(axis=0))[None], "best": windows}[chunk]
+    np.testing.assert_allclose(vectors[1:-1], expected, atol=1e-6)
+    np.testing.assert_allclose(vectors[[0, -1]], unit(letters(["hen", ""])), atol=1e-6)
+    assert owner.tolist() == [0, *[1] * len(expected), 2] and one.longer == [False, len(parts) > 1, False] and one.reads is None
+    assert one.reading(5).reads == 5 and one.reading(5).chunk is None
+
+
+def test_a_model_is_given_each_text_once(tokenizer):
+    seen = []
+    one = Foreign(lambda texts: seen.extend(texts) or letters(texts), letters, tokenizer, max_length=4)
+    vectors, _ = one.encode_documents(["red fox", "hen", "red fox runs", "hen"], show_progress=False)
+    assert sorted(seen) == ["hen", "red fox"]
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    assert one.encode_documents([], show_progress=False)[0].shape == (0, 0)
+
+
+@pytest.mark.parametrize("options, part", [(dict(max_length=2), "no room"), (dict(chunk="sum"), "mean | max | best"), (dict(window=3), "windows are for chunk"), (dict(chunk="mean"), "needs `window`"),
+                                           (dict(chunk="best", window=3, stride=4), "stride=4: from 1 to the window's 3 tokens")])
+def test_what_cannot_be_read_is_refused(tokenizer, options, part):
+    with pytest.raises(RankerError) as error:
+        foreign(tokenizer, **options)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [lambda texts: letters(texts)[1:], lambda texts: letters(texts) * np.nan, lambda texts: np.zeros(len(texts))])
+def test_vectors_are_checked_before_they_are_believed(tokenizer, answer):
+    with pytest.raises(RankerError, match="2 texts gave vectors of shape"):
+        Foreign(answer, letters, tokenizer).encode_documents(["red", "fox"], show_progress=False)
+
+
+# ------------------------------------------------------------------ rows
+
+@pytest.fixture
+def row(tmp_path, monkeypatch, tokenizer):
+    """row(own): the ranker of a yardstick with these keys."""
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    from lib import corpus
+    monkeypatch.setattr(corpus, "load_tokenizer", lambda source: tokenizer)
+    design = params.load(params.Path(__file__).parents[1] / "params.yaml")
+    monkeypatch.setattr(params, "load", lambda *_: design | {"yardsticks": design["yardsticks"]})
+
+    def build(own):
+        design["yardsticks"]["mine"] = own
+        return ranker.of("laptop", "mine")
+    return build
+
+
+def test_without_a_model_a_row_counts_words(row):
+    assert isinstance(row({}), Bm25) and row({}).reads is None and row({"first_tokens": 7}).reads == 7
+    with pytest.raises(params.ParamsError, match="unknown row of retrievers, published or yardsticks 'bm52'; did you mean 'bm25'"):
+        ranker.of("laptop", "bm52")
+
+
+def test_without_the_library_one_line_says_how_to_get_it(row, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr(ranker, "find_spec", lambda name: None)
+    with pytest.raises(RankerError, match="'some/model' needs sentence-transformers: `make interop` installs it"):
+        row({"model": "some/model"})
+
+
+def test_a_packages_model_is_found_without_running_its_code(tmp_path, monkeypatch):
+    package = tmp_path / "some_model"
+    (package / "inside").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('I ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.machinery.PathFinder.invalidate_caches()
+    with pytest.raises(RankerError, match="holds 0 sentence-transformers models"):
+        ranker.packaged("some_model")
+    (package / "inside" / "modules.json").write_text("[]")
+    assert ranker.packaged("some_model") == package / "inside"
+    for name in ("no_such_package", "../etc", "os.path"):
+        with pytest.raises(RankerError, match="is not installed"):
+            ranker.packaged(name)
