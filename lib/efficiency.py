@@ -111,7 +111,7 @@ def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> flo
     Per token and channel: the mixer's input, three projections before and after the short convolution, each
     convolution's input as a spectrum of 2 (n/L ≈ 2 real numbers), the gated one's output at its full FFT size,
     and the inputs of the output projection, of the MLP, and of its norm. Per token: 4 I in the gated MLP.
-    The kernels and their MLPs are shared by the batch.
+    The kernels and their MLPs are shared by the batch. This is what autograd keeps in torch; lib/mixer.cpp keeps less.
     """
     L, D, I = length, config.hidden_size, config.intermediate_size
     filters, directions = (2 if config.residual_long_conv else 1), (2 if config.bidirectional else 1)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.engine import Engine
+from lib.model import M2BertPreTrainedModel
+
 CHARACTERS_PER_TOKEN = 16       # first guess of how much text can matter; four times as much where it proves too little
 BATCH_TOKENS = 16_384           # one forward pass at most, padding included
 CHUNKS = ("mean", "max", "best")
@@ -43,6 +46,7 @@ class Encoder:
             largest value (`max`) of the windows' embeddings: one vector a text, the chunking baselines of the paper. Or
             keep them all (`best`): a document then scores what its best window scores, at the price of many vectors.
         stride: tokens from the beginning of one window to that of the next; None: side by side.
+        precision: float32 | bfloat16, of a model on a CPU (lib/engine.py); elsewhere the model's own holds.
 
     Attributes:
         longer: for each text of the last `encode`, whether it was longer than that.
@@ -52,7 +56,8 @@ class Encoder:
         ValueError: max_length below 3, an unknown `chunk`, both ways out at once, or a stride that leaves tokens out.
     """
 
-    def __init__(self, model, tokenizer, max_length: int | None = None, truncate: bool = False, chunk: str | None = None, stride: int | None = None):
+    def __init__(self, model, tokenizer, max_length: int | None = None, truncate: bool = False, chunk: str | None = None, stride: int | None = None,
+                 precision: str = "float32"):
         limit = model.config.max_position_embeddings
         if min(max_length or limit, limit) < 3:
             raise ValueError(f"max_length={min(max_length or limit, limit)} leaves no room for a token between [CLS] and [SEP]")
@@ -64,6 +69,12 @@ class Encoder:
         self.max_length = min(max_length or limit, limit)
         self.stride = checked_stride(stride, self.max_length - 2, chunk)
         self.longer: list[bool] = []
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision={precision!r}: float32 or bfloat16")
+        parameter = next(model.parameters())
+        self.precision, self.engine = precision, None
+        if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and isinstance(model, M2BertPreTrainedModel):
+            self.engine = Engine(model, getattr(torch, precision))
 
     @property
     def reads(self) -> int | None:
@@ -72,7 +83,9 @@ class Encoder:
 
     def reading(self, first_tokens: int) -> "Encoder":
         """The same encoder, reading at most the first so many tokens."""
-        return Encoder(self.model, self.tokenizer, min(first_tokens, self.max_length), truncate=True)
+        shorter = Encoder(self.model, self.tokenizer, min(first_tokens, self.max_length), truncate=True, precision=self.precision)
+        shorter.engine = self.engine                                       # with what it has computed
+        return shorter
 
     @property
     def truncated(self) -> int:
@@ -129,8 +142,11 @@ class Encoder:
             longest = config.max_position_embeddings if config.pad_to_max_length else len(ids[order[0]])
             size = max(1, min(batch_size, BATCH_TOKENS // longest))
             batch, order = order[:size], order[size:]
-            input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)
-            vectors[batch] = self.model(input_ids.to(device), mask.to(device)).pooler_output.float().cpu().numpy()
+            if self.engine is not None:
+                vectors[batch] = self.engine([ids[i] for i in batch]).numpy()
+            else:
+                input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)
+                vectors[batch] = self.model(input_ids.to(device), mask.to(device)).pooler_output.float().cpu().numpy()
             progress.update(len(batch))
         progress.close()
         return vectors

@@ -25,8 +25,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
+from lib import native
 from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, long_conv_direct, short_conv
-from lib.monarch import BlockDiagonalLinear
+from lib.monarch import BlockDiagonalLinear, GatedBlocks
 
 TILE = 2**23                    # numbers in a buffer of a forward pass without gradients: 32 MiB, little enough to be near the processor
 CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
@@ -115,7 +116,8 @@ class SequenceMixer(nn.Module):
     x1, x2 and v are three projections of the input u, each passed through a
     causal convolution of width 3. No channel meets another between the two
     projections, so without gradients they go in groups: memory for one group,
-    whatever the length.
+    whatever the length. With gradients, on a CPU, all between the projections
+    is one function of lib/mixer.cpp where that can be compiled.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -141,10 +143,24 @@ class SequenceMixer(nn.Module):
         if mask is not None:
             u = u * mask
         B, D, L = u.shape
+        if (torch.is_grad_enabled() and u.device.type == "cpu" and u.dtype == self.in_linear.weight.dtype == torch.float32 and native.fits(D)
+                and (mask is None or bool((mask[..., 1:] <= mask[..., :-1]).all()))):                # padding at the ends, no holes
+            return self.out_linear(self.fused(u.transpose(1, 2), mask))
         kernels = [(filter, filter.hidden(L)) for filter in (self.gated_filter, self.residual_filter) if filter is not None]
         group = D if torch.is_grad_enabled() else max(1, TILE // (3 * B * L))
         y = in_parts(lambda some: self.mix(u, mask, kernels, some), D, group, dim=1)
         return self.out_linear(y.transpose(1, 2))                          # (B, L, D)
+
+    def fused(self, u: Tensor, mask: Tensor | None) -> Tensor:
+        """All channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, L, D), from u (B, L, D); padding stands at the ends."""
+        B, L, _ = u.shape
+        p = self.in_linear(u)                                              # (B, L, 3D)
+        if mask is not None:
+            p = p * mask.transpose(1, 2)
+        real = torch.full((B,), L) if mask is None else mask[:, 0].sum(dim=1).long()
+        gated, *residual = ((*filter(L), filter.bias) for filter in (self.gated_filter, self.residual_filter) if filter is not None)
+        table = native.spectra(gated, residual[0] if residual else None, native.size(L))
+        return native.Mix.apply(p, u, self.short_filter.weight[:, 0].t(), self.short_filter.bias, table, real)
 
     def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:
         """`some` of the channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, d, L)."""
@@ -197,6 +213,8 @@ class MLP(nn.Module):
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
     def each(self, h: Tensor) -> Tensor:                                   # (…, D)
+        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and GatedBlocks.fits(h, self.gated_layers.weight, self.wo.weight):
+            return self.layernorm(GatedBlocks.apply(h, self.gated_layers.weight, self.wo.weight) + (h + self.wo.bias))
         gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
 

@@ -8,6 +8,7 @@ block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
     block_diagonal(x, weight)      what the model runs
     block_diagonal_dense(weight)   the same matrix written out, zeros included
     monarch_dense(left, right)     the full Monarch product, to look at and to test
+    GatedBlocks                    a gated MLP of two such layers, trained without copies
 
 Source: Fu et al. 2023 (Monarch Mixer, arXiv 2310.12109) and Saad-Falcon et al.
         2024 (arXiv 2402.07440v3); layout of the weights as in the published files.
@@ -17,7 +18,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lib import native
 
 
 def block_diagonal_dense(weight: Tensor) -> Tensor:
@@ -97,3 +101,49 @@ class BlockDiagonalLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                      # (…, d_in)
         y = block_diagonal(x, self.weight)[..., : self.d_out]    # (…, d_out)
         return y if self.bias is None else y + self.bias
+
+
+class GatedBlocks(torch.autograd.Function):
+    """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
+
+    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even; float32 on a CPU with the kernel of lib/mixer.cpp. Kept for the
+    backward pass are a and b alone, which become their gradients there.
+    """
+
+    @staticmethod
+    def fits(x: Tensor, gated: Tensor, out: Tensor) -> bool:
+        K = len(gated)
+        return (K % 2 == 0 and x.shape[-1] == K * gated.shape[2] == K * out.shape[1] and gated.shape[1] == 2 * out.shape[2] and gated.shape[1] % 16 == 0
+                and x.device.type == "cpu" and x.dtype == gated.dtype == torch.float32 and native.kernel() is not None)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
+        x, parts = x.contiguous(), [torch.mm(part, weight.t()) for part, weight in zip(x.chunk(len(gated), dim=1), gated)]
+        y, half = torch.empty_like(x), len(gated) // 2
+        for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
+            for side, m in enumerate(native.glu(a, b).chunk(2, dim=1)):
+                torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
+        ctx.save_for_backward(x, gated, out)
+        ctx.parts = parts                                                  # ours alone, so that backward may write over them
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, gated, out = ctx.saved_tensors
+        parts, ctx.parts = ctx.parts, None
+        if parts is None:
+            raise RuntimeError("a second backward through GatedBlocks: what it kept is gone")
+        dy, K = dy.contiguous(), len(gated)
+        dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
+        xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
+        for k in range(K // 2):
+            a, b, dm = parts[k], parts[k + K // 2], torch.empty_like(parts[k])
+            for side, part in enumerate(dm.chunk(2, dim=1)):
+                torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
+            for side, m in enumerate(native.glu_gradient(a, b, dm).chunk(2, dim=1)):
+                torch.mm(dys[2 * k + side].t(), m, out=dout[2 * k + side])
+            for block, grad in ((k, a), (k + K // 2, b)):
+                torch.mm(grad.t(), xs[block], out=dgated[block])
+                torch.mm(grad, gated[block], out=dxs[block])
+        return dx, dgated, dout

@@ -48,9 +48,15 @@ def test_encode_is_the_models_embedding_normalised_or_not(tiny, tokenizer):
 def test_a_batch_never_exceeds_its_budget_of_tokens(tiny, tokenizer, monkeypatch):
     model, shapes = tiny(), []
     monkeypatch.setattr(encoding, "BATCH_TOKENS", 40)
-    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    Encoder(model, tokenizer, truncate=True).encode(texts_of([30, 2, 2, 2, 20, 8]), batch_size=3, show_progress=False)
+    encoder, texts = Encoder(model, tokenizer, truncate=True), texts_of([30, 2, 2, 2, 20, 8])
+    engine = encoder.engine
+    encoder.engine = lambda ids: shapes.append((len(ids), max(map(len, ids)))) or engine(ids)
+    fast = encoder.encode(texts, batch_size=3, show_progress=False)
     assert sum(rows for rows, _ in shapes) == 6
+    encoder.engine = None                                                  # as on a GPU: the model itself, padded
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    np.testing.assert_allclose(encoder.encode(texts, batch_size=3, show_progress=False), fast, atol=1e-5)
+    assert sum(rows for rows, _ in shapes) == 12
     assert all(rows <= 3 and (rows == 1 or rows * length <= 40) for rows, length in shapes)
 
 
@@ -242,11 +248,13 @@ def test_an_encoder_says_what_it_lacks(tiny, tokenizer):
 def test_a_published_model_gets_batches_of_the_length_it_pads_to(tiny, tokenizer, monkeypatch):
     model, shapes = tiny(mask_padding=False, pad_to_max_length=True, pooling="cls"), []
     monkeypatch.setattr(encoding, "BATCH_TOKENS", 100)
-    hook = model.register_forward_pre_hook(lambda module, inputs: shapes.append(len(inputs[0])))
-    texts = texts_of([3, 1, 9, 14, 4, 2, 2])
-    vectors = Encoder(model, tokenizer).encode(texts, show_progress=False)
-    hook.remove()
+    texts, encoder = texts_of([3, 1, 9, 14, 4, 2, 2]), Encoder(model, tokenizer)
+    engine = encoder.engine
+    encoder.engine = lambda ids: shapes.append(len(ids)) or engine(ids)
+    vectors = encoder.encode(texts, show_progress=False)
     assert shapes == [3, 3, 1]                                             # 32 tokens each
+    encoder.engine = None
+    np.testing.assert_allclose(encoder.encode(texts, show_progress=False), vectors, atol=1e-5)
     padded = tokenizer(texts, padding="max_length", max_length=32, return_tensors="pt", return_token_type_ids=False)
     model.config.pad_to_max_length = False
     with torch.no_grad():

@@ -1,0 +1,256 @@
+"""The fast encoder is the model: every shape and switch, with and without the compiled kernel, and it notices new weights."""
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lib import engine, native
+from lib.engine import Engine
+from lib.model import MLP, M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, SequenceMixer
+from lib.monarch import GatedBlocks
+
+compiled = pytest.mark.skipif(native.kernel() is None, reason="lib/mixer.cpp cannot be compiled and run here: no AVX-512, or no compiler")
+LENGTHS = (1, 2, 3, 17, 33, 64, 65, 130, 200)
+
+
+def model(**options) -> M2BertForRetrieval:
+    """Three layers off their initial values, where much is zero."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=100, hidden_size=64, num_hidden_layers=3, intermediate_size=128, max_position_embeddings=200, filter_order=16)
+    built = M2BertForRetrieval(M2BertConfig(**(sizes | options))).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return built
+
+
+def rows(lengths=LENGTHS) -> list[list[int]]:
+    return [torch.randint(5, 100, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def one_by_one(built, ids) -> torch.Tensor:
+    return torch.cat([built(torch.tensor([row])).pooler_output for row in ids])
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=compiled), False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("options", [{}, dict(pooling="mean"), dict(hidden_size=48), dict(residual_long_conv=False), dict(bidirectional=False), dict(mixer_layer_norm=True), dict(mlp_blocks=1), dict(mlp_blocks=2),
+                                     dict(mlp_blocks=3, hidden_size=96), dict(intermediate_size=100), dict(pad_to_max_length=True, mask_padding=False), dict(pad_to_max_length=True, mask_padding=False, pooling="mean"), dict(filter_length=500)])
+def test_it_gives_the_models_embeddings(options, kernel):
+    built, ids = model(**options), rows()
+    fast = Engine(built)
+    fast.native = fast.native and kernel
+    expected = one_by_one(built, ids)
+    torch.testing.assert_close(fast(ids), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(fast(ids[::-1]), expected.flip(0), rtol=0, atol=2e-6)                # neighbours do not matter
+    half = Engine(built, torch.bfloat16)
+    half.native = half.native and kernel
+    assert torch.cosine_similarity(half(ids), expected).min() > 0.9998
+
+
+def test_twelve_layers_at_the_published_width_stay_close_in_bfloat16():
+    torch.manual_seed(1)
+    built = M2BertForRetrieval(M2BertConfig(max_position_embeddings=600, initialization="identity")).eval()
+    ids = [torch.randint(5, 30000, (n,)).tolist() for n in (7, 128, 600)]
+    expected = one_by_one(built, ids)
+    torch.testing.assert_close(Engine(built)(ids), expected, rtol=0, atol=1e-4)
+    assert torch.cosine_similarity(Engine(built, torch.bfloat16)(ids), expected).min() > 0.999
+
+
+@pytest.mark.parametrize("change", [lambda built: built.model.pooler.weight.data.mul_(2.0), lambda built: built.model.layers[1].mixer.gated_filter.bias.data.add_(1.0),
+                                    lambda built: built.load_state_dict(model(initialization="identity").state_dict())])
+def test_weights_that_change_are_noticed(change):
+    built, ids = model(), rows((5, 40))
+    fast = Engine(built)
+    before = fast(ids)
+    with torch.no_grad():
+        change(built)
+    after = fast(ids)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, one_by_one(built, ids), rtol=0, atol=2e-6)
+
+
+def test_an_optimizers_step_is_noticed():
+    built, ids = model(), rows((5, 40))
+    fast = Engine(built)
+    fast(ids)
+    optimizer = torch.optim.AdamW(built.parameters(), lr=0.1, fused=True)
+    built(torch.tensor([ids[0]])).pooler_output.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(fast(ids), one_by_one(built, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 10**9])
+def test_what_is_kept_of_the_spectra_is_bounded_and_changes_nothing(monkeypatch, room):
+    monkeypatch.setattr(engine, "SPECTRA", room)
+    built, ids = model(), rows()
+    fast = Engine(built)
+    for some in (ids, ids[:3], ids[4:]):
+        torch.testing.assert_close(fast(some), one_by_one(built, some), rtol=0, atol=2e-6)
+        assert sum(table.nbytes for table in fast.tables.values()) <= room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_visible(dtype):
+    built = model()
+    with torch.no_grad():
+        built.model.layers[0].mixer.in_linear.weight[3, 3] = float("nan")
+    assert not torch.isfinite(Engine(built, dtype)(rows((9,)))).all()
+
+
+@compiled
+def test_loading_the_kernel_leaves_small_numbers_as_they_are():
+    native.load()
+    assert torch.tensor(1e-40) * 0.5 > 0                                   # -ffast-math would flush it to 0
+
+
+def test_what_the_model_does_not_read_is_refused():
+    fast = Engine(model())
+    for ids in ([[]], [[5] * 201]):
+        with pytest.raises(ValueError, match="from 1 to the 200"):
+            fast(ids)
+    with pytest.raises(ValueError, match="float16: float32 or bfloat16"):
+        Engine(model(), torch.float16)
+
+
+# ------------------------------------------------------------------ the kernel
+
+@compiled
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), length=st.integers(1, 260), batch=st.integers(1, 3), width=st.sampled_from([32, 64]), residual=st.booleans(), bidirectional=st.booleans())
+def test_the_fused_mixer_and_its_gradients_are_those_of_the_definition(data, length, batch, width, residual, bidirectional):
+    """Forward against the definition, every gradient against autograd's in float64."""
+    torch.manual_seed(length)
+    config = M2BertConfig(hidden_size=width, num_hidden_layers=1, max_position_embeddings=length + data.draw(st.integers(0, 3)), filter_order=8, residual_long_conv=residual, bidirectional=bidirectional)
+    mixer = SequenceMixer(config)
+    real = torch.tensor(data.draw(st.lists(st.integers(1, length), min_size=batch, max_size=batch)))
+    mask = (torch.arange(length) < real[:, None])[:, None].float()
+    u, dy = torch.randn(batch, length, width, requires_grad=True), torch.randn(batch, length, width)
+    fused = mixer(u, mask)
+    fused.backward(dy)
+    found = {"u": u.grad, **{name: parameter.grad for name, parameter in mixer.named_parameters()}}
+    exact = SequenceMixer(config).double()
+    exact.load_state_dict(mixer.state_dict())
+    v = u.detach().double().requires_grad_()
+    expected = exact(v, mask.double())                                     # in float64: torch, not the kernel
+    expected.backward(dy.double())
+    torch.testing.assert_close(fused.double(), expected, rtol=0, atol=2e-5 * max(1.0, float(expected.detach().abs().max())))
+    for name, gradient in {"u": v.grad, **{name: parameter.grad for name, parameter in exact.named_parameters()}}.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(found[name].double() / scale, gradient / scale, rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(threads):
+    built, ids = model(), torch.tensor(rows((60, 60, 60)))
+    def gradients(n):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(n)
+            mixer = built.model.layers[0].mixer
+            mixer.zero_grad()
+            u = built.model.embeddings(ids).detach()
+            y = native_only(mixer, u)
+            y.sum().backward()
+            return [y.detach(), mixer.gated_filter.bias.grad.clone(), mixer.short_filter.weight.grad.clone()]
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(threads)))
+
+
+def native_only(mixer, u):
+    """Without the projections, which are torch's and whose sums may depend on the threads."""
+    table = native.spectra((*mixer.gated_filter(u.shape[1]), mixer.gated_filter.bias), None, native.size(u.shape[1]))
+    return native.Mix.apply(u.repeat(1, 1, 3), u, mixer.short_filter.weight[:, 0].t(), mixer.short_filter.bias, table, torch.full((len(u),), u.shape[1]))
+
+
+@compiled
+def test_gelu_is_exact_to_float32():
+    x = torch.cat([torch.linspace(-14, 14, 4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 3e4, -3e4] * 2)])[None]
+    gate = torch.ones_like(x)
+    torch.testing.assert_close(native.glu(x, gate), torch.nn.functional.gelu(x.double()).float(), rtol=0, atol=1e-6)
+    exact, value, dm = x.double().requires_grad_(), torch.linspace(-2, 2, x.numel(), dtype=torch.float64)[None].requires_grad_(), torch.linspace(1, 3, x.numel())[None]
+    expected = torch.nn.functional.gelu(exact) * value
+    expected.backward(dm.double())
+    a, b = x.clone(), value.detach().float()
+    m = native.glu_gradient(a, b, dm)
+    for found, wanted in ((m, expected), (a, exact.grad), (b, value.grad)):
+        torch.testing.assert_close(found, wanted.detach().float(), rtol=2e-6, atol=5e-6)
+
+
+def test_without_it_the_log_says_so_once_and_the_result_is_the_same(monkeypatch, caplog, tmp_path):
+    built, ids = model(), rows()
+    expected = Engine(built)(ids)
+    native.kernel.cache_clear()
+    try:
+        for variable, value, reason in (("LOCO_NATIVE", "0", "LOCO_NATIVE=0"), ("CXX", "/bin/false", "/bin/false fails")):
+            with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+                patch.setenv("LOCO_NATIVE", "1")
+                patch.setenv(variable, value)
+                patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+                native.kernel.cache_clear()
+                caplog.clear()
+                torch.testing.assert_close(Engine(built)(ids), expected, rtol=0, atol=2e-6)
+                Engine(built)(ids)
+            if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+                assert [reason in record.message for record in caplog.records] == [True]
+    finally:
+        native.kernel.cache_clear()
+
+
+@compiled
+def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog):
+    """What lies in the cache under its name but cannot be loaded leaves torch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load()
+    (library,) = (tmp_path / "loco-workbench").iterdir()
+    assert library.suffix == ".so"
+    damaged = tmp_path / "other" / "loco-workbench"
+    damaged.mkdir(parents=True)
+    (damaged / library.name).write_bytes(b"no library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    native.kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.kernel() is None
+        assert "is not used" in caplog.text
+    finally:
+        native.kernel.cache_clear()
+
+
+@compiled
+def test_training_goes_through_the_kernel():
+    built = M2BertForMaskedLM(M2BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, intermediate_size=128, max_position_embeddings=64, filter_order=8))
+    ids = torch.tensor(rows((50, 50)))
+    loss = built(ids, labels=ids).loss
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    assert sum(type(node).__name__ == "MixBackward" for node in seen) == 2
+
+
+@compiled
+@pytest.mark.parametrize("blocks, width, inner, n", [(4, 64, 128, 7), (2, 32, 64, 1), (8, 64, 256, 33), (4, 32, 32, 5)])
+def test_the_gated_mlp_and_its_gradients_are_those_of_the_definition(blocks, width, inner, n):
+    torch.manual_seed(n)
+    mlp = MLP(M2BertConfig(hidden_size=width, intermediate_size=inner, mlp_blocks=blocks))
+    exact = copy.deepcopy(mlp).double()
+    x, dy = torch.randn(1, n, width, requires_grad=True), torch.randn(1, n, width)
+    found = mlp(x)
+    assert GatedBlocks.fits(x[0], mlp.gated_layers.weight, mlp.wo.weight)
+    found.backward(dy)
+    y = x.detach().double().requires_grad_()
+    expected = exact(y)
+    expected.backward(dy.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=0, atol=1e-5)
+    for (name, parameter), other in zip(mlp.named_parameters(), exact.parameters()):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+    with pytest.raises(RuntimeError, match="backward"):
+        found.backward(dy)
