@@ -142,7 +142,7 @@ class Encoder:
             longest = config.max_position_embeddings if config.pad_to_max_length else len(ids[order[0]])
             size = max(1, min(batch_size, BATCH_TOKENS // longest))
             batch, order = order[:size], order[size:]
-            if self.engine is not None:
+            if self.engine is not None and device.type == "cpu":
                 vectors[batch] = self.engine([ids[i] for i in batch]).numpy()
             else:
                 input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)

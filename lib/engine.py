@@ -50,10 +50,12 @@ class Engine:
             ValueError: no token, or more than the model reads.
         """
         config = self.model.config
+        if not ids:
+            return torch.zeros(0, config.hidden_size)
         real = [len(row) for row in ids]
-        if min(real, default=1) < 1 or max(real, default=1) > config.max_position_embeddings:
+        if min(real) < 1 or max(real) > config.max_position_embeddings:
             raise ValueError(f"texts of {min(real)} to {max(real)} tokens: from 1 to the {config.max_position_embeddings} that the model reads")
-        if config.pad_to_max_length:
+        if config.pad_to_max_length and not config.mask_padding:           # padding that is masked changes nothing
             ids = [row + [config.pad_token_id] * (config.max_position_embeddings - len(row)) for row in ids]
         self.refresh()
         lengths = [len(row) for row in ids]
@@ -73,7 +75,7 @@ class Engine:
         Fused optimizers and edits through `.data` leave a tensor's version as it is, so a sample of each is looked at too.
         """
         parameters = list(self.model.parameters())
-        now = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        now = [(parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version) for parameter in parameters]
         sample = torch.cat([parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLE)] for parameter in parameters])
         if self.seen is not None and now == self.seen[0] and torch.equal(sample, self.seen[1]):
             return
@@ -185,7 +187,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.weight, self.bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
         self.packed = None
-        if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -118,11 +118,15 @@ def every(source: str | Path = "embedded", also: Iterable[str | Path] = (), spli
     found = [load(name, source, split) for name in tasks(source, split)]
     names: dict[str, str | Path] = {}
     for other in also:
-        prefix = Path(other).name
+        prefix = Path(other).resolve().name
+        if not prefix:
+            raise CorpusError(f"{other} has no name of its own: give a folder below it")
         if prefix in names:
             raise CorpusError(f"{names[prefix]} and {other} are both called {prefix}: rename one")
         names[prefix] = other
         found += [replace(load(name, other, split), name=f"{prefix}/{name}") for name in tasks(other, split)]
+        if not found[-1].queries:
+            raise CorpusError(f"{other} has texts and no queries, so nothing in it can be scored: take it out (notebook 00 ends by searching such a folder)")
     return found
 
 

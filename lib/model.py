@@ -143,7 +143,7 @@ class SequenceMixer(nn.Module):
         if mask is not None:
             u = u * mask
         B, D, L = u.shape
-        if (torch.is_grad_enabled() and u.device.type == "cpu" and u.dtype == self.in_linear.weight.dtype == torch.float32 and native.fits(D)
+        if (torch.is_grad_enabled() and u.device.type == "cpu" and u.dtype == self.in_linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and native.fits(D)
                 and (mask is None or bool((mask[..., 1:] <= mask[..., :-1]).all()))):                # padding at the ends, no holes
             return self.out_linear(self.fused(u.transpose(1, 2), mask))
         kernels = [(filter, filter.hidden(L)) for filter in (self.gated_filter, self.residual_filter) if filter is not None]
@@ -213,7 +213,7 @@ class MLP(nn.Module):
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
     def each(self, h: Tensor) -> Tensor:                                   # (…, D)
-        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and GatedBlocks.fits(h, self.gated_layers.weight, self.wo.weight):
+        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and self.wo.d_in % len(self.wo.weight) == 0 and GatedBlocks.fits(h, self.gated_layers.weight, self.wo.weight):
             return self.layernorm(GatedBlocks.apply(h, self.gated_layers.weight, self.wo.weight) + (h + self.wo.bias))
         gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))

@@ -107,7 +107,7 @@ class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
 
     x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even; float32 on a CPU with the kernel of lib/mixer.cpp. Kept for the
-    backward pass are a and b alone, which become their gradients there.
+    backward pass are a and b alone.
     """
 
     @staticmethod
@@ -123,22 +123,18 @@ class GatedBlocks(torch.autograd.Function):
         for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
             for side, m in enumerate(native.glu(a, b).chunk(2, dim=1)):
                 torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
-        ctx.save_for_backward(x, gated, out)
-        ctx.parts = parts                                                  # ours alone, so that backward may write over them
+        ctx.save_for_backward(x, gated, out, *parts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, gated, out = ctx.saved_tensors
-        parts, ctx.parts = ctx.parts, None
-        if parts is None:
-            raise RuntimeError("a second backward through GatedBlocks: what it kept is gone")
+        x, gated, out, *parts = ctx.saved_tensors
         dy, K = dy.contiguous(), len(gated)
         dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
         xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
         for k in range(K // 2):
-            a, b, dm = parts[k], parts[k + K // 2], torch.empty_like(parts[k])
+            a, b, dm = parts[k].clone(), parts[k + K // 2].clone(), torch.empty_like(parts[k])
             for side, part in enumerate(dm.chunk(2, dim=1)):
                 torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
             for side, m in enumerate(native.glu_gradient(a, b, dm).chunk(2, dim=1)):

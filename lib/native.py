@@ -59,6 +59,9 @@ def load() -> ctypes.CDLL:
             if made.returncode:
                 raise RuntimeError(f"{compiler} fails: {made.stderr}")
             os.replace(f"{draft}/mixer.so", library)
+    for place in (folder, library):                                        # code that others may write is not run
+        if hasattr(os, "getuid") and (place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o022):
+            raise RuntimeError(f"{place} belongs to, or can be written by, others: remove it, or set XDG_CACHE_HOME to a folder of your own")
     loaded = ctypes.CDLL(str(library))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     loaded.plan_new.restype, loaded.plan_new.argtypes = pointer, [number]
@@ -169,6 +172,10 @@ def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tabl
         c1: where conv(x1 · v) is put, (T, D), float32.
     """
     library, y = kernel(), torch.empty_like(u)
+    if {p.dtype, u.dtype, *(table.dtype for table in tables)} not in ({torch.float32}, {torch.bfloat16}):
+        raise TypeError(f"p is {p.dtype}, u {u.dtype}, the tables {tables[0].dtype}: all of them float32 or all bfloat16")
+    if not all(tensor.is_contiguous() for tensor in (p, u, starts, weight, bias, *tables)):
+        raise ValueError("mix reads its inputs as they lie: give it contiguous ones")
     lengths = starts.diff()
     real = lengths if real is None else real
     addresses, plans = pointers([table.data_ptr() for table in tables]), pointers([plan(size(length)) for length in lengths.tolist()])

@@ -381,6 +381,14 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
             raise ParamsError(f"{where}.key: wants the name of the environment variable that holds the key, never the key")
         if "url" in own and "revision" in own:
             raise ParamsError(f"{where}.revision: an endpoint has none")
+        if "url" in own and not re.match(r"https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/]", own["url"]):
+            raise ParamsError(f"{where}.url: wants https:// (http:// on this machine only), got {own['url']!r}")
+        if "chunk" in own and "first_tokens" in own:
+            raise ParamsError(f"{where}: first_tokens reads the beginning, chunk everything; one of the two (`window` is the windows' length)")
+        if "chunk" in own and "url" in own and "window" not in own:
+            raise ParamsError(f"{where}.chunk: needs `window`, in tokens, since an endpoint's length is not known")
+        if own.get("stride", 0) > own.get("window", float("inf")):
+            raise ParamsError(f"{where}.stride: {own['stride']} is more than window={own['window']}: tokens would be left out")
     if "notebook" in own and not re.fullmatch(r"\d\d_[a-z0-9_]+", own["notebook"]):
         raise ParamsError(f"{where}.notebook: {own['notebook']!r} is no notebook's name, such as 00_start_here")
 

@@ -74,6 +74,7 @@ class Foreign:
         documents, queries: texts -> vectors, (n, D).
         tokenizer: whose tokens are counted; it must know where in the text each token stands.
         max_length: tokens read of a text, specials included; None: as many as `documents` likes.
+        prompt: what `documents` puts before each text; its tokens are taken off the room.
         chunk, window, stride: mean | max | best over windows of so many tokens, specials not included; see `Encoder`.
             Unlike there, the windows' vectors have unit norm before their mean is taken.
 
@@ -81,12 +82,13 @@ class Foreign:
         RankerError: a `chunk`, window or stride that is impossible.
     """
 
-    def __init__(self, documents: Callable, queries: Callable, tokenizer, max_length: int | None = None, chunk: str | None = None, window: int | None = None, stride: int | None = None):
+    def __init__(self, documents: Callable, queries: Callable, tokenizer, max_length: int | None = None, chunk: str | None = None, window: int | None = None, stride: int | None = None,
+                 prompt: str = ""):
         self.documents, self.queries, self.tokenizer, self.max_length, self.chunk, self.longer = documents, queries, tokenizer, max_length, chunk, []
-        specials = tokenizer.num_special_tokens_to_add()
+        self.prompt, specials = prompt, tokenizer.num_special_tokens_to_add() + (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0)
         self.room = None if max_length is None else max_length - specials
         if max_length is not None and self.room < 1:
-            raise RankerError(f"first_tokens={max_length} leaves no room for a token beside {specials} special ones")
+            raise RankerError(f"first_tokens={max_length} leaves no room for a token beside {specials} of specials and prompt")
         if chunk not in (None, *CHUNKS) or window and not chunk:
             raise RankerError(f"chunk={chunk!r}, window={window}: windows are for chunk: {' | '.join(CHUNKS)}")
         self.window = min(window or self.room or 0, self.room or window or 0) if chunk else 0
@@ -102,7 +104,7 @@ class Foreign:
         return None if self.chunk else self.max_length
 
     def reading(self, first_tokens: int) -> "Foreign":
-        return Foreign(self.documents, self.queries, self.tokenizer, min(first_tokens, self.max_length or first_tokens))
+        return Foreign(self.documents, self.queries, self.tokenizer, min(first_tokens, self.max_length or first_tokens), prompt=self.prompt)
 
     def parts(self, text: str) -> list[str]:
         """What of a text is read, window by window."""
@@ -168,11 +170,13 @@ def sentence_transformer(own: dict, device: str = "cpu") -> Foreign:
         raise RankerError(f"first_tokens={own['first_tokens']}: model {name!r} has places for {limit}")
     model.max_seq_length = own.get("first_tokens") or min(model.max_seq_length or limit or 512, limit or 10**9)
 
+    prompt = own.get("document_prompt") or (getattr(model, "prompts", None) or {}).get("document") or ""
+
     def encode(how: Callable, prompt: str | None) -> Callable:
         return lambda texts: how(texts, prompt=prompt, batch_size=own.get("batch", 32), show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True)
 
     return Foreign(encode(model.encode_document, own.get("document_prompt")), encode(model.encode_query, own.get("query_prompt")), tokenizer, model.max_seq_length,
-                   own.get("chunk"), own.get("window"), own.get("stride"))
+                   own.get("chunk"), own.get("window"), own.get("stride"), prompt)
 
 
 def positions(model) -> int | None:
@@ -203,6 +207,6 @@ def hosted(own: dict, tokenizer, folder: Path) -> Foreign:
         endpoint = Hosted(own["url"], own["model"], own.get("key", ""), own.get("form", "openai"), own.get("batch", 32), options)
         name = json.dumps([own["url"], own["model"], own.get("form", "openai"), options], sort_keys=True)
         kept = Remembered(endpoint, folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.sqlite", name, step=endpoint.batch)                # each answer is kept as it comes
-        return lambda texts: kept.encode([prompt + text for text in texts])
+        return lambda texts: kept.encode([prompt + text for text in texts], endpoint.batch)
 
     return Foreign(ask("document"), ask("query"), tokenizer, own.get("first_tokens"), own.get("chunk"), own.get("window"), own.get("stride"))

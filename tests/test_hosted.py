@@ -170,6 +170,11 @@ def test_an_endpoint_is_a_row_that_asks_once(server, tokenizer, tmp_path, monkey
     assert not any("s3cret" in path.read_bytes().decode("latin-1") for path in (tmp_path / "kept").iterdir())
 
 
+def test_an_endpoints_batch_is_the_rows(server, tokenizer, tmp_path):
+    ranker.hosted({"url": server.url, "model": "m", "batch": 50}, tokenizer, tmp_path).encode_documents([f"fox {i}" for i in range(120)], show_progress=False)
+    assert [len(body["input"]) for body in server.bodies] == [50, 50, 20]
+
+
 def test_an_endpoint_reads_the_first_tokens_or_windows(server, tokenizer, tmp_path):
     task = SimpleNamespace(name="toy", documents={"a": "red fox runs by night", "b": "owl"}, queries={"1": "owl"}, qrels={"1": {"b": 1}})
     own = {"url": server.url, "model": "m"}

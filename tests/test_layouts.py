@@ -186,3 +186,20 @@ def test_a_task_of_600_million_characters_stays_under_two_gigabytes(tmp_path):
     code = f"from lib import locov1; import resource; t = locov1.load('big', {str(tmp_path)!r}); print(len(t.documents), len(t.documents['d1']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     n, characters, peak = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split())
     assert (n, characters) == (10_000, 60_002) and peak * (1 if sys.platform == "darwin" else 1024) < 2e9
+
+
+def test_several_sources_stand_beside_each_other_by_their_names(tmp_path):
+    def source(place, name):
+        for kind, rows in (("documents", [{"pid": "a", "passage": "red fox"}]), ("queries", [{"qid": "1", "query": "fox", "answer_pids": ["a"]}])):
+            (place / kind).mkdir(parents=True, exist_ok=True)
+            (place / kind / f"{name}_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return place
+    own, other = source(tmp_path / "own", "foxes"), source(tmp_path / "mirror", "qmsum")
+    assert [task.name for task in locov1.every(own, [other, str(source(tmp_path / "third", "foxes")) + "/"])] == ["foxes", "mirror/qmsum", "third/foxes"]
+    with pytest.raises(CorpusError, match="are both called mirror: rename one"):
+        locov1.every(own, [other, source(tmp_path / "deeper" / "mirror", "x")])
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text("red fox")
+    with pytest.raises(CorpusError, match="notes has texts and no queries, so nothing in it can be scored"):
+        locov1.every(own, [notes])

@@ -47,6 +47,14 @@ def test_windows_are_put_together_by_their_definition(tokenizer, chunk, window, 
     assert one.reading(5).reads == 5 and one.reading(5).chunk is None
 
 
+def test_a_prompt_takes_its_room(tokenizer):
+    """Two specials and three of prompt leave five of ten, so that no window loses its end."""
+    seen = []
+    one = Foreign(lambda texts: seen.extend(texts) or letters(texts), letters, tokenizer, max_length=10, chunk="best", prompt="blue hen by")
+    one.encode_documents([TEXT], show_progress=False)
+    assert sorted(seen) == ["red fox runs by night", "the owl sleeps by day"]
+
+
 def test_a_model_is_given_each_text_once(tokenizer):
     seen = []
     one = Foreign(lambda texts: seen.extend(texts) or letters(texts), letters, tokenizer, max_length=4)
