@@ -48,7 +48,7 @@ def measure(length: int) -> dict:
     found = {name: way() for name, way in ways.items()}                    # and the spectra are there
     taken: dict = {name: [] for name in ways}
     rates = []
-    for _ in range(5 if length <= 2048 else 3 if length <= 8192 else 1):
+    for _ in range(5 if length <= 2048 else 1):
         rates.append(rate(torch.bfloat16))
         for name, way in ways.items():
             times = max(1, 1024 // length)
