@@ -30,7 +30,7 @@ def eager_forward(self, u, mask=None):
 
     def conv(x, filter):
         k, ahead = filter(L)
-        kernel = F.pad(k, (0, L)) + F.pad(ahead.flip(-1), (L, 0)).roll(0, dims=-1)
+        kernel = F.pad(k, (0, L)) + F.pad(ahead.flip(-1), (L, 0))
         return torch.fft.irfft(torch.fft.rfft(x, n=2 * L) * torch.fft.rfft(kernel, n=2 * L), n=2 * L)[..., :L] + x * filter.bias[:, None]
 
     y = conv(v * x1, self.gated_filter) * x2 + conv(u, self.residual_filter)
