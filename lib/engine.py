@@ -12,6 +12,7 @@ The definition is lib/model.py; tests/test_engine.py holds the two together.
 Axes: n texts, T tokens of all of them, D width, K blocks.
 """
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from lib.long_conv import circular_kernel, fft_length, short_conv
 from lib.model import M2BertModel, SequenceMixer
 
 TILE = 1024                     # tokens that go through an MLP at a time
-SPECTRA = 3 * 2**30             # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB in bfloat16
-CHANNELS = 64                   # whose spectra are computed at a time
+SPECTRA = 3 * 2**30             # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB beside bfloat16, 4.6 beside float32
+CHANNELS = 64                   # whose spectra are computed at a time, for one thread
 SAMPLE = 16                     # numbers of a weight that are compared with what they were
 
 
@@ -94,30 +95,22 @@ class Engine:
                 "gated": [Product(weight, None, self.dtype) for weight in mlp.gated_layers.weight] if blocks else None,
                 "wo": [Product(weight, None, self.dtype) for weight in mlp.wo.weight] if blocks else None}
 
-    def spectra(self, number: int, n: int) -> Tensor:
-        """The spectra of a layer's filters for FFTs of size n, kept while there is room."""
-        key = number, n
+    def spectra(self, number: int, n: int):
+        """A function from a slice of channels to their spectra, of a layer's filters for FFTs of size n.
+
+        All layers' are kept where they fit, those used last first; else none is, and they are computed for each batch anew.
+        """
+        key, (mixer, D) = (number, n), (self.layers[number]["layer"].mixer, self.model.config.hidden_size)
         if key not in self.tables:
-            mixer = self.layers[number]["layer"].mixer
-            table = (self.native_spectra if self.native else self.torch_spectra)(mixer, n)
-            if len(self.layers) * table.nbytes > SPECTRA:                  # all layers of this size do not fit: keeping some would help none
-                return table
-            while self.tables and sum(kept.nbytes for kept in self.tables.values()) + table.nbytes > SPECTRA:
+            size = (D * (n // 2 + 1) * (4 if self.native else 2 * (1 + (mixer.residual_filter is not None))) * (2 if self.native and self.dtype == torch.bfloat16 else 4))
+            compute = (native_spectra if self.native else torch_spectra)(mixer, n, self.model.config.max_position_embeddings, self.dtype)
+            if len(self.layers) * size > SPECTRA:
+                return compute
+            while self.tables and sum(kept.nbytes for kept in self.tables.values()) + size > SPECTRA:
                 self.tables.popitem(last=False)
-            self.tables[key] = table
+            self.tables[key] = compute(slice(0, D))
         self.tables.move_to_end(key)
-        return self.tables[key]
-
-    def native_spectra(self, mixer: SequenceMixer, n: int) -> Tensor:
-        D = self.model.config.hidden_size
-        parts = [native.spectra(*some, n, self.dtype) for some in kernels(mixer, min(max(1, n // 2), self.model.config.max_position_embeddings), D)]
-        return torch.cat(parts)
-
-    def torch_spectra(self, mixer: SequenceMixer, n: int) -> Tensor:
-        """(2, D, n/2 + 1) or (1, …), complex."""
-        D, taps = self.model.config.hidden_size, min((n + 1) // 2, self.model.config.max_position_embeddings)
-        parts = [torch.stack([torch.fft.rfft(circular_kernel(*one, n)) for one in some if one is not None]) for some in kernels(mixer, taps, D)]
-        return torch.cat(parts, dim=1)
+        return self.tables[key].channels
 
     # ------------------------------------------------------------------ layers
 
@@ -141,23 +134,19 @@ class Engine:
         return self.mlp(own, own["out"](y))
 
     def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
-        weight, bias = self.layers[number]["short"]
-        if self.native:
-            tables = {n: self.spectra(number, n) for n in {native.size(length) for length in lengths}}
-            return native.mix(p, u, starts, weight, bias, [tables[native.size(length)] for length in lengths])
-        y, D = torch.empty_like(u), u.shape[1]
-        for start, length in zip(starts.tolist(), lengths):
-            n = fft_length(2 * length - 1)
-            table = self.spectra(number, n)
-            for c in range(0, D, CHANNELS):
-                some = [slice(kind * D + c, kind * D + min(c + CHANNELS, D)) for kind in range(3)]
-                q = torch.cat([p[start : start + length, one] for one in some], dim=1).t().float()             # (3d, L)
-                x1, x2, v = short_conv(q[None], torch.cat([weight[:, one] for one in some], dim=1).t()[:, None], torch.cat([bias[one] for one in some]))[0].chunk(3)
-                first = slice(c, min(c + CHANNELS, D))
-                found = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0, first], n=n)[:, :length] * x2
-                if len(table) > 1:
-                    found = found + torch.fft.irfft(torch.fft.rfft(u[start : start + length, first].t().float(), n=n) * table[1, first], n=n)[:, :length]
-                y[start : start + length, first] = found.t().to(y.dtype)
+        (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
+        sizes = [native.size(length) if self.native else fft_length(2 * length - 1) for length in lengths]
+        spectra = {n: self.spectra(number, n) for n in set(sizes)}
+        group = CHANNELS * (torch.get_num_threads() if self.native else 1)
+        for c in range(0, D, group):
+            some = slice(c, min(c + group, D))
+            tables = {n: of(some) for n, of in spectra.items()}
+            if self.native:
+                native.mix(p, u, starts, weight, bias, [tables[n] for n in sizes], y=y, channels=some)
+            else:
+                for start, length, n in zip(starts.tolist(), lengths, sizes):
+                    text = slice(start, start + length)
+                    y[text, some] = in_torch(p[text], u[text, some], some, weight, bias, tables[n].values, n).to(y.dtype)
         return y
 
     def mlp(self, own: dict, h: Tensor) -> Tensor:
@@ -196,9 +185,53 @@ class Product:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def kernels(mixer: SequenceMixer, taps: int, channels: int):
-    """(gated, residual or None) of every CHANNELS channels, each (back, ahead or None, gain), float32."""
-    filters = [None if filter is None else (filter, filter.hidden(taps)) for filter in (mixer.gated_filter, mixer.residual_filter)]
-    for c in range(0, channels, CHANNELS):
-        some = slice(c, min(c + CHANNELS, channels))
-        yield [None if one is None else (*(None if k is None else k.float() for k in one[0].taps(one[1], some)), one[0].bias[some].float()) for one in filters]
+class Complex(NamedTuple):
+    """Spectra as torch.fft makes them: (2, d, n/2 + 1) of the gated and the residual filter, or (1, …)."""
+
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def channels(self, some: slice) -> "Complex":
+        return Complex(self.values[:, some])
+
+
+def native_spectra(mixer: SequenceMixer, n: int, most: int, dtype: torch.dtype):
+    """slice of channels -> native.Table."""
+    L, own, group = min(max(1, n // 2), most), mixer.gated_filter, CHANNELS * torch.get_num_threads()
+    filters = [None if filter is None else (filter, filter.hidden(L)) for filter in (own, mixer.residual_filter)]
+
+    def compute(some: slice) -> native.Table:
+        def table(part: slice) -> native.Table:
+            gated, residual = (None if one is None else tuple(None if taps is None else taps.float() for taps in (*one[0].before_decay(one[1], part), one[0].bias[part])) for one in filters)
+            return native.spectra(gated, residual, own.time(L).float(), own.deltas()[part].float(), n, dtype)
+        made = [table(slice(c, min(c + group, some.stop))) for c in range(some.start, some.stop, group)]
+        return made[0] if len(made) == 1 else native.Table(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made)))
+    return compute
+
+
+def torch_spectra(mixer: SequenceMixer, n: int, most: int, dtype: torch.dtype):
+    """slice of channels -> Complex."""
+    L = min((n + 1) // 2, most)
+    filters = [(filter, filter.hidden(L)) for filter in (mixer.gated_filter, mixer.residual_filter) if filter is not None]
+
+    def compute(some: slice) -> Complex:
+        def part(c: int) -> Tensor:
+            few = slice(c, min(c + CHANNELS, some.stop))
+            return torch.stack([torch.fft.rfft(circular_kernel(*filter.taps(hidden, few), filter.bias[few], n).float()) for filter, hidden in filters])
+        return Complex(torch.cat([part(c) for c in range(some.start, some.stop, CHANNELS)], dim=1))
+    return compute
+
+
+def in_torch(p: Tensor, u: Tensor, some: slice, weight: Tensor, bias: Tensor, table: Tensor, n: int) -> Tensor:
+    """Some channels of the mixer of one text, (L, d), from p (L, 3D) and their u (L, d)."""
+    L, D = len(p), p.shape[1] // 3
+    places = [slice(kind * D + some.start, kind * D + some.stop) for kind in range(3)]
+    q = torch.cat([p[:, one] for one in places], dim=1).t().float()        # (3d, L)
+    x1, x2, v = short_conv(q[None], torch.cat([weight[:, one] for one in places], dim=1).t()[:, None], torch.cat([bias[one] for one in places]))[0].chunk(3)
+    found = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0], n=n)[:, :L] * x2
+    if len(table) > 1:
+        found = found + torch.fft.irfft(torch.fft.rfft(u.t().float(), n=n) * table[1], n=n)[:, :L]
+    return found.t()

@@ -220,12 +220,15 @@ class ImplicitFilter(nn.Module):
         with torch.autocast(self.inputs.device.type, enabled=False):
             return features(self.back), features(self.ahead)
 
+    def before_decay(self, hidden: tuple[Tensor, Tensor | None], channels: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """What some channels make of `hidden`, (L, d) each; the second is None in a causal model."""
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            return tuple(None if h is None else F.linear(h, mlp[3].weight[channels]) for h, mlp in zip(hidden, (self.back, self.ahead)))
+
     def taps(self, hidden: tuple[Tensor, Tensor | None], channels: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """The kernels of some channels from `hidden`, (d, L) each; the second is None in a causal model."""
         decay = self.decay(len(hidden[0]), channels)                       # (L, d)
-        with torch.autocast(decay.device.type, enabled=False):
-            return tuple(None if h is None else (F.linear(h, mlp[3].weight[channels]) * decay).t()
-                         for h, mlp in zip(hidden, (self.back, self.ahead)))
+        return tuple(None if part is None else (part * decay).t() for part in self.before_decay(hidden, channels))
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""

@@ -23,6 +23,7 @@
 
 using V = __m512;
 struct C { V re, im; };
+struct half { uint16_t bits; };                                    // a float16; a plain uint16_t is a bfloat16
 
 static inline V load(const float* p) { return _mm512_loadu_ps(p); }
 static inline V load(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
@@ -32,6 +33,8 @@ static inline void store(uint16_t* p, V v) {                       // to nearest
     i = _mm512_add_epi32(i, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_epi32(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1))));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(i, 16)));
 }
+static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void store(half* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 static inline C get(const float* z) { return {_mm512_load_ps(z), _mm512_load_ps(z + 16)}; }
 static inline void put(float* z, C c) { _mm512_store_ps(z, c.re); _mm512_store_ps(z + 16, c.im); }
 static inline C operator+(C a, C b) { return {a.re + b.re, a.im + b.im}; }
@@ -119,12 +122,17 @@ static inline void product(float* zp, float* zq, const S* s) {      // both of a
     put(zq, x), put(zp, y);
 }
 
+// work(place of a stored pair, index of k in z, index of n - k in z) for each pair.
+template <class F>
+static void pairs(long n, F work) {
+    work(0, 0, 0);
+    if (n > 1) work(n / 2, 1, 1);
+    for (long b = 2; b < n; b *= 2)
+        for (long p = b; p < b + b / 2; ++p) work(p - b / 2, p, 3 * b - 1 - p);
+}
 template <class S>
 static void multiply(float* z, long n, const S* s) {
-    product(z, z, s);
-    if (n > 1) product(z + 32, z + 32, s + 64 * (n / 2));
-    for (long b = 2; b < n; b *= 2)
-        for (long p = b; p < b + b / 2; ++p) product(z + 32 * p, z + 32 * (3 * b - 1 - p), s + 64 * (p - b / 2));
+    pairs(n, [=](long place, long p, long q) { product(z + 32 * p, z + 32 * q, s + 64 * place); });
 }
 
 // The short convolution of 16 channels, token by token.
@@ -147,18 +155,113 @@ static void gather(const T* p, const T* u, float* z, long real, long rows, long 
     std::memset(z + 32 * real, 0, sizeof(float) * 32 * (rows - real));
 }
 
-// One text, 16 channels from `c`. After `real` tokens the input is padding; c1 = conv(x1 v; k1) is kept where it is asked for.
+// One text, 16 channels from `c`; their table, and what it is to be multiplied by. After `real` tokens the input is padding;
+// c1 = conv(x1 v; k1) is kept where it is asked for.
 template <class T, class S>
-static void text(const T* p, const T* u, T* y, float* c1, long L, long real, long D, long c, const float* w, const float* b, const S* spectra, const Plan& plan, float* z) {
+static void text(const T* p, const T* u, T* y, float* c1, long L, long real, long D, long c, const float* w, const float* b, const S* table, const float* scale, const Plan& plan, float* z) {
     gather(p, u, z, real, std::max(L, plan.n / 2), D, c, w, b);
     forward(z, plan.n, plan, 0, plan.n > 1);
-    multiply(z, plan.n, spectra + c / 16 * 64 * (plan.n / 2 + 1));
+    multiply(z, plan.n, table);
     backward(z, plan.n, plan, 0, true);
     Short x2(w, b, D, D + c);
+    V s = scale ? load(scale) : _mm512_set1_ps(1.0f);
     for (long t = 0; t < L; ++t) {
         C found = get(z + 32 * t);
+        found.re = found.re * s, found.im = found.im * s;
         if (c1) store(c1 + t * D + c, found.re);
         store(y + t * D + c, _mm512_fmadd_ps(found.re, x2(load(p + t * 3 * D + D + c)), found.im));
+    }
+}
+
+// exp(x) for x <= 0, to 2e-7 of its value: 2^i times a polynomial.
+static inline V exp_neg(V x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    V i = _mm512_roundscale_ps(x * _mm512_set1_ps(1.44269504f), 0), r = _mm512_fnmadd_ps(i, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(i, _mm512_set1_ps(-2.12194440e-4f), r);
+    V y = _mm512_set1_ps(1.3888889e-3f);
+    for (float c : {8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, i);
+}
+
+// The filters of a mixer before their decay, and their gains: back and ahead of the gated one, then of the residual one; (L, d), those that are absent null.
+template <class F>
+struct Taps {
+    F* kernel[4];
+    F* gain[2];
+    const float *time, *delta;                                     // decay = exp(-time |delta|), (L,) and (d,)
+    long L, d;
+    V decay(long t, long c) const { return exp_neg(_mm512_set1_ps(-time[t]) * _mm512_abs_ps(load(delta + c))); }
+};
+
+// The table of 16 channels from `c`: the circular kernels of both filters go forward as one, z = K1 + i K2, and with Z' = Z[n-k]
+//     A = ((1 - i) Z + (1 + i) conj Z') / 4n,   B = ((1 + i) Z + (1 - i) conj Z') / 4n.
+// Of a float16 table each channel is divided by its `scale`, so that its largest number is 2^14.
+template <class S>
+static void spectra(const Taps<const float>& taps, long c, S* table, float* scale, const Plan& plan, float* z) {
+    const long n = plan.n, L = taps.L, d = taps.d;
+    const V zero = _mm512_setzero_ps();
+    const float* const* kernel = taps.kernel;
+    for (long t = 0; t < L; ++t) {
+        V decay = taps.decay(t, c);
+        put(z + 32 * t, {load(kernel[0] + t * d + c) * decay, kernel[2] ? load(kernel[2] + t * d + c) * decay : zero});
+    }
+    const long gap = std::max(L, n - L + 1);                       // here the taps that look ahead begin, the last one first
+    std::memset(z + 32 * L, 0, sizeof(float) * 32 * (gap - L));
+    for (long t = gap; t < n; ++t) {
+        const long at = (n - 1 - t) * d + c;
+        V decay = taps.decay(n - 1 - t, c);
+        put(z + 32 * t, {kernel[1] ? load(kernel[1] + at) * decay : zero, kernel[3] ? load(kernel[3] + at) * decay : zero});
+    }
+    C first = get(z);
+    put(z, {first.re + load(taps.gain[0] + c), taps.gain[1] ? first.im + load(taps.gain[1] + c) : first.im});
+    forward(z, n, plan, 0, false);
+    const V quarter = _mm512_set1_ps(0.25f / float(n));
+    auto both = [&](long p, long q, C& a, C& b) {
+        C x = get(z + 32 * p), y = get(z + 32 * q);
+        a = {(x.re + x.im + y.re + y.im) * quarter, (x.im - x.re + y.re - y.im) * quarter};
+        b = {(x.re - x.im + y.re - y.im) * quarter, (x.re + x.im - y.re - y.im) * quarter};
+    };
+    V over = _mm512_set1_ps(1.0f);
+    if (scale) {
+        V most = zero;
+        pairs(n, [&](long, long p, long q) {
+            C a, b;
+            both(p, q, a, b);
+            for (V one : {a.re, a.im, b.re, b.im}) most = _mm512_max_ps(most, _mm512_abs_ps(one));
+        });
+        most = _mm512_max_ps(most, _mm512_set1_ps(1e-30f));
+        store(scale, most * _mm512_set1_ps(1.0f / 16384)), over = _mm512_div_ps(_mm512_set1_ps(16384), most);
+    }
+    pairs(n, [&](long place, long p, long q) {
+        C a, b;
+        both(p, q, a, b);
+        S* to = table + 64 * place;
+        store(to, a.re * over), store(to + 16, a.im * over), store(to + 32, b.re * over), store(to + 48, b.im * over);
+    });
+}
+
+// From the gradient of a table to those of the filters and their gains.
+static void spectra_gradient(const Taps<float>& grads, long c, const float* table, const Plan& plan, float* z) {
+    const long n = plan.n, L = grads.L, d = grads.d;
+    const V quarter = _mm512_set1_ps(0.25f / float(n));
+    pairs(n, [&](long place, long p, long q) {
+        const float* from = table + 64 * place;
+        V ar = load(from) * quarter, ai = load(from + 16) * quarter, br = load(from + 32) * quarter, bi = load(from + 48) * quarter;
+        C x = {ar - ai + br + bi, ar + ai + bi - br}, y = {ar + ai + br - bi, ar - ai - br - bi};       // (1 + i) A + (1 - i) B, the same of the conjugates
+        put(z + 32 * q, y), put(z + 32 * p, p == q ? x + y : x);
+    });
+    backward(z, n, plan, 0, false);
+    C first = get(z);
+    store(grads.gain[0] + c, first.re);
+    if (grads.gain[1]) store(grads.gain[1] + c, first.im);
+    for (long t = 0; t < L; ++t) {
+        V decay = grads.decay(t, c);
+        C back = get(z + 32 * t), ahead = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (t < L - 1) ahead = get(z + 32 * (n - 1 - t));          // the last tap never acts
+        if (grads.kernel[0]) store(grads.kernel[0] + t * d + c, back.re * decay);
+        if (grads.kernel[1]) store(grads.kernel[1] + t * d + c, ahead.re * decay);
+        if (grads.kernel[2]) store(grads.kernel[2] + t * d + c, back.im * decay);
+        if (grads.kernel[3]) store(grads.kernel[3] + t * d + c, ahead.im * decay);
     }
 }
 
@@ -197,13 +300,7 @@ static void text_gradient(const float* p, const float* u, const float* c1, const
     }
     std::memset(g + 32 * L, 0, sizeof(float) * 32 * (rows - L));
     forward(z, n, plan, 0, n > 1), forward(g, n, plan, 0, n > 1);
-    gradient(z, z, g, g, s, d, true);
-    if (n > 1) gradient(z + 32, z + 32, g + 32, g + 32, s + 64 * (n / 2), d + 64 * (n / 2), true);
-    for (long block = 2; block < n; block *= 2)
-        for (long at = block; at < block + block / 2; ++at) {
-            const long other = 32 * (3 * block - 1 - at), pair = 64 * (at - block / 2);
-            gradient(z + 32 * at, z + other, g + 32 * at, g + other, s + pair, d + pair, false);
-        }
+    pairs(n, [=](long place, long p, long q) { gradient(z + 32 * p, z + 32 * q, g + 32 * p, g + 32 * q, s + 64 * place, d + 64 * place, p == q); });
     backward(g, n, plan, 0, true);
     Short x1(w, b, D, c), v(w, b, D, 2 * D + c);
     for (long t = 0; t < L; ++t) {                                     // d(x1 v) -> dx1, dv; padding takes none
@@ -242,26 +339,26 @@ static void together(long jobs, int threads, size_t floats, F job) {
     for (auto& one : team) one.join();
 }
 
-// Texts lie at start[i] … start[i+1]; a job is 32 channels of one, so that whole cache lines are read.
+// Texts lie at start[i] … start[i+1]; a job is 32 channels of one, so that whole cache lines are read. Only `some` channels
+// from `first` on are mixed: the tables hold those alone.
 template <class T, class S>
-static void mix(const T* p, const T* u, T* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const void* const* spectra, const void* const* plans, int threads) {
+static void mix(const T* p, const T* u, T* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+                const float* const* scales, const void* const* plans, int threads) {
     long most = 0;
     for (long i = 0; i < texts; ++i) most = std::max(most, static_cast<const Plan*>(plans[i])->n);
-    together(texts * (D / 32), threads, 32 * most, [&](long job, float* z) {
-        const long i = job / (D / 32), c = job % (D / 32) * 32, at = start[i];
-        for (long h = 0; h < 32; h += 16)
-            text(p + at * 3 * D, u + at * D, y + at * D, c1 ? c1 + at * D : nullptr, start[i + 1] - at, real[i], D, c + h, w, b, static_cast<const S*>(spectra[i]), *static_cast<const Plan*>(plans[i]), z);
+    together(texts * (some / 32), threads, 32 * most, [&](long job, float* z) {
+        const long i = job / (some / 32), at = start[i];
+        const Plan& plan = *static_cast<const Plan*>(plans[i]);
+        for (long c = job % (some / 32) * 32, end = c + 32; c < end; c += 16)
+            text(p + at * 3 * D, u + at * D, y + at * D, c1 ? c1 + at * D : nullptr, start[i + 1] - at, real[i], D, first + c, w, b, static_cast<const S*>(tables[i]) + c / 16 * 64 * (plan.n / 2 + 1),
+                 scales ? scales[i] + c : nullptr, plan, z);
     });
 }
-
-// exp(x) for x <= 0, to 2e-7 of its value: 2^i times a polynomial.
-static inline V exp_neg(V x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    V i = _mm512_roundscale_ps(x * _mm512_set1_ps(1.44269504f), 0), r = _mm512_fnmadd_ps(i, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(i, _mm512_set1_ps(-2.12194440e-4f), r);
-    V y = _mm512_set1_ps(1.3888889e-3f);
-    for (float c : {8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(y, i);
+template <class S>
+static void all_spectra(const float* const* kernels, const float* const* gains, const float* time, const float* delta, long L, long d, S* table, float* scale, const void* plan, int threads) {
+    const Plan& one = *static_cast<const Plan*>(plan);
+    const Taps<const float> taps{{kernels[0], kernels[1], kernels[2], kernels[3]}, {gains[0], gains[1]}, time, delta, L, d};
+    together(d / 16, threads, 32 * one.n, [&](long job, float* z) { spectra(taps, 16 * job, table + job * 64 * (one.n / 2 + 1), scale ? scale + 16 * job : nullptr, one, z); });
 }
 // GELU(x) = x Phi(x), Phi from Abramowitz and Stegun 7.1.26: |error| of erf below 1.5e-7.
 static inline V normal(V x, V& density) {                          // Phi(x), and sqrt(pi/2) times its derivative
@@ -305,11 +402,24 @@ void glu_gradient(float* a, float* b, float* m, const float* dm, long n, int thr
 }
 void* plan_new(long n) { return new Plan(n); }
 void plan_free(void* plan) { delete static_cast<Plan*>(plan); }
-void mix_f32(const float* p, const float* u, float* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const void* const* spectra, const void* const* plans, int threads) {
-    mix<float, float>(p, u, y, c1, start, real, texts, D, w, b, spectra, plans, threads);
+void mix_f32(const float* p, const float* u, float* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+             const float* const* scales, const void* const* plans, int threads) {
+    mix<float, float>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);
 }
-void mix_bf16(const uint16_t* p, const uint16_t* u, uint16_t* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const void* const* spectra, const void* const* plans, int threads) {
-    mix<uint16_t, uint16_t>(p, u, y, c1, start, real, texts, D, w, b, spectra, plans, threads);
+void mix_bf16(const uint16_t* p, const uint16_t* u, uint16_t* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+              const float* const* scales, const void* const* plans, int threads) {
+    mix<uint16_t, half>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);
+}
+void spectra_f32(const float* const* kernels, const float* const* gains, const float* time, const float* delta, long L, long d, float* table, float* scale, const void* plan, int threads) {
+    all_spectra(kernels, gains, time, delta, L, d, table, scale, plan, threads);
+}
+void spectra_f16(const float* const* kernels, const float* const* gains, const float* time, const float* delta, long L, long d, half* table, float* scale, const void* plan, int threads) {
+    all_spectra(kernels, gains, time, delta, L, d, table, scale, plan, threads);
+}
+void spectra_gradient(float* const* kernels, float* const* gains, const float* time, const float* delta, long L, long d, const float* table, const void* plan, int threads) {
+    const Plan& one = *static_cast<const Plan*>(plan);
+    const Taps<float> grads{{kernels[0], kernels[1], kernels[2], kernels[3]}, {gains[0], gains[1]}, time, delta, L, d};
+    together(d / 16, threads, 32 * one.n, [&](long job, float* z) { spectra_gradient(grads, 16 * job, table + job * 64 * (one.n / 2 + 1), one, z); });
 }
 // A job is 16 channels of all texts, which have one size: their shares of dw, db and dspectra are added in the same order, whatever the number of threads.
 void mix_gradient(const float* p, const float* u, const float* c1, const float* dy, float* dp, float* du, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const float* spectra,

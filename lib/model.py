@@ -158,8 +158,8 @@ class SequenceMixer(nn.Module):
         if mask is not None:
             p = p * mask.transpose(1, 2)
         real = torch.full((B,), L) if mask is None else mask[:, 0].sum(dim=1).long()
-        gated, *residual = ((*filter(L), filter.bias) for filter in (self.gated_filter, self.residual_filter) if filter is not None)
-        table = native.spectra(gated, residual[0] if residual else None, native.size(L))
+        filters = [(None, None, None) if filter is None else (*filter.before_decay(filter.hidden(L)), filter.bias) for filter in (self.gated_filter, self.residual_filter)]
+        table = native.Spectra.apply(self.gated_filter.time(L), self.gated_filter.deltas(), native.size(L), *filters[0], *filters[1])
         return native.Mix.apply(p, u, self.short_filter.weight[:, 0].t(), self.short_filter.bias, table, real)
 
     def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
     kernel()             the loaded library, or None: no AVX-512, no compiler, or LOCO_NATIVE=0
     mix(p, u, …)         x2 · conv(x1 v) + conv(u) for texts lying one after another; Mix, the same with gradients
-    spectra(…)           the kernels of both convolutions as these want them
+    spectra(…)           the kernels of both convolutions as these want them; Spectra, the same with gradients
 
 Without it all runs in torch and gives the same numbers, slower; the log says once which of the two it is, and why.
 """
@@ -15,12 +15,11 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from lib.long_conv import circular_kernel
 
 SOURCE = Path(__file__).with_name("mixer.cpp")
 # No -ffast-math: gcc would have the library change how the whole process treats small numbers.
@@ -66,8 +65,10 @@ def load() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     loaded.plan_new.restype, loaded.plan_new.argtypes = pointer, [number]
     for function in (loaded.mix_f32, loaded.mix_bf16):
-        function.argtypes = [*[pointer] * 6, number, number, *[pointer] * 4, ctypes.c_int]
-        function.restype = None
+        function.argtypes, function.restype = [*[pointer] * 6, *[number] * 4, *[pointer] * 5, ctypes.c_int], None
+    for function in (loaded.spectra_f32, loaded.spectra_f16):
+        function.argtypes, function.restype = [*[pointer] * 4, number, number, *[pointer] * 3, ctypes.c_int], None
+    loaded.spectra_gradient.argtypes, loaded.spectra_gradient.restype = [*[pointer] * 4, number, number, *[pointer] * 2, ctypes.c_int], None
     loaded.mix_gradient.argtypes, loaded.mix_gradient.restype = [*[pointer] * 8, number, number, *[pointer] * 7, ctypes.c_int], None
     for function in (loaded.glu_f32, loaded.glu_bf16):
         function.argtypes, function.restype = [pointer, pointer, pointer, number, ctypes.c_int], None
@@ -91,102 +92,98 @@ def plan(n: int) -> int:
     return kernel().plan_new(n)
 
 
-@cache
-def order(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each stored pair of frequencies (k, n - k) the one up to n/2; its inverse; and -1 where the other is the one that is stored, else 1."""
-    bits = n.bit_length() - 1
-    place = torch.arange(n)
-    reverse = torch.zeros_like(place)
-    for bit in range(bits):
-        reverse |= ((place >> bit) & 1) << (bits - 1 - bit)
-    stored = torch.zeros(n // 2 + 1, dtype=torch.long)                     # where in bit-reversed order; see lib/mixer.cpp
-    stored[-1] = min(1, n - 1)
-    block = 2
-    while block < n:
-        stored[block // 2 : block] = torch.arange(block, block + block // 2)
-        block *= 2
-    k = reverse[stored]
-    low = torch.minimum(k, n - k) if n > 1 else k
-    return low, torch.argsort(low), torch.where(k > n // 2, -1.0, 1.0)
+class Table(NamedTuple):
+    """A = (K1 + K2) / 2n and B = (K1 - K2) / 2n, the spectra of a layer's two filters: (D/16, n/2 + 1, 4, 16), re A, im A, re B, im B."""
+
+    values: Tensor              # float32, or float16 beside bfloat16 activations
+    scale: Tensor | None        # what float16 is to be multiplied by, (D,): its largest number in each channel is 2^14
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def channels(self, some: slice) -> "Table":
+        """Those of some channels, without a copy; `some` in steps of 16."""
+        return Table(self.values[some.start // LANES : some.stop // LANES], None if self.scale is None else self.scale[some])
 
 
-def spectra(gated: tuple, residual: tuple | None, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A = (K1 + K2) / 2n and B = (K1 - K2) / 2n of two kernels, (D/16, n/2 + 1, 4, 16): re A, im A, re B, im B.
+def spectra(gated: tuple, residual: tuple | None, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Table:
+    """The table for FFTs of size n that `mix` reads beside activations of `dtype`.
+
+    8 bits of mantissa would not do: an error in a filter is the same at every position, and layers add it up.
 
     Args:
-        gated, residual: (taps back, taps ahead or None, gain), (D, L) and (D,); L ≥ n/2, or all that act.
+        gated, residual: (back, ahead or None, gain) of each filter, (L, D), before their decay, and (D,), float32; L ≤ n/2, or 1.
+        time, delta: decay = exp(-time |delta|), (L,) and (D,).
     """
-    def circular(kernels: tuple) -> Tensor:
-        back, ahead, gain = kernels
-        L = min(back.shape[1], max(1, n // 2))
-        return circular_kernel(back[:, :L], None if ahead is None else ahead[:, :L], gain, n)
-
-    one = circular(gated)
-    return Spectra.apply(one, torch.zeros_like(one) if residual is None else circular(residual)).to(dtype)
+    half = dtype == torch.bfloat16
+    L, D = gated[0].shape
+    values = torch.empty(D // LANES, n // 2 + 1, 4, LANES, dtype=torch.float16 if half else torch.float32)
+    scale = torch.empty(D) if half else None
+    taps = [None if part is None else part.contiguous() for part in (*gated, *(residual or (None,) * 3))]
+    kernels, gains = (taps[0], taps[1], taps[3], taps[4]), (taps[2], taps[5])
+    check(time, delta, *filter(lambda part: part is not None, taps))
+    (kernel().spectra_f16 if half else kernel().spectra_f32)(
+        pointers(kernels), pointers(gains), time.data_ptr(), delta.data_ptr(), L, D, values.data_ptr(), None if scale is None else scale.data_ptr(), plan(n), torch.get_num_threads())
+    return Table(values, scale)
 
 
 class Spectra(torch.autograd.Function):
-    """Two circular kernels, (D, n) -> the table of `spectra`."""
+    """`spectra` with gradients: back, ahead and gain of the gated and of the residual filter -> the values of a float32 table."""
 
     @staticmethod
-    def forward(ctx, one: Tensor, two: Tensor) -> Tensor:
-        n = one.shape[1]
-        a, b = torch.fft.rfft(one), torch.fft.rfft(two)
-        a, b = (a + b) / (2 * n), (a - b) / (2 * n)
-        k, _, sign = order(n)
-        table = torch.empty(len(one) // LANES, n // 2 + 1, 4, LANES)
-        for i, part in enumerate((a.real, a.imag, b.real, b.imag)):
-            part = part.index_select(1, k)
-            table[:, :, i] = (part * sign if i % 2 else part).unflatten(0, (-1, LANES)).transpose(1, 2)
-        return table
+    def forward(ctx, time: Tensor, delta: Tensor, n: int, *taps: Tensor | None) -> Tensor:
+        ctx.save_for_backward(time, delta)
+        ctx.n, ctx.shapes = n, [None if part is None else part.shape for part in taps]
+        return spectra(taps[:3], None if taps[3] is None else taps[3:], time, delta, n).values
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        D, n = grad.shape[0] * LANES, 2 * (grad.shape[1] - 1) or 1
-        _, inverse, sign = order(n)
-        parts = [grad[:, :, i].transpose(1, 2).reshape(D, -1) for i in range(4)]
-        a, b = (torch.complex(parts[i], parts[i + 1] * sign).index_select(1, inverse) for i in (0, 2))
-        return tuple(adjoint(found, n) for found in ((a + b) / (2 * n), (a - b) / (2 * n)))
+        time, delta = ctx.saved_tensors
+        grad, grads = grad.contiguous(), [None if shape is None else torch.empty(shape) for shape in ctx.shapes]
+        kernel().spectra_gradient(pointers((grads[0], grads[1], grads[3], grads[4])), pointers((grads[2], grads[5])), time.data_ptr(), delta.data_ptr(), len(time), len(delta),
+                                  grad.data_ptr(), plan(ctx.n), torch.get_num_threads())
+        return None, None, None, *grads
 
 
-def adjoint(grad: Tensor, n: int) -> Tensor:
-    """The gradient of rfft: dx_t = Re Σ_{k ≤ n/2} dX_k e^{2πi kt / n}."""
-    if n == 1:
-        return grad.real
-    grad = grad * (n / 2)
-    grad[:, 0] *= 2
-    grad[:, -1] *= 2
-    return torch.fft.irfft(grad, n=n)
+def check(*tensors: Tensor) -> None:
+    if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors):
+        raise TypeError(f"lib/mixer.cpp reads float32 as it lies: got {[(tensor.dtype, tuple(tensor.shape), tensor.is_contiguous()) for tensor in tensors]}")
 
 
-def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tables: list[Tensor], real: Tensor | None = None, c1: Tensor | None = None) -> Tensor:
+def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tables: list[Table], real: Tensor | None = None, c1: Tensor | None = None,
+        y: Tensor | None = None, channels: slice | None = None) -> Tensor:
     """x2 · conv(x1 · v) + conv(u) of each text, (T, D) like u.
 
     Args:
         p: (T, 3D), float32 or bfloat16; u: (T, D), alike.
         starts: where each text begins, and T, int64, (texts + 1,).
         weight: of the short convolution, (3, 3D), float32; bias: (3D,).
-        tables: `spectra` for each text, of p's type.
+        tables: `spectra` for each text, made for p's type.
         real: tokens of each text, int64; what follows is padding, x1 · v and u are 0 there. None: all.
         c1: where conv(x1 · v) is put, (T, D), float32.
+        y, channels: where the result is put, and which channels, in steps of 32; the tables hold those alone.
     """
-    library, y = kernel(), torch.empty_like(u)
-    if {p.dtype, u.dtype, *(table.dtype for table in tables)} not in ({torch.float32}, {torch.bfloat16}):
-        raise TypeError(f"p is {p.dtype}, u {u.dtype}, the tables {tables[0].dtype}: all of them float32 or all bfloat16")
-    if not all(tensor.is_contiguous() for tensor in (p, u, starts, weight, bias, *tables)):
+    library, y, channels = kernel(), torch.empty_like(u) if y is None else y, channels or slice(0, u.shape[-1])
+    kinds = {p.dtype, u.dtype, y.dtype}, {table.values.dtype for table in tables}
+    if kinds not in (({torch.float32}, {torch.float32}), ({torch.bfloat16}, {torch.float16})):
+        raise TypeError(f"p is {p.dtype}, u {u.dtype}, the tables {tables[0].values.dtype}: all of them float32, or bfloat16 and tables of float16")
+    if not all(tensor.is_contiguous() for tensor in (p, u, y, starts, weight, bias, *(table.values for table in tables))):
         raise ValueError("mix reads its inputs as they lie: give it contiguous ones")
-    lengths = starts.diff()
-    real = lengths if real is None else real
-    addresses, plans = pointers([table.data_ptr() for table in tables]), pointers([plan(size(length)) for length in lengths.tolist()])
+    lengths = starts.diff().tolist()
+    if any(table.values.shape[:2] != ((channels.stop - channels.start) // LANES, size(length) // 2 + 1) for table, length in zip(tables, lengths, strict=True)):
+        raise ValueError(f"tables of {[tuple(table.values.shape) for table in tables]} do not fit texts of {lengths} tokens and channels {channels.start} to {channels.stop}")
+    real = starts.diff() if real is None else real
+    scales = None if tables[0].scale is None else pointers([table.scale for table in tables])
     function = {torch.float32: library.mix_f32, torch.bfloat16: library.mix_bf16}[p.dtype]
-    function(p.data_ptr(), u.data_ptr(), y.data_ptr(), None if c1 is None else c1.data_ptr(), starts.data_ptr(), real.data_ptr(), len(real), u.shape[-1],
-             weight.data_ptr(), bias.data_ptr(), addresses, plans, torch.get_num_threads())
+    function(p.data_ptr(), u.data_ptr(), y.data_ptr(), None if c1 is None else c1.data_ptr(), starts.data_ptr(), real.data_ptr(), len(real), u.shape[-1], channels.start, channels.stop - channels.start,
+             weight.data_ptr(), bias.data_ptr(), pointers([table.values for table in tables]), scales, (ctypes.c_void_p * len(lengths))(*(plan(size(length)) for length in lengths)), torch.get_num_threads())
     return y
 
 
-def pointers(addresses: list[int]):
-    return (ctypes.c_void_p * len(addresses))(*addresses)
+def pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 class Mix(torch.autograd.Function):
@@ -200,7 +197,7 @@ class Mix(torch.autograd.Function):
         p, u, weight, bias, table = (tensor.contiguous() for tensor in (p, u, weight, bias, table))
         B, L, D = u.shape
         starts, c1 = torch.arange(B + 1) * L, torch.empty_like(u)
-        y = mix(p, u, starts, weight, bias, [table] * B, real, c1)
+        y = mix(p, u, starts, weight, bias, [Table(table, None)] * B, real, c1)
         ctx.save_for_backward(p, u, weight, bias, table, real, starts, c1)
         return y
 
