@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.model import M2BertConfig, M2BertForRetrieval
 
+ROOT = Path(__file__).parents[1]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["red", "green", "blue", "fox", "hen", "owl", "runs", "sleeps", "the", "by", "night", "day", "un", "##believ", "##able", "##s"]
 
@@ -50,6 +51,15 @@ def tiny(tokenizer):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
     return build
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository folder with the project's design, and the working directory in it."""
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
