@@ -6,13 +6,12 @@
     table(frame, caption)                     a table in the notebook only
     metric(…), curve(…)                       numbers for later stages
     load_metrics, scores, per_query, curves   numbers of earlier ones; a row that has none is shown as "not run"
-    cells(name, ours, otherwise)              every number of a table of the paper, ours beside it, and what became of it
     paper(name)                               what the paper printed
 
 Equal numbers give equal bytes: no date, no random id, no path. Figures are drawn from the written
 numbers. Scores are fractions in [0, 1]; what people read is multiplied by 100.
-Every notebook depends on this file. What compares rows is in lib/comparison.py, and the
-report's pages are made by lib/page.py.
+Every notebook depends on this file. What compares rows is in lib/comparison.py, the
+paper's numbers beside ours in lib/audit.py, and the report's pages are made by lib/page.py.
 """
 import json
 import math
@@ -289,30 +288,3 @@ def paper(name: str) -> pd.DataFrame:
     if not (place / f"{name}.csv").is_file():
         raise FileNotFoundError(f"data/paper holds no {name}.csv; it has {', '.join(sorted(path.stem for path in place.glob('*.csv')))}")
     return pd.read_csv(place / f"{name}.csv")
-
-
-def cells(name: str, key: str | list[str], ours: dict, otherwise, columns: list[str] | None = None) -> list[dict]:
-    """Every number of a table of the paper, ours beside it, and a verdict: matches | differs | not run | cannot run here.
-
-    Args:
-        name: of data/paper/<name>.csv; key: the column or columns that name its lines.
-        ours: {(line, column): ((mean, low, high), why)}, in the paper's unit. `matches`: the paper's number lies in the
-            interval. None in place of the three: that cell was not run.
-        otherwise: (line, column) -> the verdict and the reason of a cell that `ours` does not hold.
-        columns: which columns hold numbers of the paper; None: all that are numeric.
-    """
-    frame, key = paper(name), [key] if isinstance(key, str) else key
-    lines = []
-    for _, row in frame.iterrows():
-        label = ", ".join(str(row[column]) for column in key)
-        for column in columns or [column for column in frame.select_dtypes("number").columns if column not in key]:
-            if pd.isna(row[column]):
-                continue
-            found, why = ours.get((label, column), (None, None))
-            if why is None:
-                verdict, why = otherwise(label, column)
-            else:
-                verdict = NOT_RUN if found is None else "matches" if found[1] <= float(row[column]) <= found[2] else "differs"
-            lines.append({"table": name.partition("_")[0].replace("table", "Table "), "line": label, "column": column, "the paper's": f"{float(row[column]):g}",
-                          "ours": "–" if found is None else "{:.1f} [{:.1f}, {:.1f}]".format(*found), "verdict": verdict, "why": why})
-    return lines

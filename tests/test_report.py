@@ -212,17 +212,6 @@ def test_an_unknown_table_of_the_paper_is_answered_with_those_there_are(house):
     assert report.paper("table8_loss")["score"].tolist() == [94.7]
 
 
-def test_every_number_of_a_table_gets_a_verdict(house):
-    (house / "data" / "paper").mkdir(parents=True)
-    (house / "data" / "paper" / "table8_loss.csv").write_text("loss,batch,score,source\nmnrl,2,70.4,T\nopl,1,94.7,T\nprototype,2,,T\nx,2,1,T\n")
-    ours = {("mnrl", "score"): ((70.0, 69.0, 71.0), "a"), ("opl", "score"): ((40.0, 39.0, 41.0), "b"), ("x", "score"): (None, "c")}
-    lines = report.cells("table8_loss", "loss", ours, lambda line, column: ("cannot run here", f"{line} {column}"))
-    told = {(line["line"], line["column"]): (line["verdict"], line["why"]) for line in lines}
-    assert told == {("mnrl", "score"): ("matches", "a"), ("opl", "score"): ("differs", "b"), ("x", "score"): ("not run", "c"), **{(name, "batch"): ("cannot run here", f"{name} batch") for name in ("mnrl", "opl", "prototype", "x")}}
-    assert lines[1] == {"table": "Table 8", "line": "mnrl", "column": "score", "the paper's": "70.4", "ours": "70.0 [69.0, 71.0]", "verdict": "matches", "why": "a"}
-    assert len(report.cells("table8_loss", ["loss", "batch"], {}, lambda *_: ("not run", ""), ["score"])) == 3
-
-
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_every_number_of_the_paper_is_finite_and_has_a_source(path):
     frame = pd.read_csv(path)
