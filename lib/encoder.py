@@ -2,14 +2,14 @@
 
     Encoder(model, tokenizer).encode(texts)      float32 (n, D)
     tokenize(texts, tokenizer, max_length)       the first tokens; tokenize_whole: all of them
-    windows(n, size, stride)                     how a long text is read in parts, and `merged` what becomes of them
+    windows(n, size, stride)                     how a long text is read in parts, and `by_windows` what becomes of them
 
 Axes: n texts, D width.
 """
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -102,8 +102,8 @@ class Encoder:
             ValueError: a text is longer than `max_length` and nothing was said about that (TooLong), an embedding is not
                 finite, or a text has a vector for each window (chunk="best": `encode_documents`); the index is named.
         """
-        vectors, owner = self.encode_windows(texts, batch_size, show_progress)
-        return unit(merged(vectors, owner, self.chunk)) if normalize else merged(vectors, owner, self.chunk)
+        vectors = merged(*self.embedded(texts, batch_size, show_progress), self.chunk)     # which refuses several vectors for one text
+        return unit(vectors) if normalize else vectors
 
     def encode_queries(self, texts: list[str], batch_size: int = 32, show_progress: bool = False) -> np.ndarray:
         """Unit vectors (n, D); with chunk="best" a query is read up to one window."""
@@ -111,24 +111,25 @@ class Encoder:
 
     def encode_documents(self, texts: list[str], batch_size: int = 32, show_progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors (M, D) and the text that each belongs to, (M,), ascending; M = n unless chunk="best"."""
-        vectors, owner = self.encode_windows(texts, batch_size, show_progress)
-        if self.chunk != "best":
-            vectors, owner = merged(vectors, owner, self.chunk), np.unique(owner)
+        vectors, owner = self.embedded(texts, batch_size, show_progress)
         return unit(vectors), owner
 
-    def encode_windows(self, texts: list[str], batch_size: int, show_progress: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The embedding of each window, as the model gives it, and the text that it belongs to."""
+    def embedded(self, texts: list[str], batch_size: int, show_progress: bool) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode_documents` gives, as the model gives it: of any norm."""
         texts = texts if isinstance(texts, str) else list(texts)
         ids = self.tokenize(texts)
         if any(self.longer) and not self.truncate and not self.chunk:
             raise TooLong(f"text {self.longer.index(True)} is longer than {self.max_length} tokens ({self.truncated} of {len(texts)} are): truncate=True reads "
                           "their beginnings, chunk='mean', 'max' or 'best' all of them in windows, lib.model.extend lengthens the model", self.longer.index(True))
-        owner = np.array([i for i, some in enumerate(ids) for _ in some], dtype=np.int64)
-        vectors = self.embed([window for some in ids for window in some], batch_size, show_progress)
-        bad = owner[~np.isfinite(vectors).all(axis=1)]
-        if len(bad):
-            raise ValueError(f"the embedding of text {bad[0]} is not finite ({len(set(bad))} such): the model's weights are damaged, or too large for 16 bits")
-        return vectors, owner
+
+        def finite(windows: list[list[int]], owner: np.ndarray) -> np.ndarray:
+            vectors = self.embed(windows, batch_size, show_progress)
+            bad = owner[~np.isfinite(vectors).all(axis=1)]
+            if len(bad):
+                raise ValueError(f"the embedding of text {bad[0]} is not finite ({len(set(bad))} such): the model's weights are damaged, or too large for 16 bits")
+            return vectors
+
+        return by_windows(ids, finite, self.chunk)
 
     @torch.no_grad()
     def embed(self, ids: list[list[int]], batch_size: int, show_progress: bool) -> np.ndarray:
@@ -170,6 +171,18 @@ def checked_stride(stride: int | None, size: int, chunk: str | None) -> int:
     if stride is not None and (not chunk or not 1 <= stride <= size):
         raise ValueError(f"stride={stride}: " + (f"from 1 to the window's {size} tokens, or some would be left out" if chunk else "windows need chunk='mean', 'max' or 'best'"))
     return stride or size
+
+
+def by_windows(parts: list[list], embed: Callable, chunk: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of texts that are read in windows, (M, D), and the text that each belongs to, (M,), ascending; M = n unless chunk="best".
+
+    Args:
+        parts: the windows of each text, one at least.
+        embed: (all windows, the text of each) -> their vectors, (windows, D).
+    """
+    owner = np.array([i for i, some in enumerate(parts) for _ in some], dtype=np.int64)
+    vectors = embed([window for some in parts for window in some], owner)
+    return (vectors, owner) if chunk == "best" else (merged(vectors, owner, chunk), np.unique(owner))
 
 
 def merged(vectors: np.ndarray, owner: np.ndarray, chunk: str | None) -> np.ndarray:

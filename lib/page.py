@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lib import files, notebook, params, report
+from lib import comparison, files, notebook, params, report
 
 # Stage -> (the notebook it runs, None where its row says which; the table of its rows, None without), in the pipeline's order.
 STAGES = {
@@ -41,7 +41,7 @@ STAGES = {
 WRITERS = {r"data|data_lengths|bm25_ladder": "data", r"ablation_(\w+)": "ablation@{}", r"lesson_(\w+)": "lesson@{}", r"efficiency(_counts)?": "efficiency",
            r"paper_map|paper_cells|table_locov1|where_read|rows|length_ladder|retrievers|needle|training": "figures"}
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{report.NOT_RUN}")
-VERDICTS = {"reproduces": "yes", "matches": "yes", report.NOT_HERE: "no", "undecided": "soft", "differs": "soft", report.NOT_RUN: "soft", "cannot run here": "soft"}
+VERDICTS = {"reproduces": "yes", "matches": "yes", comparison.NOT_HERE: "no", "undecided": "soft", "differs": "soft", report.NOT_RUN: "soft", "cannot run here": "soft"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2229; --soft: #5a6470; --line: #d9dee4; --card: #f6f7f9; --page: #fff; --link: #0a58a8; --bar: #7fa8d1; }

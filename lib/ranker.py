@@ -30,7 +30,7 @@ import numpy as np
 
 from lib import params
 from lib.bm25 import Bm25, first_words
-from lib.encoder import CHUNKS, Encoder, bar, checked_stride, encodable, merged, unit, windows
+from lib.encoder import CHUNKS, Encoder, bar, by_windows, checked_stride, encodable, unit, windows
 from lib.hosted import Hosted, Remembered
 
 BATCH = 512                     # texts given to a foreign model at a time
@@ -118,8 +118,8 @@ class Foreign:
         """Unit vectors (M, D) and the text that each belongs to, (M,); M = n unless chunk="best"."""
         parts = [self.parts(text) for text in texts]
         self.longer = [len(some) > 1 or len(some[0].rstrip()) < len(encodable(text).rstrip()) and not self.chunk for some, text in zip(parts, texts)]
-        vectors, owner = self.embed(self.documents, [part for some in parts for part in some], show_progress), np.array([i for i, some in enumerate(parts) for _ in some], dtype=np.int64)
-        return (vectors, owner) if self.chunk == "best" else (unit(merged(vectors, owner, self.chunk)), np.unique(owner))
+        vectors, owner = by_windows(parts, lambda some, _: self.embed(self.documents, some, show_progress), self.chunk)
+        return (vectors if self.chunk == "best" else unit(vectors)), owner
 
     def encode_queries(self, texts: list[str], batch_size: int = 32, show_progress: bool = False) -> np.ndarray:
         """Unit vectors (n, D). Queries are not read in windows: a model that reads less leaves the rest."""

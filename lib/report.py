@@ -1,4 +1,4 @@
-"""What is found, shown: one look for figures and tables, numbers beside the paper's, and a verdict in words.
+"""What is found, shown and kept: one look for figures and tables, and numbers that later stages read.
 
     style()                                   at the top of a notebook
     figure(fig, name, out, profile, caption)  an SVG under <out>/report/<profile>/figures, and the figure in the notebook
@@ -6,18 +6,15 @@
     table(frame, caption)                     a table in the notebook only
     metric(…), curve(…)                       numbers for later stages
     load_metrics, scores, per_query, curves   numbers of earlier ones; a row that has none is shown as "not run"
-    difference, compared, ablation, verdict   rows compared on the same queries, their seeds averaged, and whether the paper's sign is there
-    cells(name, ours, otherwise)              every number of a table of the paper, ours beside it, and what became of it
     paper(name)                               what the paper printed
 
 Equal numbers give equal bytes: no date, no random id, no path. Figures are drawn from the written
 numbers. Scores are fractions in [0, 1]; what people read is multiplied by 100.
-The report's pages are made by lib/page.py, apart from this file, on which
-every stage depends.
+Every notebook depends on this file. What compares rows is in lib/comparison.py, the
+paper's numbers beside ours in lib/audit.py, and the report's pages are made by lib/page.py.
 """
 import json
 import math
-from fnmatch import fnmatch
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -25,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import files, metrics, params
+from lib import files, params
 
 NOT_RUN = "not run"
-NOT_HERE = "does not reproduce at this scale"
 STAGE_TABLES = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers"), "evaluate": ("evaluated", "yardsticks")}
 
 
@@ -132,6 +128,14 @@ def text(value, decimals: int) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     return f"{value:,.{decimals}f}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`; – where there is none."""
+    if any(number is None or math.isnan(number) for number in (value, low, high)):
+        return "–"
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
 
 
 def show(bundle: dict[str, str]) -> None:
@@ -264,122 +268,6 @@ def needles(profile: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["place", "qid", "ndcg@10", "row"])
 
 
-def groups(tasks: list[str]) -> dict[str, list[str]]:
-    """Tasks that ask the same question, by the name of the question; their queries are averaged together."""
-    found = {f"books, {depth}": [name for name in tasks if fnmatch(name, f"book_*_{depth}")] for depth in ("deep", "shallow")}
-    books = [name for names in found.values() for name in names]
-    found["natural" if books else "all tasks"] = [name for name in tasks if name not in books and "/" not in name]
-    for name in tasks:
-        if "/" in name:                                                    # of another source
-            found.setdefault(name.partition("/")[0], []).append(name)
-    return {group: names for group, names in found.items() if names}
-
-
-def difference(values: pd.DataFrame, row: str, reference: str) -> tuple[float, float, float] | None:
-    """(nDCG@10 of row minus that of reference, low, high): 95 % paired bootstrap over their queries; None where one has none.
-
-    Of a row that was trained with several seeds each query has the mean. The interval is over queries: what another
-    seed does, `by_seed` shows.
-
-    Args:
-        values: lines of `per_query`, of the tasks and reads that are to be compared.
-    """
-    pair = sides(values, row, reference)
-    return metrics.paired(*pair) if all(pair) else None
-
-
-def p_value(values: pd.DataFrame, row: str, reference: str) -> float | None:
-    """How probable so large a difference is between equally good rows, alone among comparisons (`metrics.holm` for several)."""
-    pair = sides(values, row, reference)
-    return metrics.p_value(*pair) if all(pair) else None
-
-
-def by_seed(values: pd.DataFrame, row: str, reference: str) -> list[float]:
-    """The same difference between each training of the one and each of the other."""
-    a, b = (values[values["row"].isin(params.repeats(name))].groupby("row", sort=False)["ndcg@10"].mean() for name in (row, reference))
-    return [float(x - y) for x in a for y in b]
-
-
-def sides(values: pd.DataFrame, row: str, reference: str) -> list[dict]:
-    return [seeds_mean(values, name).to_dict() for name in (row, reference)]
-
-
-def seeds_mean(values: pd.DataFrame, row: str) -> pd.Series:
-    """nDCG@10 of each (task, qid), averaged over the seeds of the row."""
-    return values[values["row"].isin(params.repeats(row))].groupby(["task", "qid"])["ndcg@10"].mean()
-
-
-def seeds(values: pd.DataFrame, row: str) -> int:
-    """With how many seeds the row was trained and evaluated."""
-    return values.loc[values["row"].isin(params.repeats(row)), "row"].nunique()
-
-
-def compared(profile: str, key: str) -> list[str]:
-    """The rows of an ablation: those that the profile runs, or, where it runs none, all of them, to be shown as not run."""
-    return params.rows(profile, "ablations").get(key, params.load()["ablations"][key])["rows"]
-
-
-def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
-    """The rows of an ablation against its first row, one line per row and group of tasks.
-
-    Columns: row, tasks, ndcg@10, low, high, queries, seeds; difference, difference_low, difference_high, by_seed and p,
-    corrected after Holm for all comparisons of the table (none for the reference); status.
-    """
-    rows = compared(profile, key)
-    values = per_query(profile, rows)
-    values = values[values["reads"] == reads]
-    lines = []
-    for group, tasks in groups(sorted(values["task"].unique())).items():
-        some = values[values["task"].isin(tasks)]
-        for row in rows:
-            own = seeds_mean(some, row)
-            line = {"row": row, "tasks": group, "queries": len(own), "seeds": seeds(some, row), "by_seed": [], "status": "run" if len(own) else NOT_RUN}
-            if len(own):
-                line |= dict(zip(("ndcg@10", "low", "high"), metrics.interval(own.to_numpy())))
-            if row != rows[0] and (found := difference(some, row, rows[0])):
-                line |= dict(zip(("difference", "difference_low", "difference_high"), found)) | {"p": p_value(some, row, rows[0]), "by_seed": by_seed(some, row, rows[0])}
-            lines.append(line)
-    compared_lines = [line for line in lines if "p" in line]
-    for line, p in zip(compared_lines, metrics.holm([line["p"] for line in compared_lines])):
-        line["p"] = p
-    return pd.DataFrame(lines, columns=["row", "tasks", "ndcg@10", "low", "high", "queries", "seeds", "difference", "difference_low", "difference_high", "by_seed", "p", "status"])
-
-
-def verdict(low: float, high: float, expected: int, p: float = 0.0, by_seed: list[float] = ()) -> str:
-    """Has a difference the sign that the paper found, beyond chance? In words, from the two ends of its interval.
-
-    Args:
-        expected: +1 or -1, the paper's sign.
-        p: corrected for the other comparisons of a table; from 0.05 on nothing is decided, whatever the interval says.
-        by_seed: the difference between each training of the one and each of the other; seeds that disagree decide nothing.
-    """
-    if math.isnan(low) or math.isnan(high):
-        return NOT_RUN
-    if p >= 0.05 or by_seed and min(by_seed) <= 0 <= max(by_seed):
-        return "undecided"
-    if expected < 0:
-        low, high = -high, -low
-    return "reproduces" if low > 0 else NOT_HERE if high < 0 else "undecided"
-
-
-def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
-    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`; – where there is none."""
-    if any(number is None or math.isnan(number) for number in (value, low, high)):
-        return "–"
-    form = "{:+.1f}" if signed else "{:.1f}"
-    return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
-
-
-def each_seed(differences: list[float]) -> str:
-    """What each pair of trainings says, × 100: `+2.0, -0.3`; – where there is one pair."""
-    return ", ".join(f"{100 * value:+.1f}" for value in differences) if len(differences) > 1 else "–"
-
-
-def chance(p: float | None) -> str:
-    """A p-value, written."""
-    return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def curves(profile: str, names: list[str]) -> pd.DataFrame:
     """Training curves under each other: name (`pretrain-mixed_2k`), step, tokens, loss, lr, accuracy. What was not run has no lines."""
     parts = []
@@ -400,30 +288,3 @@ def paper(name: str) -> pd.DataFrame:
     if not (place / f"{name}.csv").is_file():
         raise FileNotFoundError(f"data/paper holds no {name}.csv; it has {', '.join(sorted(path.stem for path in place.glob('*.csv')))}")
     return pd.read_csv(place / f"{name}.csv")
-
-
-def cells(name: str, key: str | list[str], ours: dict, otherwise, columns: list[str] | None = None) -> list[dict]:
-    """Every number of a table of the paper, ours beside it, and a verdict: matches | differs | not run | cannot run here.
-
-    Args:
-        name: of data/paper/<name>.csv; key: the column or columns that name its lines.
-        ours: {(line, column): ((mean, low, high), why)}, in the paper's unit. `matches`: the paper's number lies in the
-            interval. None in place of the three: that cell was not run.
-        otherwise: (line, column) -> the verdict and the reason of a cell that `ours` does not hold.
-        columns: which columns hold numbers of the paper; None: all that are numeric.
-    """
-    frame, key = paper(name), [key] if isinstance(key, str) else key
-    lines = []
-    for _, row in frame.iterrows():
-        label = ", ".join(str(row[column]) for column in key)
-        for column in columns or [column for column in frame.select_dtypes("number").columns if column not in key]:
-            if pd.isna(row[column]):
-                continue
-            found, why = ours.get((label, column), (None, None))
-            if why is None:
-                verdict, why = otherwise(label, column)
-            else:
-                verdict = NOT_RUN if found is None else "matches" if found[1] <= float(row[column]) <= found[2] else "differs"
-            lines.append({"table": name.partition("_")[0].replace("table", "Table "), "line": label, "column": column, "the paper's": f"{float(row[column]):g}",
-                          "ours": "–" if found is None else "{:.1f} [{:.1f}, {:.1f}]".format(*found), "verdict": verdict, "why": why})
-    return lines

@@ -1,9 +1,12 @@
 """What several test files share: tests read small and run on two cores."""
+import json
 import socket
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.model import M2BertConfig, M2BertForRetrieval
 
+ROOT = Path(__file__).parents[1]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["red", "green", "blue", "fox", "hen", "owl", "runs", "sleeps", "the", "by", "night", "day", "un", "##believ", "##able", "##s"]
 
@@ -50,6 +54,44 @@ def tiny(tokenizer):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
     return build
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository folder with the project's design, and the working directory in it."""
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def task_files():
+    """task_files(folder, documents, queries, …): rows in LoCoV1's columns as files of one layout (parquet | jsonl | beir); returns the folder.
+
+    For beir, answer_pids may be {pid: grade}, a document may have a title, and a query without answers is in queries.jsonl alone.
+    """
+    def lines(path: Path, rows) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+    def write(folder: Path, documents: list[dict], queries: list[dict], evidence: list[dict] | None = None, layout: str = "parquet", split: str = "test") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        kinds = {kind: rows for kind, rows in (("documents", documents), ("queries", queries), ("evidence", evidence)) if rows is not None}
+        if layout == "beir":
+            lines(folder / "corpus.jsonl", [{"_id": row["pid"], "title": row.get("title", ""), "text": row["passage"], "metadata": {}} for row in documents])
+            lines(folder / "queries.jsonl", [{"_id": row["qid"], "text": row["query"]} for row in queries])
+            judged = [(row["qid"], pid, gain) for row in queries for pid, gain in (row["answer_pids"] if isinstance(row["answer_pids"], dict) else dict.fromkeys(row["answer_pids"], 1)).items()]
+            (folder / "qrels").mkdir(exist_ok=True)
+            (folder / "qrels" / f"{split}.tsv").write_text("".join("\t".join(map(str, line)) + "\n" for line in [("query-id", "corpus-id", "score"), *judged]), encoding="utf-8")
+        for kind, rows in kinds.items():
+            if layout == "parquet":
+                pq.write_table(pa.Table.from_pylist(rows), folder / f"{kind}-{split}.parquet")
+            elif layout == "jsonl":
+                for name in {row["dataset"] for row in rows}:
+                    lines(folder / kind / f"{name}_{split}.jsonl", [row for row in rows if row["dataset"] == name])
+        return folder
+    return write
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """Every layout gives the same task; what a source has is looked up; what is wrong is named."""
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +18,18 @@ QUERIES = {"q1": "red fox", "q2": "vixen"}
 QRELS = {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}
 
 
-def beir(folder, split="test", titles=False, header=True):
-    """The task as BEIR writes it."""
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    rows = [{"_id": pid, "title": "A title" if titles else "", "text": text, "metadata": {}} for pid, text in DOCUMENTS.items()]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": qid, "text": text}) + "\n" for qid, text in {**QUERIES, "q9": "of another split"}.items()), encoding="utf-8")
-    lines = [f"{qid}\t{pid}\t{gain}\n" for qid, judged in QRELS.items() for pid, gain in {**judged, "zero": 0}.items()]
-    (folder / "qrels" / f"{split}.tsv").write_text(("query-id\tcorpus-id\tscore\n" if header else "") + "".join(lines), encoding="utf-8")
-    return folder
+@pytest.fixture
+def beir(task_files):
+    """beir(folder, …): the task as BEIR writes it, with a grade of 0 and a query of another split."""
+    def write(folder, split="test", titles=False, header=True):
+        documents = [dict(pid=pid, passage=text, title="A title" if titles else "") for pid, text in DOCUMENTS.items()]
+        queries = [dict(qid=qid, query=text, answer_pids={**QRELS[qid], "zero": 0}) for qid, text in QUERIES.items()]
+        task_files(folder, documents, [*queries, dict(qid="q9", query="of another split", answer_pids={})], layout="beir", split=split)
+        if not header:
+            path = folder / "qrels" / f"{split}.tsv"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        return folder
+    return write
 
 
 def refused(call, *parts) -> None:
@@ -39,13 +41,13 @@ def refused(call, *parts) -> None:
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_a_beir_folder_is_a_task_with_its_grades(tmp_path, header):
+def test_a_beir_folder_is_a_task_with_its_grades(beir, tmp_path, header):
     task = locov1.load("fables", beir(tmp_path / "fables", header=header))
     assert (task.documents, task.queries, task.qrels) == (DOCUMENTS, QUERIES, QRELS)
     assert metrics.ndcg(retrieve.bm25(task.documents, {"q1": "red fox owl"}), {"q1": QRELS["q1"]}) > 0.9
 
 
-def test_a_folder_of_beir_folders_is_its_tasks_and_a_title_is_a_line(tmp_path):
+def test_a_folder_of_beir_folders_is_its_tasks_and_a_title_is_a_line(beir, tmp_path):
     beir(tmp_path / "a", "test"), beir(tmp_path / "b", "dev", titles=True), beir(tmp_path / "b", "train", titles=True)
     assert locov1.splits(tmp_path) == ["train", "validation", "test"]
     assert (locov1.tasks(tmp_path, "test"), locov1.tasks(tmp_path, "validation"), locov1.tasks(tmp_path, "train")) == (["a"], ["b"], ["b"])
@@ -54,14 +56,14 @@ def test_a_folder_of_beir_folders_is_its_tasks_and_a_title_is_a_line(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "parts"), [("q1\td1", (":4:", "tabs")), ("q1\td1\tyes", (":4:", "whole number")), ("q1 d1 1", (":4:", "tabs"))])
-def test_a_faulty_judgement_is_named_by_its_line(tmp_path, line, parts):
+def test_a_faulty_judgement_is_named_by_its_line(beir, tmp_path, line, parts):
     beir(tmp_path / "fables")
     path = tmp_path / "fables" / "qrels" / "test.tsv"
     path.write_text("\n".join([*path.read_text().splitlines()[:3], line]) + "\n")
     refused(lambda: locov1.load("fables", tmp_path), path, *parts)
 
 
-def test_a_judgement_of_a_document_that_is_not_there_is_named(tmp_path):
+def test_a_judgement_of_a_document_that_is_not_there_is_named(beir, tmp_path):
     beir(tmp_path / "fables")
     path = tmp_path / "fables" / "qrels" / "test.tsv"
     path.write_text(path.read_text() + "q2\tlost\t1\n")
@@ -81,7 +83,7 @@ def test_a_folder_of_texts_is_searched_without_queries(tmp_path):
     refused(lambda: locov1.load("notes", folder), "latin.txt", "UTF-8")
 
 
-def test_what_would_score_a_beir_task_wrongly_is_named(tmp_path):
+def test_what_would_score_a_beir_task_wrongly_is_named(beir, tmp_path):
     folder = beir(tmp_path / "fables")
     whole = {path: path.read_text(encoding="utf-8") for path in (folder / "queries.jsonl", folder / "corpus.jsonl", folder / "qrels" / "test.tsv")}
     queries, corpus, qrels = whole
@@ -97,7 +99,7 @@ def test_what_would_score_a_beir_task_wrongly_is_named(tmp_path):
     assert locov1.load("fables", folder).qrels == QRELS                    # a byte order mark, no header
 
 
-def test_a_linked_beir_folder_is_named_as_its_link(tmp_path):
+def test_a_linked_beir_folder_is_named_as_its_link(beir, tmp_path):
     beir(tmp_path / "elsewhere" / "v1")
     (tmp_path / "beir").mkdir()
     (tmp_path / "beir" / "scifact").symlink_to(tmp_path / "elsewhere" / "v1")
@@ -188,12 +190,9 @@ def test_a_task_of_600_million_characters_stays_under_two_gigabytes(tmp_path):
     assert (n, characters) == (10_000, 60_002) and peak * (1 if sys.platform == "darwin" else 1024) < 2e9
 
 
-def test_several_sources_stand_beside_each_other_by_their_names(tmp_path):
+def test_several_sources_stand_beside_each_other_by_their_names(task_files, tmp_path):
     def source(place, name):
-        for kind, rows in (("documents", [{"pid": "a", "passage": "red fox"}]), ("queries", [{"qid": "1", "query": "fox", "answer_pids": ["a"]}])):
-            (place / kind).mkdir(parents=True, exist_ok=True)
-            (place / kind / f"{name}_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return place
+        return task_files(place, [dict(pid="a", dataset=name, passage="red fox")], [dict(qid="1", dataset=name, query="fox", answer_pids=["a"])], layout="jsonl")
     own, other = source(tmp_path / "own", "foxes"), source(tmp_path / "mirror", "qmsum")
     assert [task.name for task in locov1.every(own, [other, str(source(tmp_path / "third", "foxes")) + "/"])] == ["foxes", "mirror/qmsum", "third/foxes"]
     with pytest.raises(CorpusError, match="are both called mirror: rename one"):

@@ -1,5 +1,4 @@
 """A task is the same whatever file it comes from, and a faulty file is named with the way out."""
-import json
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -27,18 +26,12 @@ FABLES = Task("fables", "test", {row["pid"]: row["passage"] for row in DOCUMENTS
               {"q1": {"d1": 1}, "q2": {"d2": 1, "d1": 1}})
 
 
-def write(folder, documents=DOCUMENTS, queries=QUERIES, evidence=None, layout="parquet", split="test"):
-    """The rows as files of one layout; returns the folder."""
-    for kind, rows in (("documents", documents), ("queries", queries), ("evidence", evidence)):
-        folder.mkdir(exist_ok=True)
-        if layout == "parquet" and rows is not None:
-            pq.write_table(pa.Table.from_pylist(rows), folder / f"{kind}-{split}.parquet")
-        elif rows is not None:
-            (folder / kind).mkdir(exist_ok=True)
-            for name in {row["dataset"] for row in rows}:
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["dataset"] == name)
-                (folder / kind / f"{name}_{split}.jsonl").write_bytes(text.encode())
-    return folder
+@pytest.fixture
+def write(task_files):
+    """write(folder, …): the fables, or other rows, as files of one layout; returns the folder."""
+    def fables(folder, documents=DOCUMENTS, queries=QUERIES, evidence=None, layout="parquet", split="test"):
+        return task_files(folder, documents, queries, evidence, layout, split)
+    return fables
 
 
 def file_of(kind: str, layout: str) -> str:
@@ -62,20 +55,20 @@ def refused(call, *parts) -> None:
 # ------------------------------------------------------------------ what a task is
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_task_is_its_documents_queries_and_judgements(tmp_path, layout):
+def test_a_task_is_its_documents_queries_and_judgements(write, tmp_path, layout):
     """Texts character for character, an answer given twice judged once, nothing of the other task."""
     assert locov1.load("fables", write(tmp_path, layout=layout)) == FABLES
     assert locov1.load("tales", str(tmp_path)) == Task("tales", "test", {"d1": "another d1"}, {"q1": "the other one"}, {"q1": {"d1": 1}})
 
 
-def test_evidence_says_where_in_a_document_the_answer_lies(tmp_path):
+def test_evidence_says_where_in_a_document_the_answer_lies(write, tmp_path):
     folder = write(tmp_path, evidence=EVIDENCE + [dict(qid="q1", dataset="tales", pid="d1", start_frac=None, end_frac=None)])
     assert locov1.load("fables", folder).evidence == {"q1": ("d1", 0.25, 0.5), "q2": ("d2", 0.0, 1.0)}
     assert locov1.load("tales", folder).evidence == {}                     # not known for every query
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_split_has_its_own_tasks(tmp_path, layout):
+def test_a_split_has_its_own_tasks(write, tmp_path, layout):
     for split, rows in (("validation", slice(0, 2)), ("train", slice(2, 3))):
         write(tmp_path, documents=DOCUMENTS, queries=QUERIES[rows], split=split, layout=layout)
     assert locov1.splits(tmp_path) == ["train", "validation"]
@@ -86,13 +79,13 @@ def test_a_split_has_its_own_tasks(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tasks_are_sorted(tmp_path, layout):
+def test_tasks_are_sorted(write, tmp_path, layout):
     folder = write(tmp_path, queries=QUERIES[::-1], layout=layout)
     assert locov1.tasks(folder) == ["fables", "tales"] and locov1.splits(folder) == ["test"]
 
 
 @pytest.mark.parametrize("ids", [(1, 2, 3), (1, "2", 3), ("1", 2, "3"), ("1", "2", "3")])
-def test_ids_are_strings_whatever_the_file_holds(tmp_path, ids):
+def test_ids_are_strings_whatever_the_file_holds(write, tmp_path, ids):
     documents = [dict(pid=pid, dataset="fables", passage="text") for pid in ids]
     queries = [dict(qid=qid, dataset="fables", query="text", answer_pids=[pid]) for qid, pid in zip(ids, ("1", 2, "3"))]
     task = locov1.load("fables", write(tmp_path, documents, queries, layout="jsonl"))
@@ -100,7 +93,7 @@ def test_ids_are_strings_whatever_the_file_holds(tmp_path, ids):
     assert task.qrels == {"1": {"1": 1}, "2": {"2": 1}, "3": {"3": 1}}
 
 
-def test_whole_numbers_in_parquet_are_ids_too(tmp_path):
+def test_whole_numbers_in_parquet_are_ids_too(write, tmp_path):
     documents = [dict(pid=pid, dataset="fables", passage="text") for pid in (7, 8)]
     queries = [dict(qid=70, dataset="fables", query="text", answer_pids=[8])]
     evidence = [dict(qid=70, dataset="fables", pid=8, start_frac=0.0, end_frac=0.5)]
@@ -108,14 +101,14 @@ def test_whole_numbers_in_parquet_are_ids_too(tmp_path):
     assert task.qrels == {"70": {"8": 1}} and task.documents.keys() == {"7", "8"} and task.evidence == {"70": ("8", 0.0, 0.5)}
 
 
-def test_an_id_keeps_its_zeros_and_spaces(tmp_path):
+def test_an_id_keeps_its_zeros_and_spaces(write, tmp_path):
     documents = [dict(pid=pid, dataset="fables", passage="text") for pid in ("007", "7", " 7")]
     queries = [dict(qid="q", dataset="fables", query="text", answer_pids=["007"])]
     for layout in LAYOUTS:
         assert list(locov1.load("fables", write(tmp_path / layout, documents, queries, layout=layout)).documents) == ["007", "7", " 7"]
 
 
-def test_the_embedded_corpus_is_that_of_the_designs_profile(tmp_path, monkeypatch):
+def test_the_embedded_corpus_is_that_of_the_designs_profile(write, tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -133,7 +126,7 @@ def test_the_embedded_corpus_is_that_of_the_designs_profile(tmp_path, monkeypatc
     (changed(DOCUMENTS, passage=None), ("'d1'", "null passage", "row 1", "drop_null=True")),
     ([*DOCUMENTS, dict(pid=None, dataset="fables", passage="text")], ("row 4",)),
 ], ids=["id twice", "null passage", "null id"])
-def test_a_faulty_document_is_named_by_file_and_row(tmp_path, layout, rows, parts):
+def test_a_faulty_document_is_named_by_file_and_row(write, tmp_path, layout, rows, parts):
     write(tmp_path, documents=rows, layout=layout)
     refused(lambda: locov1.load("fables", tmp_path), file_of("documents", layout), *parts)
 
@@ -148,12 +141,12 @@ def test_a_faulty_document_is_named_by_file_and_row(tmp_path, layout, rows, part
     (changed(QUERIES, answer_pids=None), ("'q1'", "no answer_pids")),
     (changed(QUERIES, qid=None), ("fables",)),
 ], ids=["id twice", "empty", "blank", "null", "no answers", "null answers", "null id"])
-def test_a_faulty_query_is_named_by_its_file(tmp_path, layout, rows, parts):
+def test_a_faulty_query_is_named_by_its_file(write, tmp_path, layout, rows, parts):
     write(tmp_path, queries=rows, layout=layout)
     refused(lambda: locov1.load("fables", tmp_path), file_of("queries", layout), *parts)
 
 
-def test_a_task_without_documents_or_queries_is_an_error(tmp_path):
+def test_a_task_without_documents_or_queries_is_an_error(write, tmp_path):
     refused(lambda: locov1.load("fables", write(tmp_path, documents=DOCUMENTS[3:])), file_of("documents", "parquet"), "fables", "no documents")
     for kind in ("documents", "queries"):
         folder = write(tmp_path / kind, layout="jsonl")
@@ -161,28 +154,28 @@ def test_a_task_without_documents_or_queries_is_an_error(tmp_path):
         refused(lambda: locov1.load("fables", folder), folder / file_of(kind, "jsonl"), f"no {kind}", "fetch the file again")
 
 
-def test_1_and_the_string_1_are_the_same_id_twice(tmp_path):
+def test_1_and_the_string_1_are_the_same_id_twice(write, tmp_path):
     documents = [dict(pid=pid, dataset="fables", passage="text") for pid in (1, 2, "1")]
     refused(lambda: locov1.load("fables", write(tmp_path, documents, layout="jsonl")), "'1'", "twice", "rows 1 and 3")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("answers", [["d9"], ["d1", "d9", "d8", ""], [None]])
-def test_a_judgement_of_a_missing_document_is_an_error(tmp_path, layout, answers):
+def test_a_judgement_of_a_missing_document_is_an_error(write, tmp_path, layout, answers):
     """It would lower the ideal ranking without a word."""
     write(tmp_path, queries=changed(QUERIES, answer_pids=answers), layout=layout)
     first = str(next(pid for pid in answers if pid != "d1"))
     refused(lambda: locov1.load("fables", tmp_path), tmp_path, "'q1'", repr(first), "take the judgement out")
 
 
-def test_answers_that_are_one_string_are_not_read_letter_by_letter(tmp_path):
+def test_answers_that_are_one_string_are_not_read_letter_by_letter(write, tmp_path):
     documents = [dict(pid=pid, dataset="fables", passage="text") for pid in ("d", "1", "d1", "d2")]
     refused(lambda: locov1.load("fables", write(tmp_path, documents, changed(QUERIES, answer_pids="d1"), layout="jsonl")), "'q1'", "answer_pids")
 
 
 @pytest.mark.parametrize("span", [dict(end_frac=1.01), dict(start_frac=-0.01), dict(start_frac=0.6), dict(start_frac=float("nan")), dict(end_frac=None), dict(pid="d9"), dict(pid="d2")],
                          ids=["past the end", "before the start", "backwards", "nan", "half known", "of no document", "of a document that is no answer"])
-def test_evidence_outside_a_document_that_answers_is_an_error(tmp_path, span):
+def test_evidence_outside_a_document_that_answers_is_an_error(write, tmp_path, span):
     write(tmp_path, evidence=changed(EVIDENCE, **span))
     refused(lambda: locov1.load("fables", tmp_path), "evidence-test.parquet", "'q1'", "correct or delete the evidence file")
 
@@ -190,7 +183,7 @@ def test_evidence_outside_a_document_that_answers_is_an_error(tmp_path, span):
 # ------------------------------------------------------------------ null passages
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_drop_null_leaves_a_document_out_with_the_queries_only_it_answers(tmp_path, layout):
+def test_drop_null_leaves_a_document_out_with_the_queries_only_it_answers(write, tmp_path, layout):
     folder = write(tmp_path, documents=[*DOCUMENTS, dict(pid="d4", dataset="fables", passage=None)], queries=[
         *QUERIES, dict(qid="q3", dataset="fables", query="nothing", answer_pids=["d4"]), dict(qid="q4", dataset="fables", query="both", answer_pids=["d4", "d3"])], layout=layout)
     task = locov1.load("fables", folder, drop_null=True)
@@ -199,14 +192,14 @@ def test_drop_null_leaves_a_document_out_with_the_queries_only_it_answers(tmp_pa
     refused(lambda: locov1.load("fables", folder), "'d4'")                 # only when asked for
 
 
-def test_drop_null_leaves_out_the_evidence_in_it(tmp_path):
+def test_drop_null_leaves_out_the_evidence_in_it(write, tmp_path):
     evidence = [EVIDENCE[0], dict(qid="q2", dataset="fables", pid="d2", start_frac=0.0, end_frac=1.0)]
     write(tmp_path, documents=[DOCUMENTS[0], DOCUMENTS[1] | dict(passage=None)], evidence=evidence)
     task = locov1.load("fables", tmp_path, drop_null=True)
     assert task.qrels == {"q1": {"d1": 1}, "q2": {"d1": 1}} and task.evidence == {"q1": ("d1", 0.25, 0.5)}
 
 
-def test_a_task_of_nothing_but_null_passages_is_an_error(tmp_path):
+def test_a_task_of_nothing_but_null_passages_is_an_error(write, tmp_path):
     folder = write(tmp_path, documents=[row | dict(passage=None) for row in DOCUMENTS], layout="jsonl")
     refused(lambda: locov1.load("fables", folder, drop_null=True), file_of("documents", "jsonl"), "no documents")
 
@@ -223,7 +216,7 @@ def test_what_is_no_folder_or_holds_nothing_says_what_to_put_there(tmp_path):
         refused(call, tmp_path / "empty", "holds no task", "documents-<split>.parquet", "documents/<task>_<split>.jsonl")
 
 
-def test_an_unknown_split_or_task_is_answered_with_the_known_ones(tmp_path):
+def test_an_unknown_split_or_task_is_answered_with_the_known_ones(write, tmp_path):
     for layout in LAYOUTS:
         folder = write(tmp_path / layout, layout=layout)
         refused(lambda: locov1.load("fabels", folder), folder, "'fabels'", "did you mean 'fables'?", "fables, tales")
@@ -233,14 +226,14 @@ def test_an_unknown_split_or_task_is_answered_with_the_known_ones(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["documents", "queries"])
-def test_half_a_task_names_the_missing_file(tmp_path, layout, kind):
+def test_half_a_task_names_the_missing_file(write, tmp_path, layout, kind):
     write(tmp_path, layout=layout)
     (tmp_path / file_of(kind, layout)).unlink()
     refused(lambda: locov1.load("fables", tmp_path), tmp_path / file_of(kind, layout), "is missing", "a mirror has" if layout == "jsonl" else "fetch it")
 
 
 @pytest.mark.parametrize("kind", ["documents", "queries", "evidence"])
-def test_a_damaged_parquet_file_is_named(tmp_path, kind):
+def test_a_damaged_parquet_file_is_named(write, tmp_path, kind):
     """Cut anywhere, empty, or something else altogether."""
     path = write(tmp_path, evidence=EVIDENCE) / f"{kind}-test.parquet"
     whole = path.read_bytes()
@@ -249,7 +242,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path, kind):
         refused(lambda: locov1.load("fables", tmp_path), path, "cannot be read", "delete it and fetch it again")
 
 
-def test_a_parquet_file_whose_text_is_damaged_is_named(tmp_path):
+def test_a_parquet_file_whose_text_is_damaged_is_named(write, tmp_path):
     """Parquet has no checksum: a flipped bit may leave bytes that are no text."""
     path = write(tmp_path) / "documents-test.parquet"
     pq.write_table(pa.Table.from_pylist(DOCUMENTS), path, compression="none", use_dictionary=False)
@@ -259,14 +252,14 @@ def test_a_parquet_file_whose_text_is_damaged_is_named(tmp_path):
 
 @pytest.mark.parametrize(("kind", "column"), [("documents", "dataset"), ("documents", "pid"), ("documents", "passage"), ("queries", "qid"), ("queries", "query"),
                                               ("queries", "answer_pids"), ("evidence", "end_frac")])
-def test_a_missing_column_is_named_with_those_needed(tmp_path, kind, column):
+def test_a_missing_column_is_named_with_those_needed(write, tmp_path, kind, column):
     path = write(tmp_path, evidence=EVIDENCE) / f"{kind}-test.parquet"
     pq.write_table(pq.read_table(path).drop_columns([column]), path)
     refused(lambda: locov1.load("fables", tmp_path), path, f"no column {column}", "it needs dataset, ")
 
 
 @pytest.mark.parametrize("kind", ["documents", "queries"])
-def test_a_cut_off_jsonl_line_is_named_by_number(tmp_path, kind):
+def test_a_cut_off_jsonl_line_is_named_by_number(write, tmp_path, kind):
     """Cut at every byte of the last line, inside a letter too."""
     path = write(tmp_path, layout="jsonl", queries=[QUERIES[0], QUERIES[1] | dict(query="Füchsin"), QUERIES[2]]) / kind / "fables_test.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)[:2]                 # the second holds a letter of two bytes
@@ -276,7 +269,7 @@ def test_a_cut_off_jsonl_line_is_named_by_number(tmp_path, kind):
 
 
 @pytest.mark.parametrize("line", ['{"pid": "d1"}', "[1, 2]", "null", '"d1"', "42"])
-def test_a_jsonl_line_that_is_no_row_is_named_by_number(tmp_path, line):
+def test_a_jsonl_line_that_is_no_row_is_named_by_number(write, tmp_path, line):
     path = write(tmp_path, layout="jsonl") / "documents" / "fables_test.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
     refused(lambda: locov1.load("fables", tmp_path), f"{path}:5: ", "passage", "a line needs pid, passage")

@@ -9,20 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import metrics, params, report
+from lib import params, report
 
 matplotlib.use("svg")
 ROOT = Path(__file__).parents[1]
 PAPER = sorted((ROOT / "data" / "paper").glob("*.csv"))
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A repository folder with the project's design, and the working directory in it."""
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -112,6 +103,12 @@ def test_a_table_of_nothing_and_a_name_twice_are_tables_too():
     assert report.markdown(twice, "c") == "c\n\n| x | x |\n|--:|--:|\n| 1 | 0.5 |\n"
 
 
+def test_an_interval_in_words():
+    assert report.with_interval(0.394, 0.361, 0.428) == "39.4 [36.1, 42.8]"
+    assert report.with_interval(0.02, -0.011, 0.052, signed=True) == "+2.0 [-1.1, +5.2]"
+    assert report.with_interval(math.nan, 0.1, 0.2) == report.with_interval(0.1, None, 0.2) == "–"
+
+
 # ------------------------------------------------------------------ metrics
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, np.float32("nan")])
@@ -189,97 +186,12 @@ def test_curves_are_read_as_they_were_written(house):
     assert set(back["name"]) == {"pretrain-a"} and back["loss"].tolist() == [8.12346, 7.5] and back["tokens"].tolist() == [4096, 8192]
 
 
-# ------------------------------------------------------------------ comparisons
-
-@pytest.mark.parametrize("low, high, expected, said", [
-    (0.1, 0.3, 1, "reproduces"), (-0.3, -0.1, 1, "does not reproduce at this scale"), (-0.1, 0.3, 1, "undecided"), (0.1, 0.3, -1, "does not reproduce at this scale"),
-    (-0.3, -0.1, -1, "reproduces"), (0.0, 0.3, 1, "undecided"), (math.nan, 0.3, 1, "not run")])
-def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, said):
-    assert report.verdict(low, high, expected) == said
-
-
-def test_an_interval_in_words():
-    assert report.with_interval(0.394, 0.361, 0.428) == "39.4 [36.1, 42.8]"
-    assert report.with_interval(0.02, -0.011, 0.052, signed=True) == "+2.0 [-1.1, +5.2]"
-    assert report.with_interval(math.nan, 0.1, 0.2) == report.with_interval(0.1, None, 0.2) == "–"
-
-
-def test_an_ablation_compares_on_the_same_queries_and_names_who_is_missing(house):
-    reference, *others = params.rows("laptop", "ablations")["loss"]["rows"]
-    data = params.data("laptop")
-    for row, shift in ((reference, 0.0), (others[0], 0.25)):
-        (data / "runs" / row).mkdir(parents=True)
-        pd.DataFrame([{"task": "book_256_deep", "reads": reads, "qid": f"q{i}", "ndcg@10": value + shift} for reads in ("all", "first_128") for i, value in enumerate((0.0, 0.25, 0.5))]
-                     ).to_parquet(data / "runs" / row / "per_query.parquet")
-    frame = report.ablation("laptop", "loss").set_index("row")
-    assert set(frame["tasks"]) == {"books, deep"}
-    assert frame.at[reference, "ndcg@10"] == 0.25 and math.isnan(frame.at[reference, "difference"])
-    assert frame.loc[others[0], ["ndcg@10", "difference", "difference_low", "difference_high", "queries"]].tolist() == [0.5, 0.25, 0.25, 0.25, 3]    # every query gained the same
-    assert set(frame.loc[others[1:], "status"]) == {"not run"}
-    assert frame.at[others[0], "p"] == pytest.approx(0.25, abs=0.02) and frame["p"].notna().sum() == 1          # three queries cannot prove more
-
-
-def test_p_values_of_an_ablation_are_corrected_for_each_other(house):
-    """Three comparisons: the smallest p is multiplied by three, and none is below its raw value."""
-    reference, *others = params.rows("laptop", "ablations")["loss"]["rows"]
-    data, rng = params.data("laptop"), np.random.default_rng(0)
-    base = rng.random(40)
-    for i, row in enumerate((reference, *others[:3])):
-        (data / "runs" / row).mkdir(parents=True)
-        noise = 0.2 * rng.standard_normal(40) + 0.03 * i
-        pd.DataFrame({"task": "book_256_deep", "reads": "all", "qid": [f"q{n}" for n in range(40)], "ndcg@10": base + (noise if i else 0)}).to_parquet(data / "runs" / row / "per_query.parquet")
-    values, frame = report.per_query("laptop"), report.ablation("laptop", "loss").set_index("row")
-    raw = [report.p_value(values, row, reference) for row in others[:3]]
-    assert frame.loc[others[:3], "p"].tolist() == pytest.approx(metrics.holm(raw)) and max(raw) < 1 and min(frame.loc[others[:3], "p"]) == pytest.approx(3 * min(raw))
-
-
-def seeded(row: str, values: list[float]) -> None:
-    place = params.data("laptop") / "runs" / row
-    place.mkdir(parents=True)
-    pd.DataFrame({"task": "book_256_deep", "reads": "all", "qid": [f"q{n}" for n in range(len(values))], "ndcg@10": values}).to_parquet(place / "per_query.parquet")
-
-
-def test_rows_that_differ_in_the_seed_alone_are_one_row_trained_twice(house):
-    """Each query has the mean of both trainings; the difference of each pair of trainings is shown."""
-    assert params.repeats("opl") == params.repeats("opl_again") == ["opl", "opl_again"] and params.repeats("bm25") == ["bm25"] and params.repeats("prototype") == ["prototype"]
-    seeded("mnrl_2", [0.2, 0.4, 0.6]), seeded("mnrl_2_again", [0.4, 0.4, 0.4]), seeded("opl", [0.5, 0.7, 0.9]), seeded("opl_again", [0.1, 0.1, 0.1])
-    values = report.per_query("laptop", ["mnrl_2", "opl"])
-    assert values["row"].nunique() == 4
-    assert report.seeds_mean(values, "mnrl_2").tolist() == pytest.approx([0.3, 0.4, 0.5]) and report.seeds(values, "opl") == 2
-    assert report.difference(values, "opl", "mnrl_2")[0] == pytest.approx(0.0) and report.by_seed(values, "opl", "mnrl_2") == pytest.approx([0.3, 0.3, -0.3, -0.3])
-    line = report.ablation("laptop", "loss").set_index("row").loc["opl"]
-    assert line["seeds"] == 2 and line["by_seed"] == pytest.approx([0.3, 0.3, -0.3, -0.3]) and line["queries"] == 3
-    assert report.each_seed(line["by_seed"]) == "+30.0, +30.0, -30.0, -30.0" and report.each_seed([0.1]) == "–"
-
-
-def test_seeds_that_disagree_decide_nothing():
-    assert report.verdict(0.1, 0.2, 1, by_seed=[0.1, 0.2]) == "reproduces" and report.verdict(0.1, 0.2, 1, by_seed=[0.3, -0.01]) == "undecided"
-    assert report.verdict(-0.2, -0.1, 1, by_seed=[-0.1]) == report.NOT_HERE
-
-
 def test_needles_of_rows_that_have_some(house):
     for row, values in (("opl", [0.5, 1.0]), ("reads_32k", [])):
         (params.data("laptop") / "runs" / row).mkdir(parents=True)
         pd.DataFrame({"place": [0, 39][: len(values)], "qid": ["n"] * len(values), "ndcg@10": values}).to_parquet(params.data("laptop") / "runs" / row / "needle.parquet")
     assert report.needles("laptop").to_dict("list") == {"place": [0, 39], "qid": ["n", "n"], "ndcg@10": [0.5, 1.0], "row": ["opl", "opl"]}
     assert report.needles("smoke").empty
-
-
-def test_every_number_of_a_table_gets_a_verdict(house):
-    (house / "data" / "paper").mkdir(parents=True)
-    (house / "data" / "paper" / "table8_loss.csv").write_text("loss,batch,score,source\nmnrl,2,70.4,T\nopl,1,94.7,T\nprototype,2,,T\nx,2,1,T\n")
-    ours = {("mnrl", "score"): ((70.0, 69.0, 71.0), "a"), ("opl", "score"): ((40.0, 39.0, 41.0), "b"), ("x", "score"): (None, "c")}
-    lines = report.cells("table8_loss", "loss", ours, lambda line, column: ("cannot run here", f"{line} {column}"))
-    told = {(line["line"], line["column"]): (line["verdict"], line["why"]) for line in lines}
-    assert told == {("mnrl", "score"): ("matches", "a"), ("opl", "score"): ("differs", "b"), ("x", "score"): ("not run", "c"), **{(name, "batch"): ("cannot run here", f"{name} batch") for name in ("mnrl", "opl", "prototype", "x")}}
-    assert lines[1] == {"table": "Table 8", "line": "mnrl", "column": "score", "the paper's": "70.4", "ours": "70.0 [69.0, 71.0]", "verdict": "matches", "why": "a"}
-    assert len(report.cells("table8_loss", ["loss", "batch"], {}, lambda *_: ("not run", ""), ["score"])) == 3
-
-
-def test_what_is_not_certain_among_many_comparisons_is_undecided():
-    assert report.verdict(0.1, 0.2, 1, p=0.06) == "undecided" and report.verdict(0.1, 0.2, 1, p=0.04) == "reproduces"
-    assert report.verdict(math.nan, math.nan, 1, p=0.06) == "not run"
-    assert [report.chance(p) for p in (None, math.nan, 0.0002, 0.0491)] == ["–", "–", "< 0.001", "0.049"]
 
 
 def test_a_row_trained_on_test_says_so_wherever_it_is_named(house):
