@@ -8,6 +8,10 @@ computed once for a size of FFT and kept, up to a limit. The two convolutions of
 convolution are one pass of lib/mixer.cpp (`lib.native`), or the same in torch where that cannot be compiled. The MLP goes
 through its tokens a tile at a time, so that what lies between its two products never leaves the cache.
 
+What bfloat16 costs is kept small where it would add up: errors of a filter or a weight are the same at all positions, and a
+long convolution sums over all of them. So filters stay in float16, scaled channel by channel, and in long texts what the
+rounding of a matrix did to the mean token is put back: y = W' x + (b + (W - W') mean(x)), W' the rounded W.
+
 The definition is lib/model.py; tests/test_engine.py holds the two together.
 Axes: n texts, T tokens of all of them, D width, K blocks.
 """
@@ -23,6 +27,7 @@ from lib.long_conv import circular_kernel, fft_length, short_conv
 from lib.model import M2BertModel, SequenceMixer
 
 TILE = 1024                     # tokens that go through an MLP at a time
+LONG = 1024                     # tokens from which on a text has products of its own, with a mean token of its own
 SPECTRA = 3 * 2**30             # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB beside bfloat16, 4.6 beside float32
 CHANNELS = 64                   # whose spectra are computed at a time, for one thread
 SAMPLE = 16                     # numbers of a weight that are compared with what they were
@@ -61,9 +66,10 @@ class Engine:
         self.refresh()
         lengths = [len(row) for row in ids]
         starts = torch.tensor([0, *lengths]).cumsum(0)
+        runs = self.runs(lengths)
         x = self.embed(torch.tensor([token for row in ids for token in row]), lengths)
         for number in range(len(self.layers)):
-            x = self.layer(number, x, starts, lengths)
+            x = self.layer(number, x, starts, lengths, runs)
         rows = starts[:-1].tolist()
         summary = torch.stack([x[a] for a in rows]).float() if config.pooling == "cls" else torch.stack([x[a : a + n].float().mean(dim=0) for a, n in zip(rows, real)])
         return torch.tanh(F.linear(summary, *self.pooler))
@@ -125,13 +131,25 @@ class Engine:
             start += length
         return e.LayerNorm(x).to(self.dtype)
 
-    def layer(self, number: int, x: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
+    def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
+        """Tokens that go through a product together, and whether they are one long text: so a text's neighbours do not matter to it."""
+        found, start = [], 0
+        for length in lengths:
+            long = self.dtype == torch.bfloat16 and length >= LONG
+            if found and not long and not found[-1][1]:
+                found[-1] = slice(found[-1][0].start, start + length), False
+            else:
+                found.append((slice(start, start + length), long))
+            start += length
+        return found
+
+    def layer(self, number: int, x: Tensor, starts: Tensor, lengths: list[int], runs: list) -> Tensor:
         own = self.layers[number]
         mixer = own["layer"].mixer
         if mixer.layernorm is not None:
             x = mixer.layernorm(x.float()).to(self.dtype)
-        y = self.mix(number, own["in"](x), x, starts, lengths)
-        return self.mlp(own, own["out"](y))
+        y = self.mix(number, each(own["in"], x, runs), x, starts, lengths)
+        return self.mlp(own, each(own["out"], y, runs), runs)
 
     def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
         (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
@@ -149,7 +167,7 @@ class Engine:
                     y[text, some] = in_torch(p[text], u[text, some], some, weight, bias, tables[n].values, n).to(y.dtype)
         return y
 
-    def mlp(self, own: dict, h: Tensor) -> Tensor:
+    def mlp(self, own: dict, h: Tensor, runs: list) -> Tensor:
         """LayerNorm(h + MLP(h)), (T, D)."""
         mlp = own["layer"].mlp
         if own["gated"] is None:
@@ -157,32 +175,53 @@ class Engine:
         K = len(own["gated"])
         width, hidden = h.shape[1] // K, mlp.wo.d_in // K
         out, bias = torch.empty_like(h), mlp.wo.bias
-        for start in range(0, len(h), TILE):
-            tile = h[start : start + TILE]
-            parts = [tile[:, k * width : (k + 1) * width].contiguous() for k in range(K)]
-            done = []
-            for k in range(K // 2):                                        # the first half of the blocks is gated by the second
-                gate, value = own["gated"][k](parts[k]), own["gated"][k + K // 2](parts[k + K // 2])
-                m = native.glu(gate, value, gate) if self.native and gate.shape[1] % 16 == 0 else F.gelu(gate) * value
-                done += [own["wo"][2 * k + side](m[:, side * hidden : (side + 1) * hidden].contiguous()) for side in range(2)]
-            total = torch.cat(done, dim=1).float().add_(tile.float()).add_(bias)
-            out[start : start + TILE] = F.layer_norm(total, (h.shape[1],), mlp.layernorm.weight.float(), mlp.layernorm.bias.float(), mlp.layernorm.eps)
+        for run, long in runs:
+            mean = h[run].mean(dim=0, dtype=torch.float32) if long else None
+            biases = [product.putting_back(mean[k * width : (k + 1) * width]) if long else None for k, product in enumerate(own["gated"])]
+            for start in range(run.start, run.stop, TILE):
+                some = slice(start, min(start + TILE, run.stop))
+                parts = [h[some, k * width : (k + 1) * width].contiguous() for k in range(K)]
+                done = []
+                for k in range(K // 2):                                    # the first half of the blocks is gated by the second
+                    gate, value = (own["gated"][block](parts[block], biases[block]) for block in (k, k + K // 2))
+                    m = native.glu(gate, value, gate) if self.native and gate.shape[1] % 16 == 0 else F.gelu(gate) * value
+                    for side, product in enumerate(own["wo"][2 * k : 2 * k + 2]):
+                        half = m[:, side * hidden : (side + 1) * hidden].contiguous()
+                        done.append(product(half, product.putting_back(half.mean(dim=0, dtype=torch.float32)) if long else None))
+                total = torch.cat(done, dim=1).float().add_(h[some].float()).add_(bias)
+                out[some] = F.layer_norm(total, (h.shape[1],), mlp.layernorm.weight.float(), mlp.layernorm.bias.float(), mlp.layernorm.eps)
         return out
 
 
 class Product:
-    """x W^T + b, its weight laid out once for the processor."""
+    """W x + b, the weight laid out once for the processor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.weight, self.bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
-        self.packed = None
+        self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
+        self.bias = None if bias is None else bias.detach().float()
+        self.packed, self.lost = None, None
         if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """With another bias than its own, if one is given; float32."""
+        bias = self.bias if bias is None else bias
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return F.linear(x, self.weight, None if bias is None else bias.to(x.dtype))
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+    def putting_back(self, mean: Tensor) -> Tensor:
+        """The bias with what rounding W took from the mean token, float32."""
+        if self.lost is None:
+            self.lost = (self.exact.float() - self.weight.float()).to(self.weight.dtype)
+        found = torch.mv(self.lost.float(), mean)
+        return found if self.bias is None else found + self.bias
+
+
+def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]]) -> Tensor:
+    """The product of each run of tokens."""
+    parts = [product(x[run], product.putting_back(x[run].mean(dim=0, dtype=torch.float32)) if long else None) for run, long in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Complex(NamedTuple):

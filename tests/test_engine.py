@@ -226,6 +226,23 @@ def test_float16_tables_lose_11_bits_and_nothing_of_the_range(n):
     assert ((found - exact.values).abs() <= 2.0**-11 * exact.values.abs() * 1.01 + 2.0**-38 * most).all() and torch.equal(exact.channels(slice(16, 32)).values, exact.values[1:])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_rounding_takes_from_the_mean_token_is_put_back(bias):
+    torch.manual_seed(0)
+    weight, own, x = torch.randn(48, 64), torch.randn(48) if bias else None, (torch.randn(64) + 0.1 * torch.randn(5000, 64)).bfloat16()
+    product = engine.Product(weight, own, torch.bfloat16)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if own is None else own.double()).mean(dim=0)
+    plain, put_back = (product(x, with_bias).double().mean(dim=0) - exact for with_bias in (None, product.putting_back(x.mean(dim=0, dtype=torch.float32))))
+    assert put_back.abs().max() < 0.1 * plain.abs().max()
+
+
+def test_in_bfloat16_too_neighbours_do_not_matter():
+    built, ids = model(max_position_embeddings=3000), rows((3000, 40, 1024, 7, 9, 2048))
+    half = Engine(built, torch.bfloat16)
+    assert [run for run, _ in half.runs([len(row) for row in ids])] == [slice(0, 3000), slice(3000, 3040), slice(3040, 4064), slice(4064, 4080), slice(4080, 6128)]
+    torch.testing.assert_close(torch.cat([half([row]) for row in ids]), half(ids), rtol=0, atol=1e-6)
+
+
 @compiled
 def test_gelu_is_exact_to_float32():
     x = torch.cat([torch.linspace(-14, 14, 4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 3e4, -3e4] * 2)])[None]
