@@ -1,36 +1,28 @@
-"""What reading a text costs: counted on paper, and measured on this machine.
+"""What reading a text costs, counted on paper.
 
-A clock measures one implementation on one machine; a count says what any of
-them has to do. Both, for M2-BERT and for its Transformer twin: a BERT of the
-same width, depth and intermediate size.
+A clock measures one implementation on one machine (lib/race.py); a count says
+what any of them has to do. Here for M2-BERT and for its Transformer twin: a BERT
+of the same width, depth and intermediate size.
 
     twin(config)                     the twin's configuration
     m2bert_flops(config, length)     operations of one forward pass, part by part
     transformer_flops(config, length)
     m2bert_activations(config, length), transformer_activations(config, length)
     parameters(config)               weights, by building the model without memory
-    race(configs, lengths)           seconds of models taking turns, and each one's peak memory
+    cost(config, length, …)          products, all operations, and bytes of a text: what a roofline needs
 
 Conventions: a multiply-add is 2 operations; a real FFT of n points is
 2.5 n log₂ n (half of the textbook 5 n log₂ n of a complex one); norms,
 activations, gates and look-ups are left out, linear in the length and small.
 Axes: B texts, L tokens, D width, I intermediate width, K blocks, O filter width, E filter inputs.
 """
-import ctypes
-import json
 import math
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertModel
 
 from lib.long_conv import fft_length
 from lib.model import M2BertConfig, M2BertForRetrieval
-from lib.train import use
 
 
 def twin(config: M2BertConfig) -> BertConfig:
@@ -130,114 +122,31 @@ def transformer_activations(config: BertConfig, length: int, flash: bool = False
     return float(L * (9 * D + 2 * I) + (0 if flash else config.num_attention_heads * L**2))
 
 
-# ------------------------------------------------------------------ measurements
+def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: int = 1) -> float:
+    """Bytes to and from memory per text of one forward pass, if what lies between two steps of a layer is written once and read once.
 
-def race(configs: dict, lengths: list[int], batch: int = 1, repeats: int = 3, threads: int = 2, device: str = "cpu", seed: int = 0) -> list[dict]:
-    """Let models encode the same random tokens, taking turns, each in a process of its own.
-
-    Turns (A B, A B, …) put a slow moment of the machine on both sides of a ratio; a process of its own gives each
-    model its own peak of memory. At each length, the first turn warms up and is not reported.
-
-    Returns:
-        One {"model", "length_tokens", "batch", "turn", "encode_s", "cpu_s", "peak_gib"} per model, length and turn,
-        shortest first. encode_s is the wall's time, cpu_s the sum over threads, which a busy machine disturbs less. peak_gib is the whole process's, Python, torch and weights included, NaN where the system does not tell;
-        on a GPU it is what torch allocated there.
-
-    Raises:
-        RuntimeError: a process died; the message says at which length, and what to lower.
+        projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D            numbers a token and layer
+        weights 4 D² + 3 D I / K, once for B texts; spectra 2 D (n/2 + 1) complex numbers, once a text, n ≥ 2L - 1 a power of two
     """
-    command = [sys.executable, "-m", "lib.efficiency"]
-    # Threads that wait sleep: spinning ones count as work, and on a busy machine they take the core from whom they wait for.
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    runners = {name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for name in configs}
-    turns = []
-    try:
-        for name, config in configs.items():
-            kind = "m2bert" if isinstance(config, M2BertConfig) else "bert"
-            say(runners[name], {"kind": kind, "config": config.to_dict(), "compute": {"threads": threads, "device": device}, "seed": seed})
-        for length in sorted(lengths):
-            for turn in range(repeats + 1):
-                for name in configs:
-                    answer = say(runners[name], {"length_tokens": length, "batch": batch})
-                    if turn:
-                        turns.append({"model": name, "length_tokens": length, "batch": batch, "turn": turn} | answer)
-    finally:
-        for process in runners.values():
-            process.terminate()
-            process.communicate()
-    return turns
+    D, I, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+    n = 1 << max(0, 2 * length - 2).bit_length()
+    return float(itemsize * config.num_hidden_layers * (13 * length * D + (4 * D**2 + 3 * D * I / K) / batch + 4 * D * (n // 2 + 1)))
 
 
-def say(process: subprocess.Popen, message: dict) -> dict:
-    """Send one line, wait for the one-line answer."""
-    try:
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-    except BrokenPipeError:
-        answer = ""
-    if not answer:
-        where = f"at {message['length_tokens']} tokens" if "length_tokens" in message else "while building its model"
-        raise RuntimeError(f"a measuring process ended {where} with code {process.wait()} (-9: killed by the system, often out of memory): "
-                           f"lower efficiency.lengths or efficiency.batch in params.yaml")
-    return json.loads(answer)
+def transformer_traffic(config: BertConfig, length: int, itemsize: int = 4, batch: int = 1) -> float:
+    """The same for a Transformer whose attention weights never leave the cache.
+
+        queries, keys, values D + 3D, attention 3D + D, output D + D, MLP D + I, I + D      numbers a token and layer
+        weights 4 D² + 2 D I, once for B texts
+    """
+    D, I = config.hidden_size, config.intermediate_size
+    return float(itemsize * config.num_hidden_layers * (length * (12 * D + 2 * I) + (4 * D**2 + 2 * D * I) / batch))
 
 
-def runner() -> None:
-    """The other end of `race`: builds a model from the first line, then encodes once per line until the lines end."""
-    die_with_parent()
-    task = json.loads(sys.stdin.readline())
-    device = use(task["compute"])
-    torch.manual_seed(task["seed"])
-    model = build((M2BertConfig if task["kind"] == "m2bert" else BertConfig).from_dict(task["config"])).to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None         # a GPU answers before it has finished
-    print(json.dumps({}), flush=True)
-    for line in sys.stdin:
-        turn = json.loads(line)
-        ids = torch.randint(5, model.config.vocab_size, (turn["batch"], turn["length_tokens"])).to(device)
-        mask = torch.ones_like(ids)
-        forget_peak(device)
-        wait()
-        start, cpu = time.perf_counter(), time.process_time()
-        with torch.inference_mode():
-            model(ids, attention_mask=mask)
-        wait()
-        took = {"encode_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-        print(json.dumps(took | {"peak_gib": peak_gib(device)}), flush=True)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies; elsewhere the closed pipe ends it at the next line."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 15)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let the peak start again from what is in memory now; where the system refuses, it stays the highest so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak_gib(device: torch.device) -> float:
-    """The largest resident memory of this process since `forget_peak`, in GiB; on a GPU, torch's largest allocation there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        # Not getrusage: its peak starts at the parent's size.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-if __name__ == "__main__":
-    runner()
+def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, float, float]:
+    """Per text: operations in matrix products, operations in all, bytes. The kernels of M2-BERT are taken as made: they do not depend on the text."""
+    if isinstance(config, M2BertConfig):
+        parts = m2bert_flops(config, length, batch)
+        return parts["projections"] + parts["mlp"], sum(parts.values()) - parts["kernels"], m2bert_traffic(config, length, itemsize, batch)
+    total = sum(transformer_flops(config, length).values())
+    return total, total, transformer_traffic(config, length, itemsize, batch)

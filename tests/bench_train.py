@@ -15,26 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from lib import native, train
-from lib.long_conv import short_conv
-from lib.model import M2BertConfig, M2BertForMaskedLM, SequenceMixer
+from lib.model import M2BertConfig, M2BertForMaskedLM
+from lib.race import by_definition
 
 TOKENS, VOCABULARY = 8192, 8192
-
-
-def eager_forward(self, u, mask=None):
-    """The mixer by the textbook: (B, D, L), torch.fft of size 2L, autograd through all of it."""
-    L = u.shape[1]
-    u = u.transpose(1, 2)
-    p = self.in_linear(u.transpose(1, 2)).transpose(1, 2)
-    x1, x2, v = short_conv(p, self.short_filter.weight, self.short_filter.bias).chunk(3, dim=1)
-
-    def conv(x, filter):
-        k, ahead = filter(L)
-        kernel = F.pad(k, (0, L)) + F.pad(ahead.flip(-1), (L, 0))
-        return torch.fft.irfft(torch.fft.rfft(x, n=2 * L) * torch.fft.rfft(kernel, n=2 * L), n=2 * L)[..., :L] + x * filter.bias[:, None]
-
-    y = conv(v * x1, self.gated_filter) * x2 + conv(u, self.residual_filter)
-    return self.out_linear(y.transpose(1, 2))
 
 
 def step_of(kind: str, length: int):
@@ -60,20 +44,20 @@ def step_of(kind: str, length: int):
 
 
 def measure(length: int, repeats: int = 5) -> dict:
-    own, kernel = SequenceMixer.forward, native.kernel
+    kernel = native.kernel
     steps = {kind: step_of(kind, length) for kind in ("eager", "torch", "native")}
     taken: dict = {kind: [] for kind in steps}
     try:
         for repeat in range(repeats + 1):
             for kind, step in steps.items():
-                SequenceMixer.forward = eager_forward if kind == "eager" else own
                 native.kernel = kernel if kind == "native" else lambda: None
-                started = time.perf_counter()
-                step()
-                if repeat:                                                 # the first warms up
-                    taken[kind].append(time.perf_counter() - started)
+                with by_definition(kind == "eager"):
+                    started = time.perf_counter()
+                    step()
+                    if repeat:                                             # the first warms up
+                        taken[kind].append(time.perf_counter() - started)
     finally:
-        SequenceMixer.forward, native.kernel = own, kernel
+        native.kernel = kernel
     seconds = {kind: statistics.median(values) for kind, values in taken.items()}
     return {"length_tokens": length, "threads": torch.get_num_threads(), **{f"{kind}_s": round(value, 3) for kind, value in seconds.items()},
             **{f"{kind}_ratio": round(seconds["eager"] / seconds[kind], 2) for kind in ("torch", "native")}}
