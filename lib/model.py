@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
-from lib import native
+from lib import monarch_conv, native
 from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, long_conv_direct, short_conv
 from lib.monarch import BlockDiagonalLinear, GatedBlocks
 
@@ -117,7 +117,8 @@ class SequenceMixer(nn.Module):
     causal convolution of width 3. No channel meets another between the two
     projections, so without gradients they go in groups: memory for one group,
     whatever the length. With gradients, on a CPU, all between the projections
-    is one function of lib/mixer.cpp where that can be compiled.
+    is one function of lib/mixer.cpp where that can be compiled; on a GPU, with
+    and without them, it is lib/monarch_conv.py.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -135,10 +136,14 @@ class SequenceMixer(nn.Module):
         self.gated_filter = long_filter()
         self.residual_filter = long_filter() if config.residual_long_conv else None
         self.out_linear = nn.Linear(D, D)
+        self.kept = None                                                   # see `spectra`
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:    # (B, L, D), (B, 1, L) of 0 and 1
         if self.layernorm is not None:
             u = self.layernorm(u)
+        y = self.on_gpu(u, mask)
+        if y is not None:
+            return self.out_linear(y.transpose(1, 2))
         u = u.transpose(1, 2)                                              # (B, D, L)
         if mask is not None:
             u = u * mask
@@ -161,6 +166,44 @@ class SequenceMixer(nn.Module):
         filters = [(None, None, None) if filter is None else (*filter.before_decay(filter.hidden(L)), filter.bias) for filter in (self.gated_filter, self.residual_filter)]
         table = native.Spectra.apply(self.gated_filter.time(L), self.gated_filter.deltas(), native.size(L), *filters[0], *filters[1])
         return native.Mix.apply(p, u, self.short_filter.weight[:, 0].t(), self.short_filter.bias, table, real)
+
+    def on_gpu(self, u: Tensor, mask: Tensor | None) -> Tensor | None:
+        """All channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, D, L), from u (B, L, D); None where that cannot be done here."""
+        B, L, _ = u.shape
+        if not monarch_conv.fits(u.transpose(1, 2), self.in_linear.weight):
+            return None
+        real = None if mask is None else monarch_conv.real_tokens(mask)
+        if mask is not None and real is None:
+            return None
+        dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
+        if not monarch_conv.works(monarch_conv.alike(L, u.device), dtype, u.device, self.residual_filter is not None, torch.is_grad_enabled()):
+            return None
+        u = u.transpose(1, 2).to(dtype).contiguous()                       # (B, D, L)
+        p = torch.matmul(self.in_linear.weight, u)                         # (B, 3D, L), its bias still to come
+        return monarch_conv.mix(p, u, self.short_filter.weight, self.short_filter.bias, self.spectra(L), real, self.in_linear.bias)
+
+    def spectra(self, length: int) -> Tensor:
+        """`monarch_conv.spectra` of this layer's filters for texts of `length` tokens.
+
+        Without gradients those of one length are kept, until a weight's version changes or a pass with gradients comes by, whose optimizer may
+        change weights behind their version; and only where twelve layers of them leave three quarters of the GPU free.
+        """
+        filters = [filter for filter in (self.gated_filter, self.residual_filter) if filter is not None]
+        if torch.is_grad_enabled():
+            self.kept = None
+            gated, *residual = ((*filter(length), filter.bias) for filter in filters)
+            return monarch_conv.spectra(gated, residual[0] if residual else None, length)
+        weights = [weight for filter in filters for weight in filter.parameters()]
+        now = length, [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if self.kept is None or self.kept[0] != now:
+            self.kept, device = None, weights[0].device
+            hidden = [filter.hidden(length) for filter in filters]
+            table = in_parts(lambda some: torch.stack([monarch_conv.spectrum(*filter.taps(shared, some), filter.bias[some], length) for filter, shared in zip(filters, hidden)]),
+                             len(self.gated_filter.bias), max(1, TILE // (4 * length)), dim=1)
+            if device.type == "cuda" and 48 * table.nbytes > torch.cuda.get_device_properties(device).total_memory:
+                return table
+            self.kept = now, table, weights                                # held, so that no other weight gets their addresses
+        return self.kept[1]
 
     def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:
         """`some` of the channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, d, L)."""
