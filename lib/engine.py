@@ -102,7 +102,7 @@ class Engine:
                 "wo": [Product(weight, None, self.dtype) for weight in mlp.wo.weight] if blocks else None}
 
     def spectra(self, number: int, n: int):
-        """A function from a slice of channels to their spectra, of a layer's filters for FFTs of size n.
+        """A function from a slice of channels to their spectra, of a layer's filters for FFTs of size n; and how many channels to ask for at a time.
 
         All layers' are kept where they fit, those used last first; else none is, and they are computed for each batch anew.
         """
@@ -111,19 +111,19 @@ class Engine:
             size = (D * (n // 2 + 1) * (4 if self.native else 2 * (1 + (mixer.residual_filter is not None))) * (2 if self.native and self.dtype == torch.bfloat16 else 4))
             compute = (native_spectra if self.native else torch_spectra)(mixer, n, self.model.config.max_position_embeddings, self.dtype)
             if len(self.layers) * size > SPECTRA:
-                return compute
+                return compute, CHANNELS * (torch.get_num_threads() if self.native else 1)
             while self.tables and sum(kept.nbytes for kept in self.tables.values()) + size > SPECTRA:
                 self.tables.popitem(last=False)
             self.tables[key] = compute(slice(0, D))
         self.tables.move_to_end(key)
-        return self.tables[key].channels
+        return self.tables[key].channels, D
 
     # ------------------------------------------------------------------ layers
 
     def embed(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """(T,) -> (T, D)."""
         e = self.model.embeddings
-        where = (e.position_embeddings.weight + e.token_type_embeddings.weight[0])[: max(lengths)]
+        where = e.position_embeddings.weight[: max(lengths)] + e.token_type_embeddings.weight[0]
         x = e.word_embeddings(ids)
         start = 0
         for length in lengths:
@@ -155,10 +155,10 @@ class Engine:
         (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
         sizes = [native.size(length) if self.native else fft_length(2 * length - 1) for length in lengths]
         spectra = {n: self.spectra(number, n) for n in set(sizes)}
-        group = CHANNELS * (torch.get_num_threads() if self.native else 1)
+        group = min(few for _, few in spectra.values())
         for c in range(0, D, group):
             some = slice(c, min(c + group, D))
-            tables = {n: of(some) for n, of in spectra.items()}
+            tables = {n: of(some) for n, (of, _) in spectra.items()}
             if self.native:
                 native.mix(p, u, starts, weight, bias, [tables[n] for n in sizes], y=y, channels=some)
             else:

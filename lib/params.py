@@ -25,7 +25,7 @@ KEYS = {
     "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
     "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks allow_test_training lr embedding_lr lr_documents weight_decay warmup seed",
     "evaluate": "depth batch_size also needles",
-    "efficiency": "lengths batch repeats",
+    "efficiency": "lengths batch repeats shallow_from",
 }
 STAGES = tuple(KEYS)
 TABLES = ("pretrained", "continued", "distilled", "retrievers", "published", "evaluated", "yardsticks", "ablations", "lessons")

@@ -43,8 +43,8 @@ NOT_RUN = "not run: no GPU"
 def entrants(config: M2BertConfig, device: str = "cpu", shallow_from: int | None = None) -> dict[str, dict]:
     """Who races against an M2-BERT of this configuration, by name.
 
-    An entry is {"config", "way", "dtype"} and perhaps "shallow_from": from so many tokens on one layer is timed and counted
-    for all, since a race should end. Ways: `definition` (see DEFINITION), `forward` (the model as it is), `torch` (on a GPU:
+    An entry is {"config", "way", "dtype"} and perhaps "shallow_from", tokens from which on one layer is timed and counted for
+    all, since a race should end, and "until", tokens beyond which it stays out. Ways: `definition` (see DEFINITION), `forward` (the model as it is), `torch` (on a GPU:
     with torch.fft in place of lib/monarch_conv.py), `compiled` (that, by torch.compile), `engine` (lib/engine.py).
     """
     def entry(way: str, dtype: str, config=config, shallow: int | None = None) -> dict:
@@ -140,7 +140,7 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
             for turn in range(repeats + 1):
                 if budget_s and turn > 1 and time.monotonic() - started > budget_s:
                     break
-                for name in entries:
+                for name in (name for name, entry in entries.items() if length <= ((entry or {}).get("until") or length)):
                     answer = say(runners[name], {"length_tokens": length, "batch": batch, "warm": turn == 0})
                     if turn:
                         turns.append({"model": name, "length_tokens": length, "batch": batch, "turn": turn} | answer)
@@ -206,7 +206,7 @@ def encoding(entry: dict, device: torch.device):
         with by_definition(entry["way"] == "definition"):
             took = timed((lambda: engine(rows)) if engine is not None else (lambda: forward(ids)), device)
         times = layers if shallow else 1
-        return {"layers": 1 if shallow else layers} | {name: value * times for name, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
+        return {"layers": len(getattr(stack, name))} | {name: value * times for name, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
     return encode
 
 
