@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from lib import native
 from lib.long_conv import circular_kernel, fft_length, short_conv
 from lib.model import M2BertModel, SequenceMixer
+from lib.monarch import paired
 
 TILE = 1024                     # tokens that go through an MLP at a time
 LONG = 1024                     # tokens from which on a text has products of its own, with a mean token of its own
@@ -94,8 +95,7 @@ class Engine:
 
     def prepared(self, layer) -> dict:
         mixer, mlp = layer.mixer, layer.mlp
-        K, I = mlp.gated_layers.weight.shape[0], mlp.wo.d_in
-        blocks = K % 2 == 0 and mlp.gated_layers.d_in % K == 0 and mlp.wo.d_out % K == 0 and I % K == 0 and 2 * I % K == 0
+        blocks = paired(mlp.gated_layers, mlp.wo)
         return {"layer": layer, "in": Product(mixer.in_linear.weight, mixer.in_linear.bias, self.dtype), "out": Product(mixer.out_linear.weight, mixer.out_linear.bias, self.dtype),
                 "short": (mixer.short_filter.weight[:, 0].t().float().contiguous(), mixer.short_filter.bias.float().contiguous()),
                 "gated": [Product(weight, None, self.dtype) for weight in mlp.gated_layers.weight] if blocks else None,

@@ -256,7 +256,7 @@ class MLP(nn.Module):
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
     def each(self, h: Tensor) -> Tensor:                                   # (…, D)
-        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and self.wo.d_in % len(self.wo.weight) == 0 and GatedBlocks.fits(h, self.gated_layers.weight, self.wo.weight):
+        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and GatedBlocks.fits(h, self.gated_layers, self.wo):
             return self.layernorm(GatedBlocks.apply(h, self.gated_layers.weight, self.wo.weight) + (h + self.wo.bias))
         gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))

@@ -103,6 +103,12 @@ class BlockDiagonalLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
+    """Whether blocks k and k + K/2 of `gated` are gate and value of what blocks 2k and 2k + 1 of `out` read, with nothing left over."""
+    K = len(gated.weight)
+    return K == len(out.weight) and K % 2 == 0 and gated.d_out == 2 * out.d_in and not any(n % K for layer in (gated, out) for n in (layer.d_in, layer.d_out))
+
+
 class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
 
@@ -111,10 +117,9 @@ class GatedBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def fits(x: Tensor, gated: Tensor, out: Tensor) -> bool:
-        K = len(gated)
-        return (K % 2 == 0 and x.shape[-1] == K * gated.shape[2] == K * out.shape[1] and gated.shape[1] == 2 * out.shape[2] and gated.shape[1] % 16 == 0
-                and x.device.type == "cpu" and x.dtype == gated.dtype == torch.float32 and native.kernel() is not None)
+    def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
+        return (paired(gated, out) and gated.weight.shape[1] % 16 == 0 and x.device.type == "cpu" and x.dtype == gated.weight.dtype == torch.float32
+                and native.kernel() is not None)
 
     @staticmethod
     def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:

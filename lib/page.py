@@ -603,7 +603,7 @@ def timing_pages(profile: str, place: Path) -> dict[str, str]:
                           f'<th scope="col" class="number">peak GiB</th><th scope="col"><span class="soft">of the longest</span></th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>', "Seconds and memory of the stages")
     else:
         stages = f'<p class="missing">No stage has left its time here: {report.NOT_RUN} (<code>dvc repro</code>).</p>'
-    race = [(figure if suffix == "svg" else table)(place / "efficiency") for suffix in ("svg", "csv") if (place / f"efficiency.{suffix}").is_file()]
+    race = [(figure if suffix == "svg" else table)(place / name) for name, suffix in (("efficiency", "svg"), ("efficiency", "csv"), ("convolution", "csv")) if (place / f"{name}.{suffix}").is_file()]
     race = race or [f'<p class="missing">The race of notebook 10: {report.NOT_RUN} (<code>dvc repro --force efficiency</code>).</p>']
     home = f'<header><nav aria-label="Report"><a href="../index.html">Report at {escape(profile)}</a></nav></header>\n<main>\n'
     book = place / "efficiency.ipynb"

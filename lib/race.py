@@ -185,7 +185,8 @@ def encoding(entry: dict, device: torch.device):
     """A function that encodes random tokens once and says what it cost."""
     kind = M2BertConfig if entry["kind"] == "m2bert" else BertConfig
     config = kind.from_dict(entry["config"])
-    layers, shallow_from = config.num_hidden_layers, math.inf if entry["shallow_from"] is None else entry["shallow_from"]
+    layers = config.num_hidden_layers
+    shallow_from = math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
     if shallow_from == 0:
         config.num_hidden_layers = 1
     model = efficiency.build(config).to(device)
@@ -206,7 +207,7 @@ def encoding(entry: dict, device: torch.device):
         with by_definition(entry["way"] == "definition"):
             took = timed((lambda: engine(rows)) if engine is not None else (lambda: forward(ids)), device)
         times = layers if shallow else 1
-        return {"layers": len(getattr(stack, name))} | {name: value * times for name, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
+        return {"layers": len(getattr(stack, name))} | {part: value * times for part, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
     return encode
 
 

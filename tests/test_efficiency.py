@@ -4,8 +4,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
 from lib import native
-from lib.efficiency import (attention_flops, build, convolution_flops, m2bert_activations, m2bert_flops, parameters, race,
-                            transformer_activations, transformer_flops, twin)
+from lib.efficiency import (attention_flops, build, convolution_flops, cost, m2bert_activations, m2bert_flops, m2bert_traffic, parameters,
+                            transformer_activations, transformer_flops, transformer_traffic, twin)
 from lib.model import M2BertConfig
 
 CONFIG = M2BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, intermediate_size=256, max_position_embeddings=96, filter_order=16)
@@ -82,12 +82,22 @@ def test_activations_are_what_autograd_keeps(in_torch):
     assert kept_by_a_layer(BertModel(config).eval(), 2) == pytest.approx(transformer_activations(config, 96), rel=0.15)
 
 
-def test_race_takes_turns_and_reports_each_models_memory():
-    turns = race({"m2bert": CONFIG, "twin": twin(CONFIG)}, lengths=[64, 16], repeats=2, threads=1)
-    assert [(turn["length_tokens"], turn["model"]) for turn in turns] == [(16, "m2bert"), (16, "twin")] * 2 + [(64, "m2bert"), (64, "twin")] * 2
-    assert all(turn["encode_s"] > 0 and 0.05 < turn["peak_gib"] < 4 for turn in turns)
+def test_bytes_by_hand_at_four_tokens():
+    config = M2BertConfig(vocab_size=100, hidden_size=8, num_hidden_layers=2, intermediate_size=16, mlp_blocks=4, max_position_embeddings=96)
+    weights, spectra = 4 * 64 + 3 * 8 * 16 / 4, 4 * 8 * (8 // 2 + 1)       # an FFT of 8 points for 4 tokens
+    assert m2bert_traffic(config, 4, itemsize=2) == 2 * 2 * (13 * 4 * 8 + weights + spectra)
+    assert m2bert_traffic(config, 4, itemsize=2, batch=4) == 2 * 2 * (13 * 4 * 8 + weights / 4 + spectra)
+    assert transformer_traffic(twin(config), 4) == 4 * 2 * (4 * (12 * 8 + 2 * 16) + 4 * 64 + 2 * 8 * 16)
 
 
-def test_race_says_which_length_was_too_much():
-    with pytest.raises(RuntimeError, match="at 100 tokens with code 1"):
-        race({"m2bert": CONFIG}, lengths=[100], repeats=1, threads=1)      # the model reads 96
+def test_what_a_roofline_needs_adds_up():
+    parts = m2bert_flops(CONFIG, 96)
+    products, operations, moved = cost(CONFIG, 96, 4)
+    assert products == parts["projections"] + parts["mlp"] and operations == pytest.approx(sum(parts.values()) - parts["kernels"]) and moved == m2bert_traffic(CONFIG, 96)
+    bert = twin(CONFIG)
+    assert cost(bert, 96, 2)[0] == cost(bert, 96, 2)[1] == sum(transformer_flops(bert, 96).values())
+
+
+def test_a_token_of_the_published_shape_costs_a_tenth_of_a_gigaflop_in_products():
+    config = M2BertConfig(max_position_embeddings=32768)
+    assert [round(cost(config, length, 2)[0] / length / 1e9, 2) for length in (128, 32768)] == [0.1, 0.1]

@@ -325,7 +325,7 @@ def test_the_gated_mlp_and_its_gradients_are_those_of_the_definition(blocks, wid
     found = mlp(x)
     (2 * found).backward(dy, retain_graph=True)                            # twice, like anything else in torch
     mlp.zero_grad(), setattr(x, "grad", None)
-    assert GatedBlocks.fits(x[0], mlp.gated_layers.weight, mlp.wo.weight)
+    assert GatedBlocks.fits(x[0], mlp.gated_layers, mlp.wo)
     found.backward(dy)
     y = x.detach().double().requires_grad_()
     expected = exact(y)
