@@ -101,7 +101,7 @@ def works(L: int, dtype: torch.dtype, device: torch.device, residual: bool, grad
                 results += [y.detach(), *(torch.autograd.grad(y, leaves, slope.to(y.dtype)) if gradients else ())]
         for name, ours, theirs in zip(("y", "dp", "du", "dweight", "dbias", "dshift"), found, exact):
             error = float(torch.linalg.vector_norm(ours.float() - theirs.float()) / torch.linalg.vector_norm(theirs.float()))
-            if not error < 0.02:
+            if not error < (0.02 if dtype == torch.bfloat16 else 0.005):    # torch's own short convolution may be in tf32
                 raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
     except torch.OutOfMemoryError:
         raise
