@@ -16,7 +16,7 @@ ifeq ($(filter $(EXTRA),cpu gpu),)
 $(error EXTRA=$(EXTRA): cpu or gpu)
 endif
 
-.PHONY: help repro test interop lab report environment lock
+.PHONY: help repro test interop triton lab report environment lock
 
 help:
 	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
@@ -26,8 +26,9 @@ help:
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests'
 	@echo 'make interop                    the tests with sentence-transformers, mteb and all-MiniLM-L6-v2, which it installs (440 MB)'
+	@echo 'make triton                     the tests of the kernels for a GPU, in the interpreter of Triton, which it installs (700 MB, Linux)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
-	@echo 'make lock                       both lock files anew, from pyproject.toml (needs uv)'
+	@echo 'make lock                       the lock files anew, from pyproject.toml (needs uv)'
 	@echo
 	@echo 'PYTHON=python3.12               the Python to build .venv with, 3.11 or newer'
 	@echo 'TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch for the CPU only, on Linux 5 GB less to fetch'
@@ -42,6 +43,10 @@ test: environment
 interop: environment
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock
 	@$(BIN)/python -m pytest tests/test_interop.py $(ARGS)
+
+triton: environment
+	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
+	@$(BIN)/python -m pytest tests/test_monarch_conv.py $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
@@ -75,3 +80,5 @@ LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashe
 lock:
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --extra interop --constraint requirements.lock --output-file requirements-interop.lock
+	sed -n 's/^triton = \["\(.*\)"\]/\1/p' pyproject.toml | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --custom-compile-command "make lock" \
+	  --output-file requirements-triton.lock -

@@ -8,14 +8,15 @@ Longer texts take three passes. The kernels are lib/monarch_kernels.py, in Trito
     mix_direct(p, u, …)     the same in torch, by lib/long_conv.py
     spectra(gated, …)       the kernels of both convolutions as `mix` wants them, with gradients
     works(…)                whether the kernels compile here and give what torch gives, asked once a kind of input
-    flops(…), traffic(…)    what a token costs, counted
+    flops(…), traffic(…)    what a token costs in a layer's `mix`, counted; encoder_costs(…), in a whole encoder
 
 Odd frequencies: a text x of at most H tokens has the spectrum
 
     X[k] = Σ_n x[n] e^{-2πi n (k + ½) / N},    N = 2H,    X[N-1-k] = conj X[k]
 
 which real signals halve into exactly H complex numbers; no bin is special, and the zeros that keep a convolution from wrapping around
-take part in no product. What wraps changes its sign, so the taps that look ahead are stored negated.
+take part in no product. What wraps changes its sign, so the taps that look ahead are stored negated. In bfloat16 the operands of a product are rounded to it and sums
+are float32: against float64 the output's cosine is 0.99998 or more from 4,096 to 131,072 tokens (random texts, in Triton's interpreter).
 
 Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix products; the arrangement is ours.
 Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual). Everything stays (B, D, L).
@@ -36,7 +37,7 @@ from lib.long_conv import circular_kernel, long_conv, short_conv
 ONE_PASS = 4096                 # tokens that a program holds in its registers; half of that before compute capability 9, whose products take both operands from there
 LONGEST = 128 * ONE_PASS        # M of stage 1 at most 128
 COLUMNS = 64                    # that a program of the first and last of three passes takes
-PLANES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}    # of what lies between the passes, by the text's type
+TYPES = (torch.float32, torch.bfloat16)
 REAL = WeakTensorKeyDictionary()
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def fits(u: Tensor, weight: Tensor) -> bool:
         return False
     mixed = torch.is_autocast_enabled(u.device.type)
     dtype = torch.get_autocast_dtype(u.device.type) if mixed else u.dtype
-    return dtype in PLANES and (mixed or weight.dtype == dtype)
+    return dtype in TYPES and (mixed or weight.dtype == dtype)
 
 
 @cache
@@ -100,7 +101,7 @@ def works(L: int, dtype: torch.dtype, device: torch.device, residual: bool, grad
                 results += [y.detach(), *(torch.autograd.grad(y, leaves, slope.to(y.dtype)) if gradients else ())]
         for name, ours, theirs in zip(("y", "dp", "du", "dweight", "dbias", "dshift"), found, exact):
             error = float(torch.linalg.vector_norm(ours.float() - theirs.float()) / torch.linalg.vector_norm(theirs.float()))
-            if not error < 0.02:
+            if not error < (0.02 if dtype == torch.bfloat16 else 0.005):    # torch's own short convolution may be in tf32
                 raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
     except torch.OutOfMemoryError:
         raise
@@ -204,7 +205,7 @@ def mix(p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, table: Tensor, real:
         TypeError, ValueError: types or shapes that do not belong together.
     """
     B, D, L = u.shape
-    if p.dtype != u.dtype or u.dtype not in PLANES:
+    if p.dtype != u.dtype or u.dtype not in TYPES:
         raise TypeError(f"p is {p.dtype}, u {u.dtype}: both float32 or both bfloat16")
     H = math.prod(factors(L, u.device))
     if p.shape != (B, 3 * D, L) or table.shape[1:] != (D, 2, H) or table.dtype != torch.float32:
@@ -273,10 +274,10 @@ class Mix(torch.autograd.Function):
 
 
 def first_passes(kernels, how: dict, p: Tensor, u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, real: Tensor, kind: str) -> Tensor:
-    """A signal after stage 1, (2, B, D, M, R)."""
+    """A signal after stage 1, (2, B, D, M, R), in its own type: in bfloat16 the next product would round it so in any case."""
     B, D, L = u.shape
     (M, R1, R2), own = factors(L, u.device), tables(L, u.dtype, u.device)
-    planes = torch.empty(2, B, D, M, R1 * R2, dtype=PLANES[u.dtype], device=u.device)
+    planes = torch.empty(2, B, D, M, R1 * R2, dtype=u.dtype, device=u.device)
     kernels.columns[(R1 * R2 // COLUMNS, D, B)](p, u, dy, planes, planes[0].numel(), real, weight, bias, shift, own["stage"], own["turn"], D, L, kind, M, R1 * R2, COLUMNS, **how)
     return planes
 
@@ -294,3 +295,56 @@ def launch(u: Tensor) -> tuple:
 def on(device: torch.device):
     """Triton launches on the current GPU."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+# ------------------------------------------------------------------ counts
+
+def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> dict[str, float]:
+    """Operations a token of one layer's `mix`, a multiply-add counted as 2. Texts fill H tokens whatever they hold.
+
+        products     S D (H/L) (4 M + 8 (R1 + R2)) a transform: two of them forward, three backward
+        pointwise    S D (H/L) 6 for each turn and each spectrum; 21 D for the short convolution and the gates, backward 74 D
+    """
+    M, R1, R2 = factors(L)
+    fill = M * R1 * R2 / L
+    inner, turns = (R2, 1) if R1 == 1 else (R1 + R2, 2)
+    transforms, spectra_read = (3, 2) if backward else (2, 1)
+    short = 74 if backward else 21                                         # backward: x2, and x1 and v twice, 30; gates 5; the short convolution's adjoint 39
+    return {"products": signals * channels * fill * transforms * (4 * M + 8 * inner),
+            "pointwise": signals * channels * fill * 6 * (transforms * turns + spectra_read) + short * channels}
+
+
+def traffic(L: int, channels: int, signals: int = 2, batch: int = 1, size: int = 2, gradients: bool = False, backward: bool = False) -> dict[str, float]:
+    """Bytes a token of one layer's `mix` to and from memory, if all that a program reads twice it finds in a cache the second time.
+
+    Args:
+        size: bytes of a number, 2 in bfloat16. gradients: whether conv(x1 v) is written too.
+
+        texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and p, ds, dp 9 in the short convolution; times D
+        planes     three passes alone: 8 a signal forward, 12 backward, and 2 more rows of p backward; times D H/L
+        spectra    8 S D H/L, read once for all texts of a batch, backward written once more
+    """
+    M, R1, R2 = factors(L)
+    fill, residual = M * R1 * R2 / L, signals - 1
+    if backward:
+        numbers = 3 + 1 + 1 + 3 + residual * 3 + 9 + (2 if R1 > 1 else 0)
+    else:
+        numbers = 3 + residual + 1 + (1 if gradients else 0)
+    return {"texts": size * channels * numbers, "planes": 0.0 if R1 == 1 else size * channels * fill * signals * (12 if backward else 8),
+            "spectra": 8 * signals * channels * fill * (2 if backward else 1) / batch}
+
+
+def encoder_costs(config, L: int, batch: int = 1) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) a token of all layers of an encoder without gradients, bfloat16, part by part.
+
+        mixer          `mix`
+        projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the output written, and 4 D² weights a batch
+        mlp            6 D I / K operations; the least that a fused one could move: read D, write D, and 3 D I / K weights a batch
+        mlp as it runs beyond that, each step reading and writing: 3 D + 6 I numbers
+    """
+    D, I, K, N, S = config.hidden_size, config.intermediate_size, config.mlp_blocks, config.num_hidden_layers, 2 if config.residual_long_conv else 1
+    tokens = batch * L
+    return {"mixer": (N * sum(flops(L, D, S).values()), N * sum(traffic(L, D, S, batch).values())),
+            "projections": (N * 8.0 * D**2, N * 2 * (8 * D + 4 * D**2 / tokens)),
+            "mlp": (N * 6.0 * D * I / K, N * 2 * (2 * D + 3 * D * I / K / tokens)),
+            "mlp as it runs": (0.0, N * 2.0 * (3 * D + 6 * I))}
