@@ -15,7 +15,10 @@ rounding of a matrix did to the mean token is put back: y = W' x + (b + (W - W')
 The definition is lib/model.py; tests/test_engine.py holds the two together.
 Axes: n texts, T tokens of all of them, D width, K blocks.
 """
+import logging
+import platform
 from collections import OrderedDict
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,6 +35,7 @@ LONG = 1024                     # tokens from which on a text has products of it
 SPECTRA = 3 * 2**30             # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB beside bfloat16, 4.6 beside float32
 CHANNELS = 64                   # whose spectra are computed at a time, for one thread
 SAMPLE = 16                     # numbers of a weight that are compared with what they were
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -45,6 +49,9 @@ class Engine:
     def __init__(self, model, dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: float32 or bfloat16")
+        if dtype == torch.bfloat16 and not multiplies_bfloat16():
+            log.warning("this processor has no bfloat16 products: float32 instead, which is faster here and more exact")
+            dtype = torch.float32
         self.model: M2BertModel = getattr(model, "model", model)
         self.dtype, self.seen = dtype, None
         self.native = native.fits(self.model.config.hidden_size)
@@ -193,6 +200,15 @@ class Engine:
         return out
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself: AVX-512 BF16 or AMX; where torch cannot tell, what oneDNN says."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return platform.machine().lower() not in ("x86_64", "amd64") or None in asks or any(ask() for ask in asks)
+
+
 class Product:
     """W x + b, the weight laid out once for the processor."""
 
@@ -200,7 +216,7 @@ class Product:
         self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().float()
         self.packed, self.lost = None, None
-        if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype == torch.bfloat16 and multiplies_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -236,6 +236,15 @@ def test_what_rounding_takes_from_the_mean_token_is_put_back(bias):
     assert put_back.abs().max() < 0.1 * plain.abs().max()
 
 
+def test_without_products_in_bfloat16_the_log_says_that_float32_is_used(monkeypatch, caplog):
+    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: False)
+    built, ids = model(), rows((5, 40))
+    with caplog.at_level(logging.WARNING):
+        half = Engine(built, torch.bfloat16)
+    assert "no bfloat16 products: float32 instead" in caplog.text and torch.equal(half(ids), Engine(built)(ids))
+
+
+@pytest.mark.skipif(not engine.multiplies_bfloat16(), reason="this processor has no bfloat16 products")
 def test_in_bfloat16_too_neighbours_do_not_matter():
     built, ids = model(max_position_embeddings=3000), rows((3000, 40, 1024, 7, 9, 2048))
     half = Engine(built, torch.bfloat16)
