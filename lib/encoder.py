@@ -94,8 +94,8 @@ class Encoder:
     def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True, show_progress: bool = True) -> np.ndarray:
         """Embeddings in the order of `texts`, float32, (n, D); unit norm if `normalize`.
 
-        Texts are sorted by length, so a short one never waits for a long neighbour; at most `batch_size` texts and
-        16,384 tokens go at a time.
+        Texts are sorted by length, so a short one never waits for a long neighbour, and 16,384 tokens at most go at a time;
+        where texts are padded, at most `batch_size` of them.
 
         Raises:
             TypeError: an element is no string (its index is named), or `texts` is one string.
@@ -139,11 +139,14 @@ class Encoder:
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         device = next(self.model.parameters()).device
         progress = bar(total=len(ids), desc="encode", show=show_progress)
-        while order:
-            longest = config.max_position_embeddings if config.pad_to_max_length else len(ids[order[0]])
-            size = max(1, min(batch_size, BATCH_TOKENS // longest))
-            batch, order = order[:size], order[size:]
-            if self.engine is not None and device.type == "cpu":
+        fast = self.engine is not None and device.type == "cpu"            # pads nothing
+        tokens = np.array([config.max_position_embeddings if config.pad_to_max_length else len(ids[i]) for i in order], dtype=np.int64)
+        ends, start = tokens.cumsum(), 0
+        while start < len(order):
+            size = int(np.searchsorted(ends, ends[start] - tokens[start] + BATCH_TOKENS, side="right")) - start if fast else min(batch_size, BATCH_TOKENS // tokens[start])
+            batch = order[start : start + max(1, size)]
+            start += len(batch)
+            if fast:
                 vectors[batch] = self.engine([ids[i] for i in batch]).numpy()
             else:
                 input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)
