@@ -226,7 +226,7 @@ def mix_direct(p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, kernels: tupl
 
 
 class Mix(torch.autograd.Function):
-    """`mix` with gradients. Kept for the backward pass are the inputs and conv(x1 v), (B, D, L): half the transforms of making it anew, for 4 bytes a number in bfloat16."""
+    """`mix` with gradients. Kept for the backward pass are the inputs and conv(x1 v), (B, D, L): 4 bytes of traffic a number in bfloat16, where making it anew is a fourth transform beside three."""
 
     @staticmethod
     def forward(ctx, p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, table: Tensor, real: Tensor, shift: Tensor) -> Tensor:
@@ -288,6 +288,7 @@ def launch(u: Tensor) -> tuple:
     from lib import monarch_kernels
     import triton.language as tl
     narrow, emulated = u.dtype == torch.bfloat16, interpreted()
+    # Float32 as three products in tf32: exact ones have no matrix unit, and at 4,096 tokens they keep the compiler busy for two minutes.
     how = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32" if narrow else "tf32x3", "EMULATED": emulated}
     # One stage: loads that run ahead would fill the shared memory.
     return monarch_kernels, how if emulated else how | {"num_warps": 8 if math.prod(factors(u.shape[-1], u.device)) > 1024 else 4, "num_stages": 1}
