@@ -36,7 +36,7 @@ from lib.long_conv import circular_kernel, long_conv, short_conv
 
 ONE_PASS = 4096                 # tokens that a program holds in its registers; half of that before compute capability 9, whose products take both operands from there
 LONGEST = 128 * ONE_PASS        # M of stage 1 at most 128
-COLUMNS = 64                    # that a program of the first and last of three passes takes
+COLUMNS = 32                    # that a program of the first and last of three passes takes
 TYPES = (torch.float32, torch.bfloat16)
 REAL = WeakTensorKeyDictionary()
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def factors(L: int, device: torch.device = torch.device("cpu")) -> tuple[int, in
 
 @lru_cache(maxsize=16)
 def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """cos and -sin of each step's angles, (2, rows, columns): matrices in `dtype`, turns in float32."""
+    """cos and -sin of each step's angles, (2, rows, columns): matrices in `dtype`, turns in float32. Stage 1, (4, M, M): transposed, too."""
     M, R1, R2 = factors(L, device)
     R = R1 * R2
 
@@ -153,6 +153,7 @@ def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor
 
     made = {"stage": table(M, M, lambda k1, n1: n1 * (2 * k1 + 1), 4 * M, dtype), "turn": table(M, R, lambda k1, n2: n2 * (2 * k1 + 1), 4 * M * R, torch.float32),
             "last": table(R2, R2, lambda n2, k2: n2 * k2, R2, dtype)}
+    made["stage"] = torch.cat([made["stage"], made["stage"].mT])
     if R1 > 1:
         made |= {"first": table(R1, R1, lambda m1, q1: m1 * q1, R1, dtype), "between": table(R1, R2, lambda q1, m2: m2 * q1, R, torch.float32)}
     return made
@@ -225,7 +226,7 @@ def mix_direct(p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, kernels: tupl
 
 
 class Mix(torch.autograd.Function):
-    """`mix` with gradients. Kept for the backward pass are the inputs and conv(x1 v), (B, D, L): half the transforms of making it anew, for 4 bytes a number in bfloat16."""
+    """`mix` with gradients. Kept for the backward pass are the inputs and conv(x1 v), (B, D, L): 4 bytes of traffic a number in bfloat16, where making it anew is a fourth transform beside three."""
 
     @staticmethod
     def forward(ctx, p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, table: Tensor, real: Tensor, shift: Tensor) -> Tensor:
@@ -287,6 +288,7 @@ def launch(u: Tensor) -> tuple:
     from lib import monarch_kernels
     import triton.language as tl
     narrow, emulated = u.dtype == torch.bfloat16, interpreted()
+    # Float32 as three products in tf32: exact ones have no matrix unit, and at 4,096 tokens they keep the compiler busy for two minutes.
     how = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32" if narrow else "tf32x3", "EMULATED": emulated}
     # One stage: loads that run ahead would fill the shared memory.
     return monarch_kernels, how if emulated else how | {"num_warps": 8 if math.prod(factors(u.shape[-1], u.device)) > 1024 else 4, "num_stages": 1}

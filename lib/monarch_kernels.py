@@ -11,7 +11,7 @@ A text lies in a tile (M, R), token n in row n // R and column n % R. Its odd-fr
     turn       Z[k1, n2] e^{-2πi n2 (k1 + ½) / N},  N = 2MR
     stage 2    X[k1, k2] = Σ_n2 Z[k1, n2] e^{-2πi n2 k2 / R}                             R x R, or R1 x R1 and R2 x R2 with a turn between
 
-Every table is cos and -sin of its angle. `real` tokens of a text count; what follows reads as zero. No atomics: sums have an order.
+Every table is cos and -sin of its angle; stage 1 has both transposed, too. `real` tokens of a text count; what follows reads as zero. No atomics: sums have an order.
 DOT is the type of a product's operands, EMULATED the interpreter, whose products of bfloat16 are none.
 
 Axes: B texts, D channels, L tokens, (M, R) the tile of H = M R ≥ L, R = R1 R2.
@@ -64,7 +64,7 @@ def spread(x, stage, M: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit
 def gather(re, im, stage, M: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr):
     """Its adjoint, the real part of stage 1 backwards: the tokens of a tile (M, …)."""
-    return dot(tl.trans(matrix(stage, M, M)), re, DOT, PRECISION, EMULATED) + dot(tl.trans(matrix(stage + M * M, M, M)), im, DOT, PRECISION, EMULATED)
+    return dot(matrix(stage + 2 * M * M, M, M), re, DOT, PRECISION, EMULATED) + dot(matrix(stage + 3 * M * M, M, M), im, DOT, PRECISION, EMULATED)
 
 
 @triton.jit
