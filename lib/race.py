@@ -12,6 +12,7 @@ Axes: B texts, L tokens, D width.
 """
 import ctypes
 import json
+import logging
 import math
 import os
 import statistics
@@ -35,6 +36,7 @@ from lib.train import use
 
 WAYS = ("forward", "definition", "torch", "engine", "compiled")
 LIMITS = "limits"
+log = logging.getLogger(__name__)
 NOT_RUN = "not run: no GPU"
 
 
@@ -144,6 +146,7 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
                     answer = say(runners[name], {"length_tokens": length, "batch": batch, "warm": turn == 0})
                     if turn:
                         turns.append({"model": name, "length_tokens": length, "batch": batch, "turn": turn} | answer)
+            log.info("the race at %d tokens took %.0f s", length, time.monotonic() - started)
     finally:
         for process in runners.values():
             process.terminate()

@@ -9,6 +9,7 @@ shares of what the machine's matrix products and memory allow, measured in turn 
 not depend on them. With --out the table and its figure are written, as encoder.csv and encoder.svg.
 """
 import argparse
+import logging
 import resource
 import sys
 import time
@@ -33,7 +34,7 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
     entries = race.entrants(shape(max(lengths)), shallow_from=8192)
     for name in ("definition, float32", "model, float32", "Transformer twin, bfloat16"):
         entries[name]["until"] = 32768
-    turns = race.race(entries, lengths, repeats=5, threads=threads, budget_s=40)
+    turns = race.race(entries, lengths, repeats=5, threads=threads, budget_s=30)
     found = race.table(turns, entries)
     shown = found[["length_tokens", "model", "layers", "turns", "tokens_s", "over_definition", "over_twin", "of_products", "of_bandwidth", "peak_gib"]].copy()
     for column, digits in (("tokens_s", 0), ("over_definition", 1), ("over_twin", 1), ("of_products", 2), ("of_bandwidth", 2), ("peak_gib", 1)):
@@ -86,6 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
     if given.documents:
         collection(given.documents, given.width, given.layers, given.threads)
     else:
