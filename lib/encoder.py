@@ -1,4 +1,4 @@
-"""Texts to vectors: one a text, the same whatever stands beside it in the batch.
+"""Texts to vectors: one a text, the same to 1e-6 whatever stands beside it in the batch.
 
     Encoder(model, tokenizer).encode(texts)      float32 (n, D)
     tokenize(texts, tokenizer, max_length)       the first tokens; tokenize_whole: all of them
@@ -47,6 +47,7 @@ class Encoder:
             keep them all (`best`): a document then scores what its best window scores, at the price of many vectors.
         stride: tokens from the beginning of one window to that of the next; None: side by side.
         precision: float32 | bfloat16, of a model on a CPU (lib/engine.py); elsewhere the model's own holds.
+        engine: of another encoder of this model, with what it has computed; None: a new one.
 
     Attributes:
         longer: for each text of the last `encode`, whether it was longer than that.
@@ -57,7 +58,7 @@ class Encoder:
     """
 
     def __init__(self, model, tokenizer, max_length: int | None = None, truncate: bool = False, chunk: str | None = None, stride: int | None = None,
-                 precision: str = "float32"):
+                 precision: str = "float32", engine: Engine | None = None):
         limit = model.config.max_position_embeddings
         if min(max_length or limit, limit) < 3:
             raise ValueError(f"max_length={min(max_length or limit, limit)} leaves no room for a token between [CLS] and [SEP]")
@@ -74,7 +75,8 @@ class Encoder:
         parameter = next(model.parameters())
         self.precision, self.engine = precision, None
         if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and isinstance(model, M2BertPreTrainedModel):
-            self.engine = Engine(model, getattr(torch, precision))
+            self.engine = Engine(model, getattr(torch, precision)) if engine is None else engine
+            self.precision = str(self.engine.dtype).removeprefix("torch.")
 
     @property
     def reads(self) -> int | None:
@@ -83,9 +85,7 @@ class Encoder:
 
     def reading(self, first_tokens: int) -> "Encoder":
         """The same encoder, reading at most the first so many tokens."""
-        shorter = Encoder(self.model, self.tokenizer, min(first_tokens, self.max_length), truncate=True, precision=self.precision)
-        shorter.engine = self.engine                                       # with what it has computed
-        return shorter
+        return Encoder(self.model, self.tokenizer, min(first_tokens, self.max_length), truncate=True, precision=self.precision, engine=self.engine)
 
     @property
     def truncated(self) -> int:
@@ -139,8 +139,9 @@ class Encoder:
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         device = next(self.model.parameters()).device
         progress = bar(total=len(ids), desc="encode", show=show_progress)
-        fast = self.engine is not None and device.type == "cpu"            # pads nothing
-        tokens = np.array([config.max_position_embeddings if config.pad_to_max_length else len(ids[i]) for i in order], dtype=np.int64)
+        fast = self.engine is not None and device.type == "cpu" and next(self.model.parameters()).dtype == torch.float32
+        padded = config.pad_to_max_length and not (fast and config.mask_padding)
+        tokens = np.array([config.max_position_embeddings if padded else len(ids[i]) for i in order], dtype=np.int64)
         ends, start = tokens.cumsum(), 0
         while start < len(order):
             size = int(np.searchsorted(ends, ends[start] - tokens[start] + BATCH_TOKENS, side="right")) - start if fast else min(batch_size, BATCH_TOKENS // tokens[start])

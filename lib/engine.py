@@ -39,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """A fast `forward` of a model; weights that change are noticed.
+    """A fast `forward` of a model, in eval: without dropout.
+
+    Weights that change are noticed by their version, and by a sample of each where that stays (fused optimizers, `.data`). Who
+    edits single numbers through `.data` sets `seen` to None.
 
     Args:
         model: an M2BertModel or what holds one as `.model`, on the CPU.
@@ -75,6 +78,7 @@ class Engine:
         lengths = [len(row) for row in ids]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         runs = self.runs(lengths)
+        self.make_room({self.fft(length) for length in lengths})
         x = self.embed(torch.tensor([token for row in ids for token in row]), lengths)
         for number in range(len(self.layers)):
             x = self.layer(number, x, starts, lengths, runs)
@@ -94,10 +98,12 @@ class Engine:
         sample = torch.cat([parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLE)] for parameter in parameters])
         if self.seen is not None and now == self.seen[0] and torch.equal(sample, self.seen[1]):
             return
+        if {parameter.dtype for parameter in parameters} != {torch.float32}:
+            raise ValueError(f"a model of {', '.join(sorted({str(parameter.dtype) for parameter in parameters}))}: the engine reads weights of float32, and `dtype` is for the rest")
         self.layers = [self.prepared(layer) for layer in self.model.layers]
         pooler = self.model.pooler
         self.pooler = pooler.weight.float(), pooler.bias.float()
-        self.tables: OrderedDict = OrderedDict()                           # (layer, n) -> spectra
+        self.tables: OrderedDict = OrderedDict()                           # n -> {layer: spectra}, those used last at the end
         self.seen = now, sample
 
     def prepared(self, layer) -> dict:
@@ -111,19 +117,30 @@ class Engine:
     def spectra(self, number: int, n: int):
         """A function from a slice of channels to their spectra, of a layer's filters for FFTs of size n; and how many channels to ask for at a time.
 
-        All layers' are kept where they fit, those used last first; else none is, and they are computed for each batch anew.
+        Those of a size are kept where `make_room` found room for all layers; else they are computed for each batch anew.
         """
-        key, (mixer, D) = (number, n), (self.layers[number]["layer"].mixer, self.model.config.hidden_size)
-        if key not in self.tables:
-            size = (D * (n // 2 + 1) * (4 if self.native else 2 * (1 + (mixer.residual_filter is not None))) * (2 if self.native and self.dtype == torch.bfloat16 else 4))
+        mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
+        kept = self.tables.get(n)
+        if kept is None or number not in kept:
             compute = (native_spectra if self.native else torch_spectra)(mixer, n, self.model.config.max_position_embeddings, self.dtype)
-            if len(self.layers) * size > SPECTRA:
+            if kept is None:
                 return compute, CHANNELS * (torch.get_num_threads() if self.native else 1)
-            while self.tables and sum(kept.nbytes for kept in self.tables.values()) + size > SPECTRA:
-                self.tables.popitem(last=False)
-            self.tables[key] = compute(slice(0, D))
-        self.tables.move_to_end(key)
-        return self.tables[key].channels, D
+            kept[number] = compute(slice(0, D))
+        return kept[number].channels, D
+
+    def make_room(self, sizes: set[int]) -> None:
+        """Say for which sizes of FFT spectra are kept: as many of this batch's as fit, the smallest first, then those that were used last."""
+        def bytes_of(n: int) -> int:
+            numbers = 4 if self.native else 2 * (1 + bool(self.model.config.residual_long_conv))
+            return len(self.layers) * self.model.config.hidden_size * (n // 2 + 1) * numbers * (2 if self.native and self.dtype == torch.bfloat16 else 4)
+
+        wanted = [*sorted(sizes), *(n for n in reversed(self.tables) if n not in sizes)]
+        room, stay = SPECTRA, []
+        for n in wanted:
+            if bytes_of(n) <= room:
+                room -= bytes_of(n)
+                stay.append(n)
+        self.tables = OrderedDict((n, self.tables.get(n, {})) for n in reversed(stay))
 
     # ------------------------------------------------------------------ layers
 
@@ -137,6 +154,10 @@ class Engine:
             x[start : start + length] += where[:length]
             start += length
         return e.LayerNorm(x).to(self.dtype)
+
+    def fft(self, length: int) -> int:
+        """The size of FFT for a text of so many tokens."""
+        return native.size(length) if self.native else fft_length(2 * length - 1)
 
     def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
         """Tokens that go through a product together, and whether they are one long text: so a text's neighbours do not matter to it."""
@@ -160,7 +181,7 @@ class Engine:
 
     def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
         (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
-        sizes = [native.size(length) if self.native else fft_length(2 * length - 1) for length in lengths]
+        sizes = [self.fft(length) for length in lengths]
         spectra = {n: self.spectra(number, n) for n in set(sizes)}
         group = min(few for _, few in spectra.values())
         for c in range(0, D, group):
@@ -178,7 +199,8 @@ class Engine:
         """LayerNorm(h + MLP(h)), (T, D)."""
         mlp = own["layer"].mlp
         if own["gated"] is None:
-            return mlp(h[None].float())[0].to(self.dtype)
+            gate, value = mlp.gated_layers(h.float()).chunk(2, dim=-1)
+            return mlp.layernorm(h.float() + mlp.wo(F.gelu(gate) * value)).to(self.dtype)
         K = len(own["gated"])
         width, hidden = h.shape[1] // K, mlp.wo.d_in // K
         out, bias = torch.empty_like(h), mlp.wo.bias

@@ -28,10 +28,11 @@ struct half { uint16_t bits; };                                    // a float16;
 static inline V load(const float* p) { return _mm512_loadu_ps(p); }
 static inline V load(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
 static inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-static inline void store(uint16_t* p, V v) {                       // to nearest, ties to even; numbers are finite
+static inline void store(uint16_t* p, V v) {                       // to nearest, ties to even; what is no number stays none
     __m512i i = _mm512_castps_si512(v);
     i = _mm512_add_epi32(i, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_epi32(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1))));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(i, 16)));
+    i = _mm512_mask_mov_epi32(_mm512_srli_epi32(i, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(i));
 }
 static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void store(half* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
@@ -324,6 +325,16 @@ static void text_gradient(const float* p, const float* u, const float* c1, const
     }
 }
 
+// work in a thread of its own, or here and now where the system gives none.
+template <class... Work>
+static void start(std::vector<std::thread>& team, Work... work) {
+    try {
+        team.emplace_back(work...);
+    } catch (...) {
+        [](auto first, auto... rest) { first(rest...); }(work...);
+    }
+}
+
 // job(i) for i < jobs by so many threads, each with `floats` numbers of its own.
 template <class F>
 static void together(long jobs, int threads, size_t floats, F job) {
@@ -334,7 +345,7 @@ static void together(long jobs, int threads, size_t floats, F job) {
         std::free(buffer);
     };
     std::vector<std::thread> team;
-    for (int i = 1; i < threads && i < jobs; ++i) team.emplace_back(work);
+    for (int i = 1; i < threads && i < jobs; ++i) start(team, work);
     work();
     for (auto& one : team) one.join();
 }
@@ -377,7 +388,7 @@ template <class F>
 static void shared(long n, long threads, F work) {
     const long share = (n / 16 + threads - 1) / threads * 16;
     std::vector<std::thread> team;
-    for (long from = share; from < n; from += share) team.emplace_back(work, from, std::min(n, from + share));
+    for (long from = share; from < n; from += share) start(team, work, from, std::min(n, from + share));
     work(0, std::min(n, share));
     for (auto& one : team) one.join();
 }
@@ -401,7 +412,6 @@ void glu_gradient(float* a, float* b, float* m, const float* dm, long n, int thr
     });
 }
 void* plan_new(long n) { return new Plan(n); }
-void plan_free(void* plan) { delete static_cast<Plan*>(plan); }
 void mix_f32(const float* p, const float* u, float* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
              const float* const* scales, const void* const* plans, int threads) {
     mix<float, float>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);

@@ -136,7 +136,7 @@ class SequenceMixer(nn.Module):
         self.gated_filter = long_filter()
         self.residual_filter = long_filter() if config.residual_long_conv else None
         self.out_linear = nn.Linear(D, D)
-        self.kept = None                                                   # see `spectra`
+        self.kept, self.layers = None, config.num_hidden_layers            # see `spectra`
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:    # (B, L, D), (B, 1, L) of 0 and 1
         if self.layernorm is not None:
@@ -162,7 +162,7 @@ class SequenceMixer(nn.Module):
         p = self.in_linear(u)                                              # (B, L, 3D)
         if mask is not None:
             p = p * mask.transpose(1, 2)
-        real = torch.full((B,), L) if mask is None else mask[:, 0].sum(dim=1).long()
+        real = torch.full((B,), L, dtype=torch.int64, device="cpu") if mask is None else mask[:, 0].sum(dim=1).long()
         filters = [(None, None, None) if filter is None else (*filter.before_decay(filter.hidden(L)), filter.bias) for filter in (self.gated_filter, self.residual_filter)]
         table = native.Spectra.apply(self.gated_filter.time(L), self.gated_filter.deltas(), native.size(L), *filters[0], *filters[1])
         return native.Mix.apply(p, u, self.short_filter.weight[:, 0].t(), self.short_filter.bias, table, real)
@@ -182,11 +182,15 @@ class SequenceMixer(nn.Module):
         p = torch.matmul(self.in_linear.weight, u)                         # (B, 3D, L), its bias still to come
         return monarch_conv.mix(p, u, self.short_filter.weight, self.short_filter.bias, self.spectra(L), real, self.in_linear.bias)
 
+    def train(self, mode: bool = True):
+        self.kept = None
+        return super().train(mode)
+
     def spectra(self, length: int) -> Tensor:
         """`monarch_conv.spectra` of this layer's filters for texts of `length` tokens.
 
-        Without gradients those of one length are kept, until a weight's version changes or a pass with gradients comes by, whose optimizer may
-        change weights behind their version; and only where twelve layers of them leave three quarters of the GPU free.
+        Without gradients and in `eval` those of one length are kept, until a weight's version changes or the mode does: a fused optimizer changes
+        weights behind their version. And only where those of all layers leave three quarters of the GPU free.
         """
         filters = [filter for filter in (self.gated_filter, self.residual_filter) if filter is not None]
         if torch.is_grad_enabled():
@@ -200,7 +204,7 @@ class SequenceMixer(nn.Module):
             hidden = [filter.hidden(length) for filter in filters]
             table = in_parts(lambda some: torch.stack([monarch_conv.spectrum(*filter.taps(shared, some), filter.bias[some], length) for filter, shared in zip(filters, hidden)]),
                              len(self.gated_filter.bias), max(1, TILE // (4 * length)), dim=1)
-            if device.type == "cuda" and 48 * table.nbytes > torch.cuda.get_device_properties(device).total_memory:
+            if self.training or device.type == "cuda" and 4 * self.layers * table.nbytes > torch.cuda.get_device_properties(device).total_memory:
                 return table
             self.kept = now, table, weights                                # held, so that no other weight gets their addresses
         return self.kept[1]

@@ -113,12 +113,12 @@ class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
 
     x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even; float32 on a CPU with the kernel of lib/mixer.cpp. Kept for the
-    backward pass are a and b alone.
+    backward pass are x, a and b.
     """
 
     @staticmethod
     def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-        return (paired(gated, out) and gated.weight.shape[1] % 16 == 0 and x.device.type == "cpu" and x.dtype == gated.weight.dtype == torch.float32
+        return (paired(gated, out) and gated.weight.shape[1] % 16 == 0 and x.device.type == "cpu" and x.dtype == gated.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
                 and native.kernel() is not None)
 
     @staticmethod

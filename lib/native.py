@@ -118,8 +118,8 @@ def spectra(gated: tuple, residual: tuple | None, time: Tensor, delta: Tensor, n
     """
     half = dtype == torch.bfloat16
     L, D = gated[0].shape
-    values = torch.empty(D // LANES, n // 2 + 1, 4, LANES, dtype=torch.float16 if half else torch.float32)
-    scale = torch.empty(D) if half else None
+    values = torch.empty(D // LANES, n // 2 + 1, 4, LANES, dtype=torch.float16 if half else torch.float32, device="cpu")
+    scale = torch.empty(D, dtype=torch.float32, device="cpu") if half else None
     taps = [None if part is None else part.contiguous() for part in (*gated, *(residual or (None,) * 3))]
     kernels, gains = (taps[0], taps[1], taps[3], taps[4]), (taps[2], taps[5])
     check(time, delta, *filter(lambda part: part is not None, taps))
@@ -141,7 +141,7 @@ class Spectra(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         time, delta = ctx.saved_tensors
-        grad, grads = grad.contiguous(), [None if shape is None else torch.empty(shape) for shape in ctx.shapes]
+        grad, grads = grad.contiguous(), [None if shape is None else torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ctx.shapes]
         kernel().spectra_gradient(pointers((grads[0], grads[1], grads[3], grads[4])), pointers((grads[2], grads[5])), time.data_ptr(), delta.data_ptr(), len(time), len(delta),
                                   grad.data_ptr(), plan(ctx.n), torch.get_num_threads())
         return None, None, None, *grads
@@ -150,6 +150,11 @@ class Spectra(torch.autograd.Function):
 def check(*tensors: Tensor) -> None:
     if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors):
         raise TypeError(f"lib/mixer.cpp reads float32 as it lies: got {[(tensor.dtype, tuple(tensor.shape), tensor.is_contiguous()) for tensor in tensors]}")
+
+
+def check_alike(*tensors: Tensor) -> None:
+    if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1 or tensors[0].numel() % LANES or not all(tensor.is_contiguous() for tensor in tensors):
+        raise TypeError(f"lib/mixer.cpp takes contiguous tensors of one type and shape, a multiple of {LANES} numbers: got {[(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]}")
 
 
 def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tables: list[Table], real: Tensor | None = None, c1: Tensor | None = None,
@@ -169,12 +174,19 @@ def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tabl
     kinds = {p.dtype, u.dtype, y.dtype}, {table.values.dtype for table in tables}
     if kinds not in (({torch.float32}, {torch.float32}), ({torch.bfloat16}, {torch.float16})):
         raise TypeError(f"p is {p.dtype}, u {u.dtype}, the tables {tables[0].values.dtype}: all of them float32, or bfloat16 and tables of float16")
-    if not all(tensor.is_contiguous() for tensor in (p, u, y, starts, weight, bias, *(table.values for table in tables))):
+    given = [starts, weight, bias, *(table.scale for table in tables if table.scale is not None), *(tensor for tensor in (real, c1) if tensor is not None)]
+    if not all(tensor.is_contiguous() for tensor in (p, u, y, *given, *(table.values for table in tables))):
         raise ValueError("mix reads its inputs as they lie: give it contiguous ones")
-    lengths = starts.diff().tolist()
-    if any(table.values.shape[:2] != ((channels.stop - channels.start) // LANES, size(length) // 2 + 1) for table, length in zip(tables, lengths, strict=True)):
-        raise ValueError(f"tables of {[tuple(table.values.shape) for table in tables]} do not fit texts of {lengths} tokens and channels {channels.start} to {channels.stop}")
+    (T, D), lengths, d = u.shape, starts.diff().tolist(), channels.stop - channels.start
     real = starts.diff() if real is None else real
+    if {tensor.dtype for tensor in given if tensor is not starts and tensor is not real} != {torch.float32} or {starts.dtype, real.dtype} != {torch.int64}:
+        raise TypeError("weight, bias, scales and c1 are float32, starts and real int64")
+    if (p.shape, y.shape, weight.shape, bias.shape) != ((T, 3 * D), (T, D), (3, 3 * D), (3 * D,)) or c1 is not None and c1.shape != u.shape or channels.start % PAIR or d % PAIR or not 0 <= channels.start < channels.stop <= D:
+        raise ValueError(f"for u {(T, D)} and channels {channels.start} to {channels.stop}, in steps of {PAIR}: got p {tuple(p.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
+    if min(lengths) < 1 or int(starts[0]) < 0 or int(starts[-1]) > T or len(real) != len(lengths) or any(not 0 <= few <= length for few, length in zip(real.tolist(), lengths)):
+        raise ValueError(f"texts that begin at {starts.tolist()} with {real.tolist()} tokens do not lie in {T}")
+    if any(table.values.shape != (d // LANES, size(length) // 2 + 1, 4, LANES) or (table.scale is None) != (p.dtype == torch.float32) for table, length in zip(tables, lengths, strict=True)):
+        raise ValueError(f"tables of {[tuple(table.values.shape) for table in tables]} do not fit texts of {lengths} tokens and channels {channels.start} to {channels.stop}")
     scales = None if tables[0].scale is None else pointers([table.scale for table in tables])
     function = {torch.float32: library.mix_f32, torch.bfloat16: library.mix_bf16}[p.dtype]
     function(p.data_ptr(), u.data_ptr(), y.data_ptr(), None if c1 is None else c1.data_ptr(), starts.data_ptr(), real.data_ptr(), len(real), u.shape[-1], channels.start, channels.stop - channels.start,
@@ -196,8 +208,8 @@ class Mix(torch.autograd.Function):
     def forward(ctx, p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, table: Tensor, real: Tensor) -> Tensor:
         p, u, weight, bias, table = (tensor.contiguous() for tensor in (p, u, weight, bias, table))
         B, L, D = u.shape
-        starts, c1 = torch.arange(B + 1) * L, torch.empty_like(u)
-        y = mix(p, u, starts, weight, bias, [Table(table, None)] * B, real, c1)
+        starts, c1 = torch.arange(B + 1, device="cpu") * L, torch.empty_like(u)
+        y = mix(p.flatten(0, 1), u.flatten(0, 1), starts, weight, bias, [Table(table, None)] * B, real, c1.flatten(0, 1)).view_as(u)
         ctx.save_for_backward(p, u, weight, bias, table, real, starts, c1)
         return y
 
@@ -216,6 +228,7 @@ class Mix(torch.autograd.Function):
 def glu(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """GELU(a) · b; a, b and out contiguous, of one type and a multiple of 16 numbers. `out` may be a."""
     out = torch.empty_like(a) if out is None else out
+    check_alike(a, b, out)
     function = {torch.float32: kernel().glu_f32, torch.bfloat16: kernel().glu_bf16}[a.dtype]
     function(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel(), torch.get_num_threads())
     return out
@@ -224,5 +237,7 @@ def glu(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> Tensor:
     """GELU(a) · b once more; a and b become their gradients. Float32."""
     m = torch.empty_like(a)
+    check_alike(a, b, dm)
+    check(a)
     kernel().glu_gradient(a.data_ptr(), b.data_ptr(), m.data_ptr(), dm.data_ptr(), a.numel(), torch.get_num_threads())
     return m

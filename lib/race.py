@@ -60,11 +60,13 @@ def entrants(config: M2BertConfig, device: str = "cpu", shallow_from: int | None
     return {"definition, float32": entry("definition", "float32"), "torch.fft, bfloat16": entry("torch", "bfloat16"), "torch.compile, bfloat16": entry("compiled", "bfloat16"),
             "Monarch convolution, bfloat16": entry("forward", "bfloat16"), "Transformer twin, bfloat16": entry("forward", "bfloat16", bert),
             "BGE-large's shape, bfloat16": entry("forward", "bfloat16", BertConfig(hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, num_attention_heads=16, **large)),
-            "a 7B shape, bfloat16": entry("forward", "bfloat16", BertConfig(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, **large), 0)}
+            "a 7B shape, bfloat16": entry("forward", "bfloat16", BertConfig(hidden_size=4096, num_hidden_layers=32, intermediate_size=18432, num_attention_heads=32, **large), 0)}
 
 
 def definition_of_the_mixer(self: SequenceMixer, u: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Texts transposed, each convolution by itself, FFTs of 2 L points, kernels made anew."""
+    """Texts transposed, each convolution by itself, FFTs of 2 L points, kernels made anew; without padding."""
+    if mask is not None:
+        raise ValueError("the definition is raced on texts without padding")
     L = u.shape[1]
     u = (u if self.layernorm is None else self.layernorm(u)).transpose(1, 2)                        # (B, D, L)
     p = self.in_linear(u.transpose(1, 2)).transpose(1, 2)                                           # (B, 3D, L)
@@ -115,9 +117,9 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
         limits: whether the machine's own limits take turns too, as the model "limits".
 
     Returns:
-        One {"model", "length_tokens", "batch", "turn", "layers", "encode_s", "cpu_s", "peak_gib"} per entrant, length and
+        One {"model", "length_tokens", "batch", "turn", "layers", "dtype", "encode_s", "cpu_s", "peak_gib"} per entrant, length and
         turn, shortest first. encode_s is the wall's time (on a GPU: the device's, by its events), cpu_s the sum over threads, which a busy machine disturbs
-        less; where `layers` are fewer than the model has, both are multiplied up and peak_gib is NaN. peak_gib is the whole
+        less; where `layers` are fewer than the model has, both are multiplied up (with what lies outside of the layers: half a percent at the published width) and peak_gib is NaN. peak_gib is the whole
         process's, Python, torch and weights included, NaN where the system does not tell; on a GPU what torch allocated there.
         Of "limits": gflops_float32, gflops_bfloat16 (a product like an encoder's) and gb_s (a copy larger than any cache).
 
@@ -143,7 +145,7 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
                 if budget_s and turn > 1 and time.monotonic() - started > budget_s:
                     break
                 for name in (name for name, entry in entries.items() if length <= ((entry or {}).get("until") or length)):
-                    answer = say(runners[name], {"length_tokens": length, "batch": batch, "warm": turn == 0})
+                    answer = say(runners[name], {"length_tokens": length, "batch": batch})
                     if turn:
                         turns.append({"model": name, "length_tokens": length, "batch": batch, "turn": turn} | answer)
             log.info("the race at %d tokens took %.0f s", length, time.monotonic() - started)
@@ -200,7 +202,8 @@ def encoding(entry: dict, device: torch.device):
     if entry["way"] in ("torch", "compiled"):
         os.environ["LOCO_NATIVE"] = "0"                                    # of this process: lib/monarch_conv.py heeds it too
     engine = Engine(model, getattr(torch, entry["dtype"])) if entry["way"] == "engine" else None
-    forward = torch.compile(model) if entry["way"] == "compiled" else model
+    forward = torch.compile(model, dynamic=False) if entry["way"] == "compiled" else model
+    dtype = entry["dtype"] if engine is None else str(engine.dtype).removeprefix("torch.")          # float32 where there are no bfloat16 products
 
     def encode(turn: dict, device: torch.device) -> dict:
         shallow = turn["length_tokens"] >= shallow_from
@@ -210,7 +213,7 @@ def encoding(entry: dict, device: torch.device):
         with by_definition(entry["way"] == "definition"):
             took = timed((lambda: engine(rows)) if engine is not None else (lambda: forward(ids)), device)
         times = layers if shallow else 1
-        return {"layers": len(getattr(stack, name))} | {part: value * times for part, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
+        return {"layers": len(getattr(stack, name)), "dtype": dtype} | {part: value * times for part, value in took.items()} | {"peak_gib": math.nan if shallow else peak_gib(device)}
     return encode
 
 
@@ -249,7 +252,7 @@ def limits(device: torch.device) -> dict:
 def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
     """One line an entrant and length, medians over turns.
 
-    Columns: length_tokens, model, layers (those timed), turns, encode_s, fastest_s, slowest_s, cpu_s, tokens_s, over_definition and
+    Columns: length_tokens, model, layers (those timed), dtype, turns, encode_s, fastest_s, slowest_s, cpu_s, tokens_s, over_definition and
     over_twin (how many times as fast, turn by turn), peak_gib; gflops and gflop_a_byte (counted operations and bytes, lib/efficiency.py, in that time),
     of_products and of_bandwidth (products, and bytes, in that time as shares of the machine's limits).
     """
@@ -258,7 +261,7 @@ def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
     turns = turns[turns["model"] != LIMITS]
     seconds = turns.pivot(index=["length_tokens", "turn"], columns="model", values="encode_s")
     found = turns.groupby(["length_tokens", "model"], sort=False).agg(
-        batch=("batch", "first"), layers=("layers", "first"), turns=("turn", "size"), encode_s=("encode_s", "median"), fastest_s=("encode_s", "min"), slowest_s=("encode_s", "max"),
+        batch=("batch", "first"), layers=("layers", "first"), dtype=("dtype", "first"), turns=("turn", "size"), encode_s=("encode_s", "median"), fastest_s=("encode_s", "min"), slowest_s=("encode_s", "max"),
         cpu_s=("cpu_s", "median"), peak_gib=("peak_gib", "max")).reset_index()
     found["tokens_s"] = found["length_tokens"] * found["batch"] / found["encode_s"]
     for column, model in (("over_definition", "definition, float32"), ("over_twin", "Transformer twin, bfloat16")):
@@ -267,10 +270,10 @@ def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
     lines = []
     for line in found.itertuples():
         entry = entries[line.model]
-        products, operations, moved = efficiency.cost(entry["config"], line.length_tokens, 4 if entry["dtype"] == "float32" else 2, line.batch)
+        products, operations, moved = efficiency.cost(entry["config"], line.length_tokens, 4 if line.dtype == "float32" else 2, line.batch)
         rate = None if machine is None else machine.loc[line.length_tokens]
         lines.append({"gflops": operations / line.encode_s / 1e9 * line.batch, "gflop_a_byte": operations / moved,
-                      "of_products": math.nan if rate is None else products * line.batch / line.encode_s / 1e9 / rate[f"gflops_{entry['dtype']}"],
+                      "of_products": math.nan if rate is None else products * line.batch / line.encode_s / 1e9 / rate[f"gflops_{line.dtype}"],
                       "of_bandwidth": math.nan if rate is None else moved * line.batch / line.encode_s / 1e9 / rate["gb_s"]})
     return pd.concat([found, pd.DataFrame(lines)], axis=1)
 
@@ -280,7 +283,7 @@ def figure(found: pd.DataFrame, turns: list[dict]):
     import matplotlib.pyplot as plt
 
     machine = pd.DataFrame(turns)
-    machine = machine[machine["model"] == LIMITS][["gflops_float32", "gflops_bfloat16", "gb_s"]].median()
+    machine = machine[["gflops_float32", "gflops_bfloat16", "gb_s"]][machine["model"] == LIMITS].median() if LIMITS in set(machine["model"]) else None
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
     for i, (model, rows) in enumerate(found.groupby("model", sort=False)):
         style = dict(marker="o", ms=4, color=f"C{i}", label=model)
@@ -289,7 +292,7 @@ def figure(found: pd.DataFrame, turns: list[dict]):
         b.plot(rows["length_tokens"], rows["peak_gib"], **style)
         c.plot(rows["gflop_a_byte"], rows["gflops"], ls="", **style)
     intensity = [found["gflop_a_byte"].min() / 2, found["gflop_a_byte"].max() * 2]
-    for dtype, line in (("float32", "--"), ("bfloat16", "-")):
+    for dtype, line in (("float32", "--"), ("bfloat16", "-")) if machine is not None else ():
         rate = machine[f"gflops_{dtype}"]
         points = sorted({*intensity, min(max(rate / machine["gb_s"], intensity[0]), intensity[1])})
         c.plot(points, [min(rate, machine["gb_s"] * x) for x in points], color="0.4", lw=1, ls=line, label=f"limit, {dtype}")
@@ -327,11 +330,12 @@ def convolutions(lengths: list[int], width: int = 768, dtype: str = "bfloat16", 
 def measured(length: int, batch: int, width: int, dtype: torch.dtype, repeats: int, device: str = "cuda") -> dict:
     device = torch.device(device)
     torch.manual_seed(0)
+    torch._dynamo.reset()                                                  # else the ninth shape and all after it would run uncompiled
     p, u = (torch.randn(batch, channels, length, device=device).to(dtype) for channels in (3 * width, width))
     weight, bias = torch.randn(3 * width, 1, 3, device=device), torch.randn(3 * width, device=device)
     kernels = [(torch.randn(width, length, device=device), torch.randn(width, length, device=device), torch.randn(width, device=device)) for _ in range(2)]
     spectra = monarch_conv.spectra(*kernels, length)
-    compiled = torch.compile(monarch_conv.mix_direct)
+    compiled = torch.compile(monarch_conv.mix_direct, dynamic=False)
     ways = {"torch_fft_ms": lambda: monarch_conv.mix_direct(p, u, weight, bias, kernels), "compiled_ms": lambda: compiled(p, u, weight, bias, kernels),
             "monarch_ms": lambda: monarch_conv.mix(p, u, weight, bias, spectra)}
     taken: dict[str, list] = {name: [] for name in ways}

@@ -415,3 +415,21 @@ def test_save_pretrained_round_trip_and_auto_classes(tmp_path):
     again = AutoModel.from_pretrained(tmp_path, trust_remote_code=False).eval()
     ids = torch.randint(1, 50, (2, 30))
     close(model(ids).pooler_output, again(ids).pooler_output, 1e-6)
+
+
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_spectra_kept_for_a_gpu_are_those_of_the_weights_after_a_fused_step(evaluating):
+    """A fused optimizer leaves a weight's version as it was: a pass without gradients between backward and step must leave nothing behind."""
+    torch.manual_seed(0)
+    mixer = SequenceMixer(M2BertConfig(hidden_size=32, max_position_embeddings=40, filter_order=8))
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
+    mixer(torch.randn(1, 40, 32)).sum().backward()
+    with torch.no_grad():
+        before = mixer.train(not evaluating).spectra(40).clone()
+        mixer.train()
+        optimizer.step()
+        found = mixer.train(not evaluating).spectra(40)
+        assert (found - before).abs().max() > 1e-3
+        torch.testing.assert_close(found, SequenceMixer.spectra(copy.deepcopy(mixer).train(), 40), rtol=0, atol=1e-6)
+        if evaluating:
+            assert mixer.spectra(40) is found

@@ -9,7 +9,7 @@ from lib import efficiency, race
 from lib.model import M2BertConfig, M2BertForRetrieval
 
 CONFIG = M2BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, intermediate_size=256, max_position_embeddings=96, filter_order=16)
-COLUMNS = {"model", "length_tokens", "batch", "turn", "layers", "encode_s", "cpu_s", "peak_gib"}
+COLUMNS = {"model", "length_tokens", "batch", "turn", "layers", "dtype", "encode_s", "cpu_s", "peak_gib"}
 
 
 @pytest.mark.parametrize("options", [{}, dict(residual_long_conv=False), dict(bidirectional=False), dict(mixer_layer_norm=True)])
@@ -26,6 +26,11 @@ def test_the_definition_is_the_model(options, length):
         found = model(ids).last_hidden_state
     assert type(model.model.layers[0].mixer).forward is own
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_definition_takes_no_padding():
+    with race.by_definition(), pytest.raises(ValueError, match="without padding"):
+        M2BertForRetrieval(CONFIG)(torch.tensor([[5, 6], [5, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))
 
 
 def test_a_race_takes_turns_and_reports_each_models_memory():
@@ -57,7 +62,7 @@ def test_a_table_by_hand():
     """Two turns, in which the machine is slow once: a ratio is taken turn by turn."""
     entries = {name: entry for name, entry in race.entrants(CONFIG).items() if name in ("definition, float32", "engine, bfloat16", "Transformer twin, bfloat16")}
     seconds = {"definition, float32": (1.0, 3.0), "engine, bfloat16": (0.25, 0.5), "Transformer twin, bfloat16": (0.5, 0.5)}
-    turns = [{"model": name, "length_tokens": 96, "batch": 2, "turn": turn + 1, "layers": 2, "encode_s": seconds[name][turn], "cpu_s": 1.0, "peak_gib": 0.5} for turn in range(2) for name in entries]
+    turns = [{"model": name, "length_tokens": 96, "batch": 2, "turn": turn + 1, "layers": 2, "dtype": entries[name]["dtype"], "encode_s": seconds[name][turn], "cpu_s": 1.0, "peak_gib": 0.5} for turn in range(2) for name in entries]
     turns += [{"model": race.LIMITS, "length_tokens": 96, "batch": 2, "turn": turn + 1, "gflops_float32": 50.0, "gflops_bfloat16": 100.0, "gb_s": 10.0} for turn in range(2)]
     line = race.table(turns, entries).set_index("model").loc["engine, bfloat16"]
     assert (line["tokens_s"], line["over_definition"], line["over_twin"]) == (96 * 2 / 0.375, 5.0, 1.5)
@@ -66,6 +71,7 @@ def test_a_table_by_hand():
     assert line["gflops"] == pytest.approx(2 * operations / 0.375 / 1e9) and line["gflop_a_byte"] == pytest.approx(operations / moved)
     alone = race.table([turn for turn in turns if turn["model"] == "engine, bfloat16"], entries).iloc[0]
     assert pd.isna(alone["over_definition"]) and pd.isna(alone["of_products"])
+    assert len(race.figure(race.table([turn for turn in turns if turn["model"] != race.LIMITS], entries), [turn for turn in turns if turn["model"] != race.LIMITS]).axes) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -76,5 +82,6 @@ def test_without_a_gpu_its_cells_say_so():
 
 def test_on_a_gpu_others_race():
     entries = race.entrants(CONFIG, "cuda")
+    assert efficiency.parameters(entries["a 7B shape, bfloat16"]["config"]) == pytest.approx(7e9, rel=0.03)
     assert [entry["way"] for entry in entries.values()] == ["definition", "torch", "compiled", "forward", "forward", "forward", "forward"]
     assert entries["a 7B shape, bfloat16"]["shallow_from"] == 0 and entries["BGE-large's shape, bfloat16"]["config"].num_hidden_layers == 24
