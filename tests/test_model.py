@@ -1,4 +1,5 @@
 """The encoder against the authors' reference values, its definition, and its promises."""
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 import lib.model
 from lib import checkpoint
-from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, M2BertModel, extend
+from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, M2BertModel, SequenceMixer, extend
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("tiny_base", "tiny_len96", "tiny_training_additions", "tiny_no_residual_conv", "tiny_causal")
