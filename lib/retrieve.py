@@ -158,10 +158,12 @@ class Best:
         """{id: (score, row)} of the k best of what was found, best first."""
         rows = np.concatenate([rows for rows, _ in self.found])
         owners = rows if self.owner is None else self.owner[rows]
+        names = [self.pids[place] for place in owners.tolist()]
         best: dict[str, tuple[float, int]] = {}
-        for score, pid, row in sorted(zip(exact_scores(self.query, self.vectors, rows).tolist(), [self.pids[place] for place in owners], rows.tolist()), reverse=True):
-            if len(best) < self.k:
-                best.setdefault(pid, (score, row))
+        for score, pid, row in sorted(zip(exact_scores(self.query, self.vectors, rows).tolist(), names, rows.tolist()), reverse=True):
+            best.setdefault(pid, (score, row))
+            if len(best) == self.k:
+                break
         return best
 
     def documents(self) -> dict[str, float]:
