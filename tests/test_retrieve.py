@@ -154,12 +154,21 @@ def test_a_file_is_searched_as_what_stands_in_it(dtype, tmp_path, monkeypatch, r
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e15, 1e25])
-def test_vectors_whose_squares_are_no_float32_are_searched_all_the_same(scale):
+@pytest.mark.parametrize("scale, other", [(1e-30, 1), (1e-25, 1e10), (1e-12, 1), (1e15, 1), (1e25, 1), (1e19, 1e18), (1e20, 1e20)])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_scores_at_the_ends_of_float32_are_searched_all_the_same(scale, other):
+    """Squares, sums or scores are no float32 there; infinite scores tie."""
     rng = np.random.default_rng(0)
-    documents, queries = (rng.standard_normal((200, 6)) * scale).astype(np.float32), rng.standard_normal((3, 6)).astype(np.float32)
+    documents, queries = (rng.standard_normal((200, 6)) * scale).astype(np.float32), (rng.standard_normal((3, 6)) * other).astype(np.float32)
     pids, qids = [f"d{i}" for i in range(200)], list("xyz")
     same(retrieve.search(queries, documents, qids, pids, 5), expected_run(queries, documents, qids, pids, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_queries_are_each_given_their_own(backend):
+    documents = np.eye(300, dtype=np.float32)
+    run = retrieve.search(documents, documents, [f"q{i}" for i in range(300)], [f"d{i}" for i in range(300)], 1, backend)
+    assert run == {f"q{i}": {f"d{i}": 1.0} for i in range(300)}
 
 
 MEMORY = """
