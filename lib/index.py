@@ -33,7 +33,7 @@ class Index:
         ImportError: faiss is absent.
     """
 
-    def __init__(self, documents: np.ndarray, kind: str = "hnsw", lists: int | None = None, links: int = 32):
+    def __init__(self, documents: np.ndarray, kind: str = "ivf_flat", lists: int | None = None, links: int = 32):
         try:
             import faiss
         except ImportError as error:

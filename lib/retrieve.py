@@ -48,7 +48,7 @@ def search(queries: np.ndarray, documents: np.ndarray, qids: list[str], pids: li
     Args:
         queries: (Q, D), documents: (N, D), taken as float32; normalised, the score is the cosine.
         k: how many at most.
-        backend: torch (on a GPU, if there is one) | faiss | auto (torch, the faster). The run is the same.
+        backend: torch (on a GPU, if there is one) | faiss | auto (torch, which is as fast). The run is the same.
 
     Raises:
         ValueError: ids and vectors disagree in number or in D, an id comes twice, a vector is not finite, or k < 1.

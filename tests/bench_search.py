@@ -1,13 +1,12 @@
 """Search in seconds, memory and recall: exact and approximate, from 10,000 documents to a million.
 
-    python tests/bench_search.py                                         10,000 and 100,000 documents, every kind: minutes
-    python tests/bench_search.py --documents 1000000 --kinds exact flat ivf_flat ivf_sq8 ivf_pq
-    python tests/bench_search.py --documents 1000000 --kinds hnsw        much the longest to build
+    python tests/bench_search.py                                         10,000 and 100,000 documents, every kind: 2 minutes
+    python tests/bench_search.py --documents 1000000 --kinds flat ivf_flat ivf_sq8 ivf_pq      # minutes, 4 GiB
+    python tests/bench_search.py --documents 1000000 --kinds hnsw                               # the longest to build
 
 The vectors are made: 50 fields, 1,000 topics in them of sizes after Zipf, and around each topic a Gaussian in 16
-directions of its own with a little noise in all; queries are drawn as documents are. Without such structure
-(independent numbers) no approximate index finds anything; with more of it, it finds more. So recall speaks of these
-vectors, times and memory of any.
+directions of its own with a little noise in all; queries are drawn as documents are. Recall speaks of these vectors
+alone: of others with less structure an approximate index finds less.
 
 One process a kind; times are the best of the repeats, the exact ones in turns. *memory* is the most it held beyond the
 documents and what python holds anyway; *limit* is the rate of torch's float32 product of one block, between those turns.
@@ -144,7 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="exact comes first wherever recall is wanted, and always runs")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="exact always runs first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the vectors are put meanwhile (default: a temporary folder)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
