@@ -3,6 +3,7 @@ import builtins
 import json
 import math
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,88 @@ def test_blocks_of_queries_give_the_same_run(monkeypatch):
     same(retrieve.search(*arguments), whole)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(N=st.integers(1, 90), k=st.integers(1, 30), values=st.integers(0, 2), rows=st.integers(1, 40), group=st.integers(1, 8), spare=st.integers(0, 8), seed=st.integers(0, 999))
+def test_blocks_of_any_size_follow_the_definition(backend, N, k, values, rows, group, spare, seed):
+    """Ties within blocks and across their borders, blocks smaller than k, groups cut by the end of a block, pools that overflow."""
+    rng = np.random.default_rng(seed)
+    documents, queries = (rng.integers(-values, values + 1, size=(n, 3)).astype(np.float32) for n in (N, 5))
+    documents[N // 2 :] *= 1 + 2.0**-22                                    # nearly the same: below what a float32 sum can tell
+    pids, qids = [f"{i:x}" for i in rng.permutation(N)], list("abcde")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ROWS", rows), ("GROUP", group), ("SPARE", spare)):
+            patch.setattr(retrieve, name, value)
+        same(retrieve.search(queries, documents, qids, pids, k, backend), expected_run(queries, documents, qids, pids, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("descending", [True, False])
+def test_equal_scores_across_blocks_are_ordered_by_id_alone(backend, descending, monkeypatch):
+    """One document 1,000 times: the winners stand in the last block or in the first, whatever was found before."""
+    monkeypatch.setattr(retrieve, "ROWS", 64)
+    pids = sorted((f"d{i:03}" for i in range(1000)), reverse=descending)
+    run = retrieve.search(np.ones((2, 8), np.float32), np.ones((1000, 8), np.float32), ["x", "y"], pids, 12, backend)
+    assert list(run["x"]) == list(run["y"]) == [f"d{i}" for i in range(999, 987, -1)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_documents_sorted_by_their_score_are_found_from_either_end(order, monkeypatch):
+    """Ascending, every block is better than all before it."""
+    monkeypatch.setattr(retrieve, "ROWS", 128)
+    documents = np.arange(2000, dtype=np.float32)[::order, None] * np.array([[1, 1e-3]], np.float32)
+    pids, queries = [f"d{i}" for i in range(2000)], np.array([[1, 0], [-1, 0]], np.float32)
+    same(retrieve.search(queries, documents, ["x", "y"], pids, 20), expected_run(queries, documents, ["x", "y"], pids, 20))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_file_is_searched_as_what_stands_in_it(dtype, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(retrieve, "ROWS", 50)
+    rng = np.random.default_rng(0)
+    documents, queries = rng.standard_normal((333, 8)).astype(dtype), rng.standard_normal((4, 8)).astype(np.float32)
+    np.save(tmp_path / "documents.npy", documents)
+    file = np.load(tmp_path / "documents.npy", mmap_mode="r")
+    pids, qids = [f"d{i}" for i in range(333)], list("wxyz")
+    same(retrieve.search(queries, file, qids, pids, 7), expected_run(queries, documents.astype(np.float32), qids, pids, 7))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("scale, other", [(1e-30, 1), (1e-25, 1e10), (1e-12, 1), (1e15, 1), (1e25, 1), (1e19, 1e18), (1e20, 1e20)])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_scores_at_the_ends_of_float32_are_searched_all_the_same(scale, other):
+    """Squares, sums or scores are no float32 there; infinite scores tie."""
+    rng = np.random.default_rng(0)
+    documents, queries = (rng.standard_normal((200, 6)) * scale).astype(np.float32), (rng.standard_normal((3, 6)) * other).astype(np.float32)
+    pids, qids = [f"d{i}" for i in range(200)], list("xyz")
+    same(retrieve.search(queries, documents, qids, pids, 5), expected_run(queries, documents, qids, pids, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_queries_are_each_given_their_own(backend):
+    documents = np.eye(300, dtype=np.float32)
+    run = retrieve.search(documents, documents, [f"q{i}" for i in range(300)], [f"d{i}" for i in range(300)], 1, backend)
+    assert run == {f"q{i}": {f"d{i}": 1.0} for i in range(300)}
+
+
+MEMORY = """
+import numpy as np, resource
+from lib import retrieve
+rng = np.random.default_rng(0)
+documents, queries = (rng.standard_normal((n, 64), dtype=np.float32) for n in (300_000, 500))
+pids = [str(i) for i in range(300_000)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+retrieve.search(queries, documents, [str(i) for i in range(500)], pids, 10, "torch")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+def test_memory_is_bounded_by_blocks_and_not_by_documents_times_queries():
+    """Scores of all would be 572 MiB, a copy of the documents 73; a block of scores is 31."""
+    out = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert int(out) < 120
+
+
 def test_nothing_to_search_gives_empty_rankings():
     none, two = np.zeros((0, 4), np.float32), np.eye(2, 4, dtype=np.float32)
     for backend in retrieve.BACKENDS:
@@ -208,6 +291,26 @@ def test_a_document_of_many_windows_scores_what_its_best_does(windows, monkeypat
         assert {qid: list(found.items()) for qid, found in run.items()} == {qid: [(pid, found[pid]) for pid in metrics.ranking(found)[:9]] for qid, found in expected.items()}
     if windows == 1:
         assert run == retrieve.search(queries, np.concatenate(documents), qids, pids, k=9)
+
+
+def test_windows_of_real_numbers_follow_the_definition_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, documents = rng.standard_normal((5, 12)).astype(np.float32), [rng.standard_normal((rng.integers(1, 9), 12)).astype(np.float32) for _ in range(150)]
+    documents[7] = documents[90] = documents[41][:1].repeat(30, axis=0)   # many windows alike, in several documents
+    qids, pids = [f"q{i}" for i in range(5)], [f"d{i}" for i in rng.permutation(150)]
+    scored = [expected_run(queries, rows, qids, [f"{pid} {i}" for i in range(len(rows))], 1) for pid, rows in zip(pids, documents)]
+    expected = {qid: {next(iter(one[qid])).split()[0]: next(iter(one[qid].values())) for one in scored} for qid in qids}
+    for rows in (2**14, 100, 7):
+        monkeypatch.setattr(retrieve, "ROWS", rows)
+        for k in (1, 10, 200):
+            run = retrieve.search_windows(queries, documents, qids, pids, k)
+            same(run, {qid: {pid: found[pid] for pid in metrics.ranking(found)[:k]} for qid, found in expected.items()})
+
+
+def test_windows_that_are_not_finite_are_named_by_their_document():
+    documents = [np.ones((2, 3), np.float32), np.array([[1, 1, 1], [1, math.nan, 1]], np.float32)]
+    with pytest.raises(ValueError, match=r"document b is not finite \(1 such\)"):
+        retrieve.search_windows(np.ones((1, 3), np.float32), documents, ["q"], ["a", "b"])
 
 
 def test_the_best_window_finds_what_stands_at_the_end(tiny, tokenizer):
