@@ -1,6 +1,7 @@
 """A race is fair, its numbers are what they say, and the definition it is measured against is the model."""
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +11,12 @@ from lib.model import M2BertConfig, M2BertForRetrieval
 
 CONFIG = M2BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, intermediate_size=256, max_position_embeddings=96, filter_order=16)
 COLUMNS = {"model", "length_tokens", "batch", "turn", "layers", "dtype", "encode_s", "cpu_s", "peak_gib"}
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    plt.close("all")
 
 
 @pytest.mark.parametrize("options", [{}, dict(residual_long_conv=False), dict(bidirectional=False), dict(mixer_layer_norm=True)])
