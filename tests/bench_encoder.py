@@ -34,7 +34,7 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
     entries = race.entrants(shape(max(lengths)), shallow_from=8192)
     for name in ("definition, float32", "model, float32", "Transformer twin, bfloat16"):
         entries[name]["until"] = 32768
-    turns = race.race(entries, lengths, repeats=5, threads=threads, budget_s=30)
+    turns = race.race(entries, lengths, repeats=3, threads=threads, budget_s=20)
     found = race.table(turns, entries)
     shown = found[["length_tokens", "model", "layers", "turns", "tokens_s", "over_definition", "over_twin", "of_products", "of_bandwidth", "peak_gib"]].copy()
     for column, digits in (("tokens_s", 0), ("over_definition", 1), ("over_twin", 1), ("of_products", 2), ("of_bandwidth", 2), ("peak_gib", 1)):
