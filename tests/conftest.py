@@ -1,6 +1,8 @@
 """What several test files share: tests read small and run on two cores."""
+import builtins
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -92,6 +94,20 @@ def task_files():
                     lines(folder / kind / f"{name}_{split}.jsonl", [row for row in rows if row["dataset"] == name])
         return folder
     return write
+
+
+@pytest.fixture
+def no_faiss(monkeypatch):
+    """Importing faiss fails, as where it is not installed."""
+    original = builtins.__import__
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+
+    def absent(name, *arguments, **options):
+        if name == "faiss":
+            raise ModuleNotFoundError("No module named 'faiss'")
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
 
 
 @pytest.fixture

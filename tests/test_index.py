@@ -1,7 +1,4 @@
 """Approximate search: the scores of exact search, everything where everything is looked at, and one clear line otherwise."""
-import builtins
-import sys
-
 import numpy as np
 import pytest
 
@@ -84,15 +81,6 @@ def test_what_cannot_be_searched_is_refused_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_without_faiss_it_says_what_to_do(monkeypatch):
-    original = builtins.__import__
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
-
-    def absent(name, *arguments, **options):
-        if name == "faiss":
-            raise ModuleNotFoundError("No module named 'faiss'")
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+def test_without_faiss_it_says_what_to_do(no_faiss):
     with pytest.raises(ImportError, match="faiss-cpu or faiss-gpu, or search exactly with `retrieve.search`"):
         index.Index(DOCUMENTS)

@@ -1,5 +1,4 @@
 """Search: vectors that depend on their text alone, one order among equals, files that survive."""
-import builtins
 import json
 import math
 import os
@@ -223,16 +222,7 @@ def test_misfits_are_refused_with_their_numbers():
         retrieve.search(vectors, vectors, list("xyz"), list("abc"), backend="annoy")
 
 
-def test_without_faiss_auto_uses_torch_and_asking_for_it_says_what_to_do(monkeypatch):
-    original = builtins.__import__
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
-
-    def absent(name, *arguments, **options):
-        if name == "faiss":
-            raise ModuleNotFoundError("No module named 'faiss'")
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+def test_without_faiss_auto_uses_torch_and_asking_for_it_says_what_to_do(no_faiss):
     eye = np.eye(3, dtype=np.float32)
     assert list(retrieve.search(eye[:1], eye, ["q"], list("abc"))["q"]) == ["a", "c", "b"]
     with pytest.raises(ImportError, match="faiss-cpu or faiss-gpu, or use backend='torch'"):
