@@ -159,7 +159,7 @@ static void gather(const T* p, const T* u, float* z, long real, long rows, long 
 // One text, 16 channels from `c`; their table, and what it is to be multiplied by. After `real` tokens the input is padding;
 // c1 = conv(x1 v; k1) is kept where it is asked for.
 template <class T, class S>
-static void text(const T* p, const T* u, T* y, float* c1, long L, long real, long D, long c, const float* w, const float* b, const S* table, const float* scale, const Plan& plan, float* z) {
+static void text(const T* p, const T* u, T* y, T* c1, long L, long real, long D, long c, const float* w, const float* b, const S* table, const float* scale, const Plan& plan, float* z) {
     gather(p, u, z, real, std::max(L, plan.n / 2), D, c, w, b);
     forward(z, plan.n, plan, 0, plan.n > 1);
     multiply(z, plan.n, table);
@@ -286,40 +286,45 @@ static inline void gradient(const float* zp, const float* zq, float* wp, float* 
     put(wq, r), put(wp, y);
 }
 
-// The backward pass of one text and 16 channels: dy -> dp, du; dw, db and dspectra grow by this text's share.
-static void text_gradient(const float* p, const float* u, const float* c1, const float* dy, float* dp, float* du, long L, long real, long D, long c, const float* w, const float* b,
+// The backward pass of one text and 16 channels: dy -> dp, du; dw, db and dspectra grow by this text's share. z and g each hold n complex vectors, two at least.
+template <class T>
+static void text_gradient(const T* p, const T* u, const T* c1, const T* dy, T* dp, T* du, long L, long real, long D, long c, const float* w, const float* b,
                           const float* spectra, float* dspectra, float* dw, float* db, const Plan& plan, float* z, float* g) {
     const long n = plan.n, rows = std::max(L, n / 2);
     const float* s = spectra + c / 16 * 64 * (n / 2 + 1);
     float* d = dspectra + c / 16 * 64 * (n / 2 + 1);
+    const V zero = _mm512_setzero_ps();
     gather(p, u, z, real, rows, D, c, w, b);
-    Short x2(w, b, D, D + c);
-    for (long t = 0; t < L; ++t) {                                     // dc1 + i dc2, and the gradient of x2 where dp will be
-        V dy_t = load(dy + t * D + c);
-        _mm512_store_ps(g + 32 * t, dy_t * x2(load(p + t * 3 * D + D + c))), _mm512_store_ps(g + 32 * t + 16, dy_t);
-        store(dp + t * 3 * D + D + c, dy_t * load(c1 + t * D + c));
+    {
+        Short x2(w, b, D, D + c);
+        for (long t = 0; t < L; ++t) {                                 // dc1 + i dc2
+            V dy_t = load(dy + t * D + c);
+            put(g + 32 * t, {dy_t * x2(load(p + t * 3 * D + D + c)), dy_t});
+        }
     }
     std::memset(g + 32 * L, 0, sizeof(float) * 32 * (rows - L));
     forward(z, n, plan, 0, n > 1), forward(g, n, plan, 0, n > 1);
     pairs(n, [=](long place, long p, long q) { gradient(z + 32 * p, z + 32 * q, g + 32 * p, g + 32 * q, s + 64 * place, d + 64 * place, p == q); });
     backward(g, n, plan, 0, true);
     Short x1(w, b, D, c), v(w, b, D, 2 * D + c);
-    for (long t = 0; t < L; ++t) {                                     // d(x1 v) -> dx1, dv; padding takes none
-        const float* row = p + t * 3 * D;
-        V a = x1(load(row + c)), e = v(load(row + 2 * D + c)), dg = t < real ? _mm512_load_ps(g + 32 * t) : _mm512_setzero_ps();
-        store(dp + t * 3 * D + c, dg * e), store(dp + t * 3 * D + 2 * D + c, dg * a);
-        store(du + t * D + c, t < real ? _mm512_load_ps(g + 32 * t + 16) : _mm512_setzero_ps());
+    for (long t = 0; t < L; ++t) {                                     // d(x1 v) -> dx1, dx2, dv, which stand where z was; padding takes none
+        const T* row = p + t * 3 * D;
+        C dg = t < real ? get(g + 32 * t) : C{zero, zero};
+        V a = x1(load(row + c)), e = v(load(row + 2 * D + c));
+        _mm512_store_ps(z + 48 * t, dg.re * e), _mm512_store_ps(z + 48 * t + 16, load(dy + t * D + c) * load(c1 + t * D + c)), _mm512_store_ps(z + 48 * t + 32, dg.re * a);
+        store(du + t * D + c, dg.im);
     }
     for (long kind = 0; kind < 3; ++kind) {                            // ds -> dp, dw, db of the short convolution
         const long at = kind * D + c;
-        V w0 = load(w + at), w1 = load(w + 3 * D + at), w2 = load(w + 6 * D + at), zero = _mm512_setzero_ps();
+        const float* ds = z + 16 * kind;
+        V w0 = load(w + at), w1 = load(w + 3 * D + at), w2 = load(w + 6 * D + at);
         V s0 = load(dw + at), s1 = load(dw + 3 * D + at), s2 = load(dw + 6 * D + at), sum = load(db + at), one = zero, two = zero;
+        V ds0 = _mm512_load_ps(ds), ds1 = L > 1 ? _mm512_load_ps(ds + 48) : zero;
         for (long t = 0; t < L; ++t) {
-            V now = load(p + t * 3 * D + at), ds = load(dp + t * 3 * D + at);
-            s0 = _mm512_fmadd_ps(ds, two, s0), s1 = _mm512_fmadd_ps(ds, one, s1), s2 = _mm512_fmadd_ps(ds, now, s2), sum = sum + ds;
-            two = one, one = now;
-            V ds1 = t + 1 < L ? load(dp + (t + 1) * 3 * D + at) : zero, ds2 = t + 2 < L ? load(dp + (t + 2) * 3 * D + at) : zero;
-            store(dp + t * 3 * D + at, _mm512_fmadd_ps(w2, ds, _mm512_fmadd_ps(w1, ds1, w0 * ds2)));
+            V now = load(p + t * 3 * D + at), ds2 = t + 2 < L ? _mm512_load_ps(ds + 48 * (t + 2)) : zero;
+            s0 = _mm512_fmadd_ps(ds0, two, s0), s1 = _mm512_fmadd_ps(ds0, one, s1), s2 = _mm512_fmadd_ps(ds0, now, s2), sum = sum + ds0;
+            store(dp + t * 3 * D + at, _mm512_fmadd_ps(w2, ds0, _mm512_fmadd_ps(w1, ds1, w0 * ds2)));
+            two = one, one = now, ds0 = ds1, ds1 = ds2;
         }
         store(dw + at, s0), store(dw + 3 * D + at, s1), store(dw + 6 * D + at, s2), store(db + at, sum);
     }
@@ -353,7 +358,7 @@ static void together(long jobs, int threads, size_t floats, F job) {
 // Texts lie at start[i] … start[i+1]; a job is 32 channels of one, so that whole cache lines are read. Only `some` channels
 // from `first` on are mixed: the tables hold those alone.
 template <class T, class S>
-static void mix(const T* p, const T* u, T* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+static void mix(const T* p, const T* u, T* y, T* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
                 const float* const* scales, const void* const* plans, int threads) {
     long most = 0;
     for (long i = 0; i < texts; ++i) most = std::max(most, static_cast<const Plan*>(plans[i])->n);
@@ -399,26 +404,47 @@ static void glu(const T* a, const T* b, T* m, long n, long threads) {
     });
 }
 
-extern "C" {
-void glu_f32(const float* a, const float* b, float* m, long n, int threads) { glu(a, b, m, n, threads); }
-void glu_bf16(const uint16_t* a, const uint16_t* b, uint16_t* m, long n, int threads) { glu(a, b, m, n, threads); }
-// m = GELU(a) b again, and the gradients of a and b in their places.
-void glu_gradient(float* a, float* b, float* m, const float* dm, long n, int threads) {
+// m = GELU(a) b again, and the gradients of a and b; m, da and db may take the places of dm, a and b.
+template <class T>
+static void glu_gradient(const T* a, const T* b, const T* dm, T* m, T* da, T* db, long n, long threads) {
     shared(n, threads, [&](long from, long to) {
         for (long i = from; i < to; i += 16) {
             V x = load(a + i), y = load(b + i), g = load(dm + i), density, phi = normal(x, density), value = x * phi;
-            store(m + i, value * y), store(b + i, g * value), store(a + i, g * y * _mm512_fmadd_ps(x * density, _mm512_set1_ps(0.79788456f), phi));
+            store(m + i, value * y), store(db + i, g * value), store(da + i, g * y * _mm512_fmadd_ps(x * density, _mm512_set1_ps(0.79788456f), phi));
         }
     });
 }
+
+// A job is some channels of all texts, which have one size: their shares of dw, db and dspectra are added in the same order, whatever the number of threads.
+template <class T>
+static void mix_gradient(const T* p, const T* u, const T* c1, const T* dy, T* dp, T* du, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const float* spectra,
+                         float* dspectra, float* dw, float* db, const void* plan, int threads) {
+    const Plan& one = *static_cast<const Plan*>(plan);
+    const long line = 64 / sizeof(T), size = 32 * std::max(2L, one.n);
+    together(D / line, threads, 2 * size, [&](long job, float* z) {
+        for (long i = 0; i < texts; ++i)
+            for (long at = start[i], c = job * line; c < (job + 1) * line; c += 16)
+                text_gradient(p + at * 3 * D, u + at * D, c1 + at * D, dy + at * D, dp + at * 3 * D, du + at * D, start[i + 1] - at, real[i], D, c, w, b, spectra, dspectra, dw, db, one, z, z + size);
+    });
+}
+
+extern "C" {
+void glu_f32(const float* a, const float* b, float* m, long n, int threads) { glu(a, b, m, n, threads); }
+void glu_bf16(const uint16_t* a, const uint16_t* b, uint16_t* m, long n, int threads) { glu(a, b, m, n, threads); }
+void glu_gradient_f32(const float* a, const float* b, const float* dm, float* m, float* da, float* db, long n, int threads) { glu_gradient(a, b, dm, m, da, db, n, threads); }
+void glu_gradient_bf16(const uint16_t* a, const uint16_t* b, const uint16_t* dm, uint16_t* m, uint16_t* da, uint16_t* db, long n, int threads) { glu_gradient(a, b, dm, m, da, db, n, threads); }
 void* plan_new(long n) { return new Plan(n); }
-void mix_f32(const float* p, const float* u, float* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+void mix_f32_f32(const float* p, const float* u, float* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
              const float* const* scales, const void* const* plans, int threads) {
     mix<float, float>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);
 }
-void mix_bf16(const uint16_t* p, const uint16_t* u, uint16_t* y, float* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+void mix_bf16_f16(const uint16_t* p, const uint16_t* u, uint16_t* y, uint16_t* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
               const float* const* scales, const void* const* plans, int threads) {
     mix<uint16_t, half>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);
+}
+void mix_bf16_f32(const uint16_t* p, const uint16_t* u, uint16_t* y, uint16_t* c1, const int64_t* start, const int64_t* real, long texts, long D, long first, long some, const float* w, const float* b, const void* const* tables,
+              const float* const* scales, const void* const* plans, int threads) {
+    mix<uint16_t, float>(p, u, y, c1, start, real, texts, D, first, some, w, b, tables, scales, plans, threads);
 }
 void spectra_f32(const float* const* kernels, const float* const* gains, const float* time, const float* delta, long L, long d, float* table, float* scale, const void* plan, int threads) {
     all_spectra(kernels, gains, time, delta, L, d, table, scale, plan, threads);
@@ -431,15 +457,12 @@ void spectra_gradient(float* const* kernels, float* const* gains, const float* t
     const Taps<float> grads{{kernels[0], kernels[1], kernels[2], kernels[3]}, {gains[0], gains[1]}, time, delta, L, d};
     together(d / 16, threads, 32 * one.n, [&](long job, float* z) { spectra_gradient(grads, 16 * job, table + job * 64 * (one.n / 2 + 1), one, z); });
 }
-// A job is 16 channels of all texts, which have one size: their shares of dw, db and dspectra are added in the same order, whatever the number of threads.
-void mix_gradient(const float* p, const float* u, const float* c1, const float* dy, float* dp, float* du, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const float* spectra,
+void mix_gradient_f32(const float* p, const float* u, const float* c1, const float* dy, float* dp, float* du, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const float* spectra,
                   float* dspectra, float* dw, float* db, const void* plan, int threads) {
-    const Plan& one = *static_cast<const Plan*>(plan);
-    together(D / 16, threads, 64 * one.n, [&](long job, float* z) {
-        for (long i = 0; i < texts; ++i) {
-            const long at = start[i];
-            text_gradient(p + at * 3 * D, u + at * D, c1 + at * D, dy + at * D, dp + at * 3 * D, du + at * D, start[i + 1] - at, real[i], D, job * 16, w, b, spectra, dspectra, dw, db, one, z, z + 32 * one.n);
-        }
-    });
+    mix_gradient(p, u, c1, dy, dp, du, start, real, texts, D, w, b, spectra, dspectra, dw, db, plan, threads);
+}
+void mix_gradient_bf16(const uint16_t* p, const uint16_t* u, const uint16_t* c1, const uint16_t* dy, uint16_t* dp, uint16_t* du, const int64_t* start, const int64_t* real, long texts, long D, const float* w, const float* b, const float* spectra,
+                  float* dspectra, float* dw, float* db, const void* plan, int threads) {
+    mix_gradient(p, u, c1, dy, dp, du, start, real, texts, D, w, b, spectra, dspectra, dw, db, plan, threads);
 }
 }

@@ -148,7 +148,8 @@ class SequenceMixer(nn.Module):
         if mask is not None:
             u = u * mask
         B, D, L = u.shape
-        if (torch.is_grad_enabled() and u.device.type == "cpu" and u.dtype == self.in_linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and native.fits(D)
+        # In training without gradients too: the two passes of a micro-batch are one arithmetic.
+        if ((torch.is_grad_enabled() or self.training) and native.trains(u, self.in_linear.weight) and native.fits(D)
                 and (mask is None or bool((mask[..., 1:] <= mask[..., :-1]).all()))):                # padding at the ends, no holes
             return self.out_linear(self.fused(u.transpose(1, 2), mask))
         kernels = [(filter, filter.hidden(L)) for filter in (self.gated_filter, self.residual_filter) if filter is not None]
@@ -159,9 +160,10 @@ class SequenceMixer(nn.Module):
     def fused(self, u: Tensor, mask: Tensor | None) -> Tensor:
         """All channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, L, D), from u (B, L, D); padding stands at the ends."""
         B, L, _ = u.shape
+        u = u.to(native.number_type(u))
         p = self.in_linear(u)                                              # (B, L, 3D)
         if mask is not None:
-            p = p * mask.transpose(1, 2)
+            p = p * mask.transpose(1, 2).to(p.dtype)
         real = torch.full((B,), L, dtype=torch.int64, device="cpu") if mask is None else mask[:, 0].sum(dim=1).long()
         filters = [(None, None, None) if filter is None else (*filter.before_decay(filter.hidden(L)), filter.bias) for filter in (self.gated_filter, self.residual_filter)]
         table = native.Spectra.apply(self.gated_filter.time(L), self.gated_filter.deltas(), native.size(L), *filters[0], *filters[1])
@@ -175,7 +177,7 @@ class SequenceMixer(nn.Module):
         real = None if mask is None else monarch_conv.real_tokens(mask)
         if mask is not None and real is None:
             return None
-        dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
+        dtype = native.number_type(u)
         if not monarch_conv.works(monarch_conv.alike(L, u.device), dtype, u.device, self.residual_filter is not None, torch.is_grad_enabled()):
             return None
         u = u.transpose(1, 2).to(dtype).contiguous()                       # (B, D, L)
@@ -256,11 +258,11 @@ class MLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
         tokens = h.flatten(0, 1)                                           # no token meets another here
-        group = len(tokens) if torch.is_grad_enabled() else max(1, TILE // (2 * self.wo.d_in))
+        group = len(tokens) if torch.is_grad_enabled() or self.training else max(1, TILE // (2 * self.wo.d_in))
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
     def each(self, h: Tensor) -> Tensor:                                   # (…, D)
-        if torch.is_grad_enabled() and not (self.training and self.dropout.p) and GatedBlocks.fits(h, self.gated_layers, self.wo):
+        if (torch.is_grad_enabled() or self.training) and not (self.training and self.dropout.p) and GatedBlocks.fits(h, self.gated_layers, self.wo):
             return self.layernorm(GatedBlocks.apply(h, self.gated_layers.weight, self.wo.weight) + (h + self.wo.bias))
         gate, value = self.gated_layers(h).chunk(2, dim=-1)                # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
@@ -391,14 +393,15 @@ class M2BertModel(M2BertPreTrainedModel):
                                           hidden_states=tuple(states) if output_hidden_states else None)
 
     def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:    # (B, L, D) -> (B, D)
-        if self.config.pooling == "cls":
-            summary = x[:, 0]
-        elif attention_mask is None:
-            summary = x.mean(dim=1)
-        else:
-            weight = attention_mask.to(x.dtype) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
-            summary = torch.einsum("bld,bl->bd", x, weight)
-        return torch.tanh(self.pooler(summary))
+        with torch.autocast(x.device.type, enabled=False):                 # one row a text: rounding it would save nothing
+            if self.config.pooling == "cls":
+                summary = x[:, 0]
+            elif attention_mask is None:
+                summary = x.mean(dim=1)
+            else:
+                weight = attention_mask.to(x.dtype) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+                summary = torch.einsum("bld,bl->bd", x, weight)
+            return torch.tanh(self.pooler(summary.to(self.pooler.weight.dtype)))
 
 
 class M2BertForRetrieval(M2BertPreTrainedModel):
@@ -445,7 +448,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]                  # (M, D), (M,)
         logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

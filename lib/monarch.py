@@ -112,22 +112,24 @@ def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
 class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
 
-    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even; float32 on a CPU with the kernel of lib/mixer.cpp. Kept for the
-    backward pass are x, a and b.
+    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the kernel of lib/mixer.cpp. float32; or, under
+    autocast, y and all products in bfloat16, and the weights' gradients in float32. Kept for the backward pass are x, a and b.
     """
 
     @staticmethod
     def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-        return (paired(gated, out) and gated.weight.shape[1] % 16 == 0 and x.device.type == "cpu" and x.dtype == gated.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-                and native.kernel() is not None)
+        return paired(gated, out) and gated.weight.shape[1] % 16 == 0 and native.trains(x, gated.weight)
 
     @staticmethod
     def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
-        x, parts = x.contiguous(), [torch.mm(part, weight.t()) for part, weight in zip(x.chunk(len(gated), dim=1), gated)]
-        y, half = torch.empty_like(x), len(gated) // 2
-        for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
-            for side, m in enumerate(native.glu(a, b).chunk(2, dim=1)):
-                torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
+        dtype = native.number_type(x)
+        with torch.autocast("cpu", enabled=False):
+            x, gated, out = x.to(dtype).contiguous(), gated.to(dtype), out.to(dtype)
+            parts = [torch.mm(part, weight.t()) for part, weight in zip(x.chunk(len(gated), dim=1), gated)]
+            y, half = torch.empty_like(x), len(gated) // 2
+            for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
+                for side, m in enumerate(native.glu(a, b).chunk(2, dim=1)):
+                    torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
         ctx.save_for_backward(x, gated, out, *parts)
         return y
 
@@ -138,13 +140,15 @@ class GatedBlocks(torch.autograd.Function):
         dy, K = dy.contiguous(), len(gated)
         dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
         xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
-        for k in range(K // 2):
-            a, b, dm = parts[k].clone(), parts[k + K // 2].clone(), torch.empty_like(parts[k])
-            for side, part in enumerate(dm.chunk(2, dim=1)):
-                torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
-            for side, m in enumerate(native.glu_gradient(a, b, dm).chunk(2, dim=1)):
-                torch.mm(dys[2 * k + side].t(), m, out=dout[2 * k + side])
-            for block, grad in ((k, a), (k + K // 2, b)):
-                torch.mm(grad.t(), xs[block], out=dgated[block])
-                torch.mm(grad, gated[block], out=dxs[block])
-        return dx, dgated, dout
+        with torch.autocast("cpu", enabled=False):
+            for k in range(K // 2):
+                dm = torch.empty_like(parts[k])
+                for side, part in enumerate(dm.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
+                m, da, db = native.glu_gradient(parts[k], parts[k + K // 2], dm)
+                for side, part in enumerate(m.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side].t(), part, out=dout[2 * k + side])
+                for block, grad in ((k, da), (k + K // 2, db)):
+                    torch.mm(grad.t(), xs[block], out=dgated[block])
+                    torch.mm(grad, gated[block], out=dxs[block])
+        return dx, dgated.float(), dout.float()

@@ -64,21 +64,34 @@ def load() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     loaded.plan_new.restype, loaded.plan_new.argtypes = pointer, [number]
-    for function in (loaded.mix_f32, loaded.mix_bf16):
+    for function in (loaded.mix_f32_f32, loaded.mix_bf16_f16, loaded.mix_bf16_f32):
         function.argtypes, function.restype = [*[pointer] * 6, *[number] * 4, *[pointer] * 5, ctypes.c_int], None
     for function in (loaded.spectra_f32, loaded.spectra_f16):
         function.argtypes, function.restype = [*[pointer] * 4, number, number, *[pointer] * 3, ctypes.c_int], None
     loaded.spectra_gradient.argtypes, loaded.spectra_gradient.restype = [*[pointer] * 4, number, number, *[pointer] * 2, ctypes.c_int], None
-    loaded.mix_gradient.argtypes, loaded.mix_gradient.restype = [*[pointer] * 8, number, number, *[pointer] * 7, ctypes.c_int], None
+    for function in (loaded.mix_gradient_f32, loaded.mix_gradient_bf16):
+        function.argtypes, function.restype = [*[pointer] * 8, number, number, *[pointer] * 7, ctypes.c_int], None
     for function in (loaded.glu_f32, loaded.glu_bf16):
-        function.argtypes, function.restype = [pointer, pointer, pointer, number, ctypes.c_int], None
-    loaded.glu_gradient.argtypes, loaded.glu_gradient.restype = [*[pointer] * 4, number, ctypes.c_int], None
+        function.argtypes, function.restype = [*[pointer] * 3, number, ctypes.c_int], None
+    for function in (loaded.glu_gradient_f32, loaded.glu_gradient_bf16):
+        function.argtypes, function.restype = [*[pointer] * 6, number, ctypes.c_int], None
     return loaded
 
 
 def fits(channels: int) -> bool:
     """Whether the kernel can be used for so many channels."""
     return channels % PAIR == 0 and kernel() is not None
+
+
+def number_type(x: Tensor) -> torch.dtype:
+    """What a product of x is taken in: autocast's type where that is on, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def trains(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can be used with gradients: on a CPU, weights of float32, products of float32 or, under autocast, of bfloat16."""
+    kinds = (torch.float32, torch.bfloat16) if torch.is_autocast_enabled("cpu") else (torch.float32,)
+    return x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in kinds and number_type(x) in kinds and kernel() is not None
 
 
 def size(length: int) -> int:
@@ -95,7 +108,7 @@ def plan(n: int) -> int:
 class Table(NamedTuple):
     """A = (K1 + K2) / 2n and B = (K1 - K2) / 2n, the spectra of a layer's two filters: (D/16, n/2 + 1, 4, 16), re A, im A, re B, im B."""
 
-    values: Tensor              # float32, or float16 beside bfloat16 activations
+    values: Tensor              # float32; float16 beside the bfloat16 activations of an encoder, not in training, which needs their gradient
     scale: Tensor | None        # what float16 is to be multiplied by, (D,): its largest number in each channel is 2^14
 
     @property
@@ -165,30 +178,31 @@ def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tabl
         p: (T, 3D), float32 or bfloat16; u: (T, D), alike.
         starts: where each text begins, and T, int64, (texts + 1,).
         weight: of the short convolution, (3, 3D), float32; bias: (3D,).
-        tables: `spectra` for each text, made for p's type.
+        tables: `spectra` for each text; of float16 beside bfloat16 only.
         real: tokens of each text, int64; what follows is padding, x1 · v and u are 0 there. None: all.
-        c1: where conv(x1 · v) is put, (T, D), float32.
+        c1: where conv(x1 · v) is put, (T, D), like u.
         y, channels: where the result is put, and which channels, in steps of 32; the tables hold those alone.
     """
     library, y, channels = kernel(), torch.empty_like(u) if y is None else y, channels or slice(0, u.shape[-1])
-    kinds = {p.dtype, u.dtype, y.dtype}, {table.values.dtype for table in tables}
-    if kinds not in (({torch.float32}, {torch.float32}), ({torch.bfloat16}, {torch.float16})):
-        raise TypeError(f"p is {p.dtype}, u {u.dtype}, the tables {tables[0].values.dtype}: all of them float32, or bfloat16 and tables of float16")
-    given = [starts, weight, bias, *(table.scale for table in tables if table.scale is not None), *(tensor for tensor in (real, c1) if tensor is not None)]
-    if not all(tensor.is_contiguous() for tensor in (p, u, y, *given, *(table.values for table in tables))):
+    kinds = {(p.dtype, kind.dtype, table.values.dtype) for kind in (u, y, *(() if c1 is None else (c1,))) for table in tables}
+    function = {(torch.float32,) * 3: library.mix_f32_f32, (torch.bfloat16, torch.bfloat16, torch.float16): library.mix_bf16_f16,
+                (torch.bfloat16, torch.bfloat16, torch.float32): library.mix_bf16_f32}.get(kinds.pop()) if len(kinds) == 1 else None
+    if function is None:
+        raise TypeError(f"p is {p.dtype}, u {u.dtype}, y {y.dtype}, the tables {tables[0].values.dtype}: all of them float32, or bfloat16 and tables of float16 or float32")
+    given = [starts, weight, bias, *(table.scale for table in tables if table.scale is not None), *(tensor for tensor in (real,) if tensor is not None)]
+    if not all(tensor.is_contiguous() for tensor in (p, u, y, *given, *(() if c1 is None else (c1,)), *(table.values for table in tables))):
         raise ValueError("mix reads its inputs as they lie: give it contiguous ones")
     (T, D), lengths, d = u.shape, starts.diff().tolist(), channels.stop - channels.start
     real = starts.diff() if real is None else real
     if {tensor.dtype for tensor in given if tensor is not starts and tensor is not real} != {torch.float32} or {starts.dtype, real.dtype} != {torch.int64}:
-        raise TypeError("weight, bias, scales and c1 are float32, starts and real int64")
+        raise TypeError("weight, bias and scales are float32, starts and real int64")
     if (p.shape, y.shape, weight.shape, bias.shape) != ((T, 3 * D), (T, D), (3, 3 * D), (3 * D,)) or c1 is not None and c1.shape != u.shape or channels.start % PAIR or d % PAIR or not 0 <= channels.start < channels.stop <= D:
         raise ValueError(f"for u {(T, D)} and channels {channels.start} to {channels.stop}, in steps of {PAIR}: got p {tuple(p.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
     if min(lengths) < 1 or int(starts[0]) < 0 or int(starts[-1]) > T or len(real) != len(lengths) or any(not 0 <= few <= length for few, length in zip(real.tolist(), lengths)):
         raise ValueError(f"texts that begin at {starts.tolist()} with {real.tolist()} tokens do not lie in {T}")
-    if any(table.values.shape != (d // LANES, size(length) // 2 + 1, 4, LANES) or (table.scale is None) != (p.dtype == torch.float32) for table, length in zip(tables, lengths, strict=True)):
+    if any(table.values.shape != (d // LANES, size(length) // 2 + 1, 4, LANES) or (table.scale is None) == (table.values.dtype == torch.float16) for table, length in zip(tables, lengths, strict=True)):
         raise ValueError(f"tables of {[tuple(table.values.shape) for table in tables]} do not fit texts of {lengths} tokens and channels {channels.start} to {channels.stop}")
     scales = None if tables[0].scale is None else pointers([table.scale for table in tables])
-    function = {torch.float32: library.mix_f32, torch.bfloat16: library.mix_bf16}[p.dtype]
     function(p.data_ptr(), u.data_ptr(), y.data_ptr(), None if c1 is None else c1.data_ptr(), starts.data_ptr(), real.data_ptr(), len(real), u.shape[-1], channels.start, channels.stop - channels.start,
              weight.data_ptr(), bias.data_ptr(), pointers([table.values for table in tables]), scales, (ctypes.c_void_p * len(lengths))(*(plan(size(length)) for length in lengths)), torch.get_num_threads())
     return y
@@ -199,7 +213,9 @@ def pointers(tensors):
 
 
 class Mix(torch.autograd.Function):
-    """`mix` of texts of one length, padding at their ends, with gradients: p (B, L, 3D), u (B, L, D), real (B,) -> (B, L, D), all float32.
+    """`mix` of texts of one length, padding at their ends, with gradients: p (B, L, 3D), u (B, L, D), real (B,) -> (B, L, D).
+
+    p and u are float32, or both bfloat16 (autocast); table, weight, bias and their gradients are float32 and so are all sums.
 
     Two FFTs forward; backward, one repeats what would be too large to keep, one takes the gradient there and one back.
     """
@@ -220,7 +236,9 @@ class Mix(torch.autograd.Function):
         dy = dy.contiguous()
         dp, du, dweight, dbias, dtable = torch.empty_like(p), torch.empty_like(u), torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(table)
         B, L, D = u.shape
-        kernel().mix_gradient(*(tensor.data_ptr() for tensor in (p, u, c1, dy, dp, du, starts, real)), B, D,
+        function = {torch.float32: kernel().mix_gradient_f32, torch.bfloat16: kernel().mix_gradient_bf16}[p.dtype]
+        check_alike(u, c1, dy)
+        function(*(tensor.data_ptr() for tensor in (p, u, c1, dy, dp, du, starts, real)), B, D,
                               *(tensor.data_ptr() for tensor in (weight, bias, table, dtable, dweight, dbias)), plan(size(L)), torch.get_num_threads())
         return dp, du, dweight, dbias, dtable, None
 
@@ -234,10 +252,10 @@ def glu(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> Tensor:
-    """GELU(a) · b once more; a and b become their gradients. Float32."""
-    m = torch.empty_like(a)
+def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU(a) · b once more, in the place of dm, and the gradients of a and b. Contiguous and of one type, as for `glu`."""
+    da, db = torch.empty_like(a), torch.empty_like(b)
     check_alike(a, b, dm)
-    check(a)
-    kernel().glu_gradient(a.data_ptr(), b.data_ptr(), m.data_ptr(), dm.data_ptr(), a.numel(), torch.get_num_threads())
-    return m
+    function = {torch.float32: kernel().glu_gradient_f32, torch.bfloat16: kernel().glu_gradient_bf16}[a.dtype]
+    function(*(tensor.data_ptr() for tensor in (a, b, dm, dm, da, db)), a.numel(), torch.get_num_threads())
+    return dm, da, db

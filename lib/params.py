@@ -19,7 +19,7 @@ from pathlib import Path
 PAPER_LENGTHS = (128, 2048, 8192, 32768)
 # What the notebooks read of each stage; `base` holds all of it and nothing else.
 KEYS = {
-    "compute": "threads device",
+    "compute": "threads device precision",
     "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_documents validation_queries queries_per_document hub_texts",
     "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
     "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
@@ -62,6 +62,7 @@ REFERENCES = {
 }
 CHOICES = {
     ("compute", "device"): ("auto", "cpu", "cuda", "mps"),
+    ("compute", "precision"): ("float32", "bfloat16"),
     ("model", "pooling"): ("cls", "mean"),
     ("model", "initialization"): ("reference", "identity"),
     ("pretrain", "mixture"): ("short", "long", "mixed"),

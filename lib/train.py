@@ -11,20 +11,24 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), pretraining mixture and
         appendix A.3; loss by loss see lib/losses.py.
 Axes:   B texts in a batch, L tokens, D width.
 """
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib import metrics
+from lib import engine, metrics
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss, prototype_loss
 from lib.encoder import bar, pad, tokenize
 
 LOSSES = ("mnrl", "opl", "prototype", "none")
+PRECISIONS = ("float32", "bfloat16")
 PASS_TOKENS = 32_768                    # of pretraining that go through the model together; a step of more is added up
+log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +47,19 @@ def use(compute: dict) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise TrainingError(f"device {name!r}: no CUDA device here; set compute.device to auto or cpu")
     return torch.device(name)
+
+
+def products(device: torch.device, precision: str) -> torch.autocast:
+    """A context whose matrix products, and what lies between a layer's projections, are taken in `precision`; weights, sums, norms, losses and optimizer stay float32.
+
+    bfloat16 is torch.autocast; on a CPU without such products it is float32, and the log says so.
+    """
+    if precision not in PRECISIONS:
+        raise TrainingError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
+    if precision == "bfloat16" and device.type == "cpu" and not engine.multiplies_bfloat16():
+        log.warning("this processor has no bfloat16 products: float32 instead, which is faster here and more exact")
+        precision = "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def optimizer(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None) -> torch.optim.AdamW:
@@ -168,8 +185,11 @@ def mask_tokens(ids: Tensor, real: Tensor, tokenizer, rate: float, generator: to
 def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens: int, lr: float, mixture: str = "mixed",
              variable_share: float = 0.30, mask_rate: float = 0.30, betas=(0.9, 0.98), eps: float = 1e-6,
              weight_decay: float = 1e-5, warmup: float = 0.06, max_grad_norm: float = 1.0, final_lr: float = 0.02,
-             embedding_lr: float | None = None, seed: int = 17, show_progress: bool = True) -> list[dict]:
+             embedding_lr: float | None = None, precision: str = "float32", seed: int = 17, show_progress: bool = True) -> list[dict]:
     """Masked-language pretraining, in place.
+
+    Args:
+        precision: float32, or bfloat16 (`products`).
 
     Returns:
         The curve: one {"step", "tokens", "loss", "accuracy", "lr"} a step, measured before the step's update.
@@ -181,6 +201,7 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
     if steps and mixture != "long" and not text.variable or steps and mixture != "short" and not len(text.maximum):
         raise TrainingError(f"mixture {mixture!r} finds no text: {len(text.variable)} short texts, {len(text.maximum)} stretches of {text.length} tokens")
     device = next(model.parameters()).device
+    half = products(device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
     model.train()
     curve, seen = [], 0
@@ -197,7 +218,8 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
             n = int((labels > 0).sum())
             if not n:
                 continue
-            out = model(ids.to(device), real.to(device), labels=labels.to(device))
+            with half:
+                out = model(ids.to(device), real.to(device), labels=labels.to(device))
             (out.loss * n / targets).backward()                            # the mean over the step's targets, however grouped
             loss += out.loss.item() * n / targets
             correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
@@ -319,14 +341,15 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return _orders[key]
 
 
-def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None) -> Tensor:
-    """Embeddings (n, D) of token rows, in their order; at most `micro_batch` go through the model at a time."""
+def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None, half=nullcontext()) -> Tensor:
+    """Embeddings (n, D) of token rows, in their order; at most `micro_batch` go through the model at a time, in the context `half`."""
     device = next(model.parameters()).device
     groups = like_lengths([len(row) for row in rows], micro_batch)
     parts = []
     for group in groups:
         ids, real = pad([rows[i].tolist() for i in group], pad_id)
-        parts.append(model(ids.to(device), real.to(device)).pooler_output)
+        with half:
+            parts.append(model(ids.to(device), real.to(device)).pooler_output)
     back = torch.empty(len(rows), dtype=torch.long)
     back[torch.tensor([i for group in groups for i in group])] = torch.arange(len(rows))
     return torch.cat(parts)[back.to(device)]
@@ -335,7 +358,7 @@ def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: in
 def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int, lr: float, loss: str = "mnrl", teacher=None,
              teacher_pairs: Pairs | None = None, queries_per_document: int = 1, negatives: int = 1, scale: float = 20.0,
              micro_batch: int | None = None, weight_decay: float = 0.01, warmup: float = 0.10, max_grad_norm: float = 1.0,
-             betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None, seed: int = 42, show_progress: bool = True) -> list[dict]:
+             betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None, precision: str = "float32", seed: int = 42, show_progress: bool = True) -> list[dict]:
     """Turn an encoder into a retriever, in place.
 
     Each step embeds `documents` documents and up to `queries_per_document` queries of each. MNRL ranks every query
@@ -350,6 +373,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
 
     Args:
         documents_seen: budget, in documents embedded.
+        precision: float32, or bfloat16 (`products`); embeddings and losses are float32.
 
     Returns:
         The curve: one {"step", "tokens", "loss", "lr"} a step.
@@ -360,6 +384,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
         model.eval()
         return []
     steps = math.ceil(documents_seen / documents)
+    half = products(next(model.parameters()).device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
     model.train()
     curve, seen = [], 0
@@ -394,7 +419,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
             y = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
             return orthogonal_projection_loss(torch.cat([q, q[asked]]), torch.cat([d[where], d[wrong]]), y)
 
-        total = backward(model, rows, value, pairs.pad_id, micro_batch, n)
+        total = backward(model, rows, value, pairs.pad_id, micro_batch, n, half)
         check(total, step, optim, "fine-tuning")
         share = warmup_then_linear(step, steps, warmup)
         update(model, optim, share, max_grad_norm)
@@ -412,19 +437,19 @@ def other(pairs: Pairs, answer: int, seed: int, step: int) -> int:
     return int((answer + 1 + rng.integers(len(pairs.documents) - 1)) % len(pairs.documents))
 
 
-def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int) -> float:
+def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int, half=nullcontext()) -> float:
     """Add the gradient of value(embeddings of rows) to the model; returns the value.
 
     Documents and queries go through the model separately: their lengths differ a hundredfold.
     """
     kinds = (rows[:documents], rows[documents:])
     if micro_batch is None or len(rows) <= micro_batch:
-        total = value(torch.cat([embed(model, kind, pad_id) for kind in kinds if kind]))
+        total = value(torch.cat([embed(model, kind, pad_id, half=half) for kind in kinds if kind]))
         total.backward()
         return total.item()
     state = torch.get_rng_state()
     with torch.no_grad():
-        vectors = torch.cat([embed(model, kind, pad_id, micro_batch) for kind in kinds if kind])
+        vectors = torch.cat([embed(model, kind, pad_id, micro_batch, half) for kind in kinds if kind])
     vectors.requires_grad_()
     total = value(vectors)
     total.backward()
@@ -432,7 +457,7 @@ def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro
     start = 0
     for kind in kinds:
         for some in like_lengths([len(row) for row in kind], micro_batch):
-            out = embed(model, [kind[i] for i in some], pad_id)
+            out = embed(model, [kind[i] for i in some], pad_id, half=half)
             out.backward(vectors.grad[[start + i for i in some]])
         start += len(kind)
     return total.item()

@@ -1,14 +1,14 @@
-"""A training step, three ways in one interleaved run: straightforward eager, this library in torch alone, and with lib/mixer.cpp.
+"""A training step, five ways in one interleaved run: straightforward eager, and this library in torch alone and with lib/mixer.cpp, in float32 and in bfloat16.
 
-    python tests/bench_train.py [length …]
+    python tests/bench_train.py [--width 256 --layers 4 --threads 2] [length …]
 
-Masked-language steps of a model of width 256 and 4 layers, 8,192 tokens each, float32. "eager" is the original's way: FFTs of
-twice the length by autograd, whole logits, an optimizer that goes tensor by tensor. One JSON line a length: seconds of a step and
-ratios to eager, medians.
+Masked-language steps of 8,192 tokens. "eager" is the original's way: FFTs of twice the length by autograd, whole logits, an
+optimizer that goes tensor by tensor, float32. bfloat16 is of matrix products (`train.products`). One JSON line a length: seconds
+of a step and ratios to eager, medians.
 """
+import argparse
 import json
 import statistics
-import sys
 import time
 
 import torch
@@ -19,21 +19,25 @@ from lib.model import M2BertConfig, M2BertForMaskedLM
 from lib.race import by_definition
 
 TOKENS, VOCABULARY = 8192, 8192
+KINDS = ("eager", "torch_float32", "torch_bfloat16", "native_float32", "native_bfloat16")
 
 
-def step_of(kind: str, length: int):
+def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
     """A function that makes one step."""
     torch.manual_seed(0)
-    model = M2BertForMaskedLM(M2BertConfig(vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, intermediate_size=1024, max_position_embeddings=length))
+    config = M2BertConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width, max_position_embeddings=length)
+    model = M2BertForMaskedLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False) if kind == "eager" else train.optimizer(model, 1e-4, 0.01)
     ids = torch.randint(5, VOCABULARY, (max(1, TOKENS // length), length))
     labels = ids.masked_fill(torch.rand(ids.shape) > 0.3, -100)
+    half = train.products(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
 
     def loss():
         if kind == "eager":
             logits = model.decoder(model.layernorm(F.gelu(model.dense(model.model(ids).last_hidden_state))))
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return model(ids, labels=labels).loss
+        with half:
+            return model(ids, labels=labels).loss
 
     def step():
         optimizer.zero_grad()
@@ -43,14 +47,14 @@ def step_of(kind: str, length: int):
     return step
 
 
-def measure(length: int, repeats: int = 5) -> dict:
+def measure(length: int, width: int, layers: int, repeats: int = 5) -> dict:
     kernel = native.kernel
-    steps = {kind: step_of(kind, length) for kind in ("eager", "torch", "native")}
+    steps = {kind: step_of(kind, length, width, layers) for kind in KINDS}
     taken: dict = {kind: [] for kind in steps}
     try:
         for repeat in range(repeats + 1):
             for kind, step in steps.items():
-                native.kernel = kernel if kind == "native" else lambda: None
+                native.kernel = kernel if kind.startswith("native") else lambda: None
                 with by_definition(kind == "eager"):
                     started = time.perf_counter()
                     step()
@@ -59,10 +63,17 @@ def measure(length: int, repeats: int = 5) -> dict:
     finally:
         native.kernel = kernel
     seconds = {kind: statistics.median(values) for kind, values in taken.items()}
-    return {"length_tokens": length, "threads": torch.get_num_threads(), **{f"{kind}_s": round(value, 3) for kind, value in seconds.items()},
-            **{f"{kind}_ratio": round(seconds["eager"] / seconds[kind], 2) for kind in ("torch", "native")}}
+    return {"length_tokens": length, "width": width, "layers": layers, "threads": torch.get_num_threads(), **{f"{kind}_s": round(value, 3) for kind, value in seconds.items()},
+            **{f"{kind}_ratio": round(seconds["eager"] / seconds[kind], 2) for kind in KINDS[1:]}}
 
 
 if __name__ == "__main__":
-    for length in map(int, sys.argv[1:] or ("128", "1024", "4096")):
-        print(json.dumps(measure(length)), flush=True)
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("lengths", nargs="*", type=int, default=[128, 1024, 4096])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for length in given.lengths:
+        print(json.dumps(measure(length, given.width, given.layers)), flush=True)

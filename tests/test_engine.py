@@ -130,30 +130,45 @@ def test_a_model_made_for_inference_alone_is_one_too():
     assert Engine(built)([]).shape == (0, 64)
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=compiled), False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("training", [False, True])
-def test_under_autocast_torch_does_it_all(training):
-    """The kernel knows one number type at a time; autocast mixes them."""
-    built, ids = model().train(training), torch.tensor(rows((60, 60)))
-    exact = built(ids).pooler_output
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = built(ids).pooler_output
-    mixed.float().sum().backward()
-    assert torch.cosine_similarity(mixed.float(), exact).min() > 0.999 and all(torch.isfinite(parameter.grad).all() for parameter in built.parameters() if parameter.grad is not None)
+@pytest.mark.parametrize("options", [{}, dict(mixer_layer_norm=True), dict(mlp_blocks=1), dict(residual_long_conv=False, bidirectional=False)])
+def test_under_autocast_embeddings_and_gradients_point_the_same_way(monkeypatch, options, training, kernel):
+    if not kernel:
+        monkeypatch.setattr(native, "kernel", lambda: None)
+    built, ids, mask = model(pooling="mean", **options).train(training), torch.tensor(rows((60, 60))), torch.ones(2, 60)
+    mask[1, 41:] = 0
+    def run(on):
+        built.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            found = built(ids, mask).pooler_output
+        found.pow(2).sum().backward()
+        return found.detach(), {name: parameter.grad for name, parameter in built.named_parameters() if parameter.grad is not None}
+    (exact, gradients), (mixed, half) = run(False), run(True)
+    assert mixed.dtype == torch.float32 and torch.cosine_similarity(mixed, exact).min() > 0.999
+    assert half.keys() == gradients.keys() and all(gradient.dtype == torch.float32 for gradient in half.values())
+    assert min((torch.cosine_similarity(half[name].flatten(), gradients[name].flatten(), dim=0).item(), name) for name in half) > (0.99, "")
 
 
 @compiled
 def test_the_kernel_reads_nothing_it_was_not_made_for():
     p, u, starts, weight, bias = torch.zeros(4, 96), torch.zeros(4, 32), torch.tensor([0, 4]), torch.zeros(3, 96), torch.zeros(96)
     table = native.Table(torch.zeros(2, 5, 4, 16), None)
-    for q, v in ((p.bfloat16(), u), (p, u.bfloat16()), (p.half(), u.half()), (p.bfloat16(), u.bfloat16())):
-        with pytest.raises(TypeError, match="all of them float32, or bfloat16 and tables of float16"):
-            native.mix(q, v, starts, weight, bias, [table])
+    half = native.Table(table.values.half(), torch.ones(32))
+    for q, v, wrong in ((p.bfloat16(), u, table), (p, u.bfloat16(), table), (p.half(), u.half(), table), (p, u, half), (p.bfloat16(), u, half)):
+        with pytest.raises(TypeError, match="all of them float32, or bfloat16 and tables of float16 or float32"):
+            native.mix(q, v, starts, weight, bias, [wrong])
+    for place in ("y", "c1"):
+        with pytest.raises(TypeError, match="all of them float32, or bfloat16"):
+            native.mix(p, u, starts, weight, bias, [table], **{place: u.double()})
+    with pytest.raises(ValueError, match="do not fit texts of"):
+        native.mix(p.bfloat16(), u.bfloat16(), starts, weight, bias, [native.Table(half.values, None)])
     with pytest.raises(ValueError, match="contiguous"):
         native.mix(torch.zeros(96, 4).t(), u, starts, weight, bias, [table])
     for wrong in (dict(p=u), dict(bias=bias[:5]), dict(channels=slice(0, 16))):
         with pytest.raises(ValueError, match="in steps of 32: got p"):
             native.mix(**(dict(p=p, u=u, starts=starts, weight=weight, bias=bias, tables=[table]) | wrong))
-    for wrong in (dict(weight=weight.double()), dict(starts=starts.int()), dict(c1=u.double())):
+    for wrong in (dict(weight=weight.double()), dict(starts=starts.int())):
         with pytest.raises(TypeError, match="are float32, starts and real int64"):
             native.mix(**(dict(p=p, u=u, starts=starts, weight=weight, bias=bias, tables=[table]) | wrong))
     for wrong in (dict(starts=torch.tensor([0, 5])), dict(real=torch.tensor([5])), dict(starts=torch.tensor([-1, 3]))):
@@ -223,6 +238,25 @@ def test_the_fused_mixer_and_its_gradients_are_those_of_the_definition(data, len
     for name, gradient in {"u": v.grad, **{name: parameter.grad for name, parameter in exact.named_parameters()}}.items():
         scale = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(found[name].double() / scale, gradient / scale, rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@compiled
+@pytest.mark.parametrize("length", [1, 2, 3, 40, 130])
+def test_in_bfloat16_the_fused_mixer_rounds_what_it_reads_and_writes_and_nothing_else(length):
+    """The same rounded numbers in float32: results differ by a rounding, sums over all positions by the rounding of what they sum."""
+    torch.manual_seed(length)
+    real = torch.tensor([length, max(1, length - 7)])
+    p, u, dy, table = torch.randn(2, length, 192), torch.randn(2, length, 64), torch.randn(2, length, 64), torch.randn(4, native.size(length) // 2 + 1, 4, 16) / length
+    table[:, [0, -1], 1::2] = 0                                            # real at both ends
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [tensor.clone().requires_grad_() for tensor in (p.bfloat16().to(dtype), u.bfloat16().to(dtype), torch.randn(3, 192, generator=torch.Generator().manual_seed(1)), torch.ones(192), table)]
+        y = native.Mix.apply(*given, real)
+        y.backward(dy.bfloat16().to(dtype))
+        found.append([y.detach(), *(tensor.grad for tensor in given)])
+    for exact, half in zip(*found):
+        torch.testing.assert_close(half.float(), exact, rtol=2.0**-8, atol=2.0**-7 * float(exact.abs().max()))
+    assert [half.dtype for half in found[1]] == [torch.bfloat16] * 3 + [torch.float32] * 3
 
 
 @compiled
@@ -317,9 +351,14 @@ def test_gelu_is_exact_to_float32():
     expected = torch.nn.functional.gelu(exact) * value
     expected.backward(dm.double())
     a, b = x.clone(), value.detach().float()
-    m = native.glu_gradient(a, b, dm)
-    for found, wanted in ((m, expected), (a, exact.grad), (b, value.grad)):
+    half = native.glu_gradient(a.bfloat16(), b.bfloat16(), dm.bfloat16())
+    for found, wanted in zip(native.glu_gradient(a, b, dm), (expected, exact.grad, value.grad)):
         torch.testing.assert_close(found, wanted.detach().float(), rtol=2e-6, atol=5e-6)
+    rounded = [tensor.bfloat16().double().requires_grad_() for tensor in (x, b)]
+    again = torch.nn.functional.gelu(rounded[0]) * rounded[1]
+    again.backward(torch.linspace(1, 3, x.numel())[None].bfloat16().double())
+    for found, wanted in zip(half, (again, rounded[0].grad, rounded[1].grad)):
+        torch.testing.assert_close(found.float(), wanted.detach().float(), rtol=2.0**-8, atol=1e-6)
 
 
 def test_without_it_the_log_says_so_once_and_the_result_is_the_same(monkeypatch, caplog, tmp_path):

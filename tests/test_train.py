@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lib import train
+from lib import engine, train
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
 from lib.model import M2BertForMaskedLM
 from lib.train import Pairs, PretrainingText, TrainingError
@@ -268,6 +268,47 @@ def values(loss, target):
         wrong = (target + 1) % 6
         return orthogonal_projection_loss(torch.cat([q, q]), torch.cat([d[target], d[wrong]]), torch.cat([torch.ones(len(q)), torch.zeros(len(q))]))
     return value
+
+
+@pytest.mark.parametrize("what", ["pretrain", "finetune"])
+def test_bfloat16_products_train_the_same_model_up_to_rounding(text, pairs, tiny, monkeypatch, what):
+    """The loss falls alike, weights stay float32 and go the same way; where it is not asked for, nothing is rounded."""
+    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: True)
+    curves, moves = [], []
+    for precision in ("float32", "bfloat16"):
+        model = tiny(M2BertForMaskedLM) if what == "pretrain" else tiny()
+        before = weights(model)
+        options = dict(precision=precision, show_progress=False)
+        curves.append(train.pretrain(model, text, tokens=2_000, batch_tokens=200, lr=1e-3, **options) if what == "pretrain" else
+                      train.finetune(model, pairs, documents_seen=60, documents=6, lr=1e-3, queries_per_document=3, **options))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        moves.append(weights(model) - before)
+    exact, half = ([line["loss"] for line in curve] for curve in curves)
+    assert half != exact and half == pytest.approx(exact, rel=0.02)
+    assert torch.cosine_similarity(*moves, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_in_bfloat16_too_parts_give_the_gradient_of_the_whole_batch(pairs, tiny, micro):
+    docs, queries, target = pairs.batch(0, 0, 6, 2)
+    rows, gradients = pairs.documents[docs] + pairs.queries[queries], []
+    for most in (None, micro):
+        model = tiny().train()
+        train.backward(model, rows, values("mnrl", torch.tensor(target)), pairs.pad_id, most, 6, torch.autocast("cpu", torch.bfloat16))
+        gradients.append(gradient(model))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_a_precision_that_is_none_or_not_there_is_named(monkeypatch, caplog, text, tiny):
+    with pytest.raises(TrainingError, match="precision 'float16': one of float32, bfloat16"):
+        train.products(torch.device("cpu"), "float16")
+    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: False)
+    models = []
+    for precision in ("float32", "bfloat16"):
+        models.append(tiny(M2BertForMaskedLM))
+        train.pretrain(models[-1], text, tokens=600, batch_tokens=200, lr=1e-3, precision=precision, show_progress=False)
+    assert torch.equal(*map(weights, models))
+    assert [record.message for record in caplog.records] == ["this processor has no bfloat16 products: float32 instead, which is faster here and more exact"]
 
 
 @pytest.mark.parametrize("loss", ["mnrl", "opl"])
