@@ -46,7 +46,7 @@ interop: environment
 
 triton: environment
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
-	@$(BIN)/python -m pytest tests/test_monarch_conv.py $(ARGS)
+	@$(BIN)/python -m pytest tests/test_monarch_conv.py tests/test_monarch_mlp.py $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb

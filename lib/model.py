@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
-from lib import monarch_conv, native
+from lib import monarch_conv, monarch_mlp, native
 from lib.long_conv import ImplicitFilter, filter_inputs, long_conv, long_conv_direct, short_conv
 from lib.monarch import BlockDiagonalLinear, GatedBlocks
 
@@ -258,6 +258,9 @@ class MLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
         tokens = h.flatten(0, 1)                                           # no token meets another here
+        if monarch_mlp.fits(tokens, self.gated_layers, self.wo) and not (self.training and self.dropout.p):
+            norm = self.layernorm
+            return monarch_mlp.mlp(tokens, self.gated_layers.weight, self.wo.weight, self.wo.bias, norm.weight, norm.bias, norm.eps).view_as(h)
         group = len(tokens) if torch.is_grad_enabled() or self.training else max(1, TILE // (2 * self.wo.d_in))
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 

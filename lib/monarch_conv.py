@@ -2,12 +2,12 @@
 
 An FFT library reads and writes every signal several times and leaves a GPU's matrix units idle. Here a text of up to 4,096 tokens
 is read once and written once; its Fourier transform is two products with DFT matrices (a Monarch decomposition, as in FlashFFTConv).
-Longer texts take three passes. The kernels are lib/monarch_kernels.py, in Triton, as lib/mixer.cpp is what a CPU runs.
+Longer texts take three passes. The kernels are lib/monarch_kernels.py, in Triton, as lib/mixer.cpp is what a CPU runs; the MLP's is used by lib/monarch_mlp.py.
 
     mix(p, u, …)            x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p), with gradients
     mix_direct(p, u, …)     the same in torch, by lib/long_conv.py
     spectra(gated, …)       the kernels of both convolutions as `mix` wants them, with gradients
-    works(…)                whether the kernels compile here and give what torch gives, asked once a kind of input
+    works(…), trusted(…)    whether the kernels compile here and give what torch gives, asked once a kind of input
     flops(…), traffic(…)    what a token costs in a layer's `mix`, counted; encoder_costs(…), in a whole encoder
 
 Odd frequencies: a text x of at most H tokens has the spectrum
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lib import native
 from lib.long_conv import circular_kernel, long_conv, short_conv
 
 ONE_PASS = 4096                 # tokens that a program holds in its registers; half of that before compute capability 9, whose products take both operands from there
@@ -45,14 +46,15 @@ log = logging.getLogger(__name__)
 # ------------------------------------------------------------------ where it can be used
 
 def fits(u: Tensor, weight: Tensor) -> bool:
-    """Whether `mix` can be tried: Triton is there, u is on a GPU (or TRITON_INTERPRET=1), its type float32 or bfloat16."""
-    if u.device.type != "cuda" and not (u.device.type == "cpu" and interpreted()):
-        return False
-    if os.environ.get("LOCO_NATIVE", "1") == "0" or u.shape[-1] > LONGEST or not installed():
-        return False
+    """Whether `mix` can be tried: there is Triton for u, and its type is float32 or bfloat16."""
     mixed = torch.is_autocast_enabled(u.device.type)
-    dtype = torch.get_autocast_dtype(u.device.type) if mixed else u.dtype
-    return dtype in TYPES and (mixed or weight.dtype == dtype)
+    dtype = native.number_type(u)
+    return available(u) and u.shape[-1] <= LONGEST and dtype in TYPES and (mixed or weight.dtype == dtype)
+
+
+def available(u: Tensor) -> bool:
+    """Whether u is on a GPU (or TRITON_INTERPRET=1), Triton is installed and LOCO_NATIVE is not 0."""
+    return (u.device.type == "cuda" or u.device.type == "cpu" and interpreted()) and os.environ.get("LOCO_NATIVE", "1") != "0" and installed()
 
 
 @cache
@@ -79,10 +81,7 @@ def real_tokens(mask: Tensor) -> Tensor | None:
 
 @cache
 def works(L: int, dtype: torch.dtype, device: torch.device, residual: bool, gradients: bool) -> bool:
-    """Whether the kernels for such texts compile, and give what torch gives: two random texts of two channels.
-
-    A GPU that nobody tried may refuse a kernel; the log says so once, and torch does the work.
-    """
+    """Whether the kernels for such texts can be trusted here: two random texts of two channels."""
     generator = torch.Generator().manual_seed(0)
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -91,24 +90,31 @@ def works(L: int, dtype: torch.dtype, device: torch.device, residual: bool, grad
     kernels = taps(), taps() if residual else None
     parts = draw(2, 6, L).to(dtype), draw(2, 2, L).to(dtype), draw(6, 1, 3), draw(6), draw(6)
     slope = draw(2, 2, L)
-    found, exact = [], []
+    def results(function, dtype: torch.dtype) -> list[Tensor]:
+        with torch.set_grad_enabled(gradients):
+            leaves = [tensor.to(dtype if i < 2 else torch.float32).requires_grad_(gradients) for i, tensor in enumerate(parts)]
+            y = function(*leaves[:4], spectra(*kernels, L) if function is mix else kernels, real, leaves[4])
+        return [y.detach(), *(torch.autograd.grad(y, leaves, slope.to(y.dtype)) if gradients else ())]
+    return trusted(f"the sequence mixer of {L} tokens", dtype, device, lambda: results(mix, dtype), lambda: results(mix_direct, torch.float32), ("y", "dp", "du", "dweight", "dbias", "dshift"))
+
+
+def trusted(what: str, dtype: torch.dtype, device: torch.device, ours, theirs, names: tuple[str, ...]) -> bool:
+    """Whether kernels compile here, and give what torch gives: `ours()` and `theirs()` are lists of tensors with those names.
+
+    A GPU that nobody tried may refuse a kernel; the log says so once, and torch does the work.
+    """
     try:
-        with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(gradients):
-            for function, dtype_of, results in ((mix, dtype, found), (mix_direct, torch.float32, exact)):
-                leaves = [tensor.to(dtype_of if i < 2 else torch.float32).requires_grad_(gradients) for i, tensor in enumerate(parts)]
-                table = spectra(*kernels, L) if function is mix else kernels
-                y = function(*leaves[:4], table, real, leaves[4])
-                results += [y.detach(), *(torch.autograd.grad(y, leaves, slope.to(y.dtype)) if gradients else ())]
-        for name, ours, theirs in zip(("y", "dp", "du", "dweight", "dbias", "dshift"), found, exact):
-            error = float(torch.linalg.vector_norm(ours.float() - theirs.float()) / torch.linalg.vector_norm(theirs.float()))
-            if not error < (0.02 if dtype == torch.bfloat16 else 0.005):    # torch's own short convolution may be in tf32
-                raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
+        with torch.autocast(device.type, enabled=False):
+            for name, found, exact in zip(names, ours(), theirs()):
+                error = float(torch.linalg.vector_norm(found.float() - exact.float()) / torch.linalg.vector_norm(exact.float()))
+                if not error < (0.02 if dtype == torch.bfloat16 else 0.005):       # torch's own may be in tf32
+                    raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                                             # whatever a compiler may throw
-        log.warning("lib/monarch_kernels.py is not used for %d tokens in %s on %s (%s: %s): torch does it, with the same results", L, dtype, device, type(error).__name__, " ".join(str(error).split())[:300])
+        log.warning("lib/monarch_kernels.py is not used for %s in %s on %s (%s: %s): torch does it, with the same results", what, dtype, device, type(error).__name__, " ".join(str(error).split())[:300])
         return False
-    log.info("lib/monarch_kernels.py is used for %d tokens in %s on %s", L, dtype, device)
+    log.info("lib/monarch_kernels.py is used for %s in %s on %s", what, dtype, device)
     return True
 
 
@@ -230,7 +236,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p: Tensor, u: Tensor, weight: Tensor, bias: Tensor, table: Tensor, real: Tensor, shift: Tensor) -> Tensor:
-        kernels, how = launch(u)
+        kernels, how = launch(u.dtype, u.shape[-1])
         p, u, weight, bias, table, real, shift = (tensor.contiguous() for tensor in (p, u, weight, bias, table, real, shift))
         B, D, L = u.shape
         (M, R1, R2), own = factors(L, u.device), tables(L, u.dtype, u.device)
@@ -253,7 +259,7 @@ class Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         p, u, weight, bias, table, real, shift, c1 = ctx.saved_tensors
-        kernels, how = launch(u)
+        kernels, how = launch(u.dtype, u.shape[-1])
         dy, (B, D, L) = dy.contiguous(), u.shape
         (M, R1, R2), own = factors(L, u.device), tables(L, u.dtype, u.device)
         ds, du, dtable = torch.empty_like(p), torch.zeros_like(u) if len(table) == 1 else torch.empty_like(u), torch.empty_like(table)
@@ -283,15 +289,15 @@ def first_passes(kernels, how: dict, p: Tensor, u: Tensor, dy: Tensor, weight: T
     return planes
 
 
-def launch(u: Tensor) -> tuple:
-    """lib/monarch_kernels.py, and what every launch of a transform is given."""
+def launch(dtype: torch.dtype, L: int | None = None) -> tuple:
+    """lib/monarch_kernels.py, and what every launch is given; of a transform of L tokens, how many threads too."""
     from lib import monarch_kernels
     import triton.language as tl
-    narrow, emulated = u.dtype == torch.bfloat16, interpreted()
+    narrow, emulated = dtype == torch.bfloat16, interpreted()
     # Float32 as three products in tf32: exact ones have no matrix unit, and at 4,096 tokens they keep the compiler busy for two minutes.
     how = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32" if narrow else "tf32x3", "EMULATED": emulated}
     # One stage: loads that run ahead would fill the shared memory.
-    return monarch_kernels, how if emulated else how | {"num_warps": 8 if math.prod(factors(u.shape[-1], u.device)) > 1024 else 4, "num_stages": 1}
+    return monarch_kernels, how if emulated or L is None else how | {"num_warps": 8 if math.prod(factors(L)) > 1024 else 4, "num_stages": 1}
 
 
 def on(device: torch.device):
@@ -341,12 +347,10 @@ def encoder_costs(config, L: int, batch: int = 1) -> dict[str, tuple[float, floa
 
         mixer          `mix`
         projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the output written, and 4 D² weights a batch
-        mlp            6 D I / K operations; the least that a fused one could move: read D, write D, and 3 D I / K weights a batch
-        mlp as it runs beyond that, each step reading and writing: 3 D + 6 I numbers
+        mlp            6 W I operations, W the next power of two from D / K; read D, write D, and 3 D I / K weights a batch (lib/monarch_mlp.py)
     """
     D, I, K, N, S = config.hidden_size, config.intermediate_size, config.mlp_blocks, config.num_hidden_layers, 2 if config.residual_long_conv else 1
     tokens = batch * L
     return {"mixer": (N * sum(flops(L, D, S).values()), N * sum(traffic(L, D, S, batch).values())),
             "projections": (N * 8.0 * D**2, N * 2 * (8 * D + 4 * D**2 / tokens)),
-            "mlp": (N * 6.0 * D * I / K, N * 2 * (2 * D + 3 * D * I / K / tokens)),
-            "mlp as it runs": (0.0, N * 2.0 * (3 * D + 6 * I))}
+            "mlp": (N * 6.0 * (1 << (D // K - 1).bit_length()) * I, N * 2 * (2 * D + 3 * D * I / K / tokens))}

@@ -1,9 +1,10 @@
-"""The kernels of lib/monarch_conv.py, in Triton: what a GPU runs, program by program. Imported when there is one.
+"""The kernels of lib/monarch_conv.py and lib/monarch_mlp.py, in Triton: what a GPU runs, program by program. Imported when there is one.
 
     mix, mix_gradient                     texts of up to 4,096 tokens: one program does a channel of a text, or of all texts
     columns, rows, finish                 longer ones: stage 1 on blocks of columns, stage 2 row by row, and back
     rows_gradient, finish_gradient        the same for gradients
     short_gradient                        the backward pass of the short convolution, after either
+    gated_mlp                             what follows the mixer: a tile of tokens through the whole MLP
 
 A text lies in a tile (M, R), token n in row n // R and column n % R. Its odd-frequency spectrum, k = k1 + 2M k2, k1 < M:
 
@@ -338,3 +339,60 @@ def short_gradient(p, ds, dp, reals, weight, shift, sums, B, C, L, BLOCK: tl.con
     tl.store(to + 2 * BLOCK, s2)
     tl.store(to + 3 * BLOCK, s3)
     tl.store(to + 4 * BLOCK, s4)
+
+
+# ------------------------------------------------------------------ the MLP
+
+@triton.jit
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def weights(table, first, rows, columns, COLUMNS: tl.constexpr, ROW: tl.constexpr):
+    """Rows `first` + rows of a matrix with COLUMNS columns, transposed: (columns, rows). Beyond COLUMNS, and beyond `ROW` rows, zero."""
+    return tl.load(table + (first + rows)[None, :] * COLUMNS + columns[:, None], mask=(rows < ROW)[None, :] & (columns < COLUMNS)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gated_mlp(h, out, gated, wo, bias, scale, shift, T, eps, D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+              TOKENS: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr):
+    """out = LayerNorm(h + W_o(GELU(a) b) + bias), (a, b) = W_g h, of TOKENS tokens, (T, D). W ≥ D/K: channels of a block, filled up to a power of two.
+
+    Blocks k and k + K/2 of W_g, (K, 2I/K, D/K), are gate and value of what blocks 2k and 2k + 1 of W_o, (K, D/K, I/K), read. What lies between the
+    two products stays in registers, STEP numbers of it at a time.
+    """
+    F: tl.constexpr = D // K
+    H: tl.constexpr = I // K
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row, lane, step = tl.cast(token, tl.int64)[:, None] * D, tl.arange(0, W), tl.arange(0, STEP)
+    inside = (token < T)[:, None] & (lane < F)[None, :]
+    total = tl.full((TOKENS,), 0.0, tl.float32)
+    for k in range(K // 2):
+        x = tl.load(h + row + k * F + lane[None, :], mask=inside, other=0.0)
+        v = tl.load(h + row + (k + K // 2) * F + lane[None, :], mask=inside, other=0.0)
+        for side in range(2):
+            block, found = 2 * k + side, tl.full((TOKENS, W), 0.0, tl.float32)
+            for j in range(0, H, STEP):
+                place = j + step                                           # of what one block of W_o reads
+                a = dot(x, weights(gated, k * 2 * H + side * H, place, lane, F, H), DOT, PRECISION, EMULATED)
+                b = dot(v, weights(gated, (k + K // 2) * 2 * H + side * H, place, lane, F, H), DOT, PRECISION, EMULATED)
+                m = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476)) * b
+                found += dot(m, weights(wo, block * F, lane, place, H, F), DOT, PRECISION, EMULATED)
+            at = block * F + lane
+            found += tl.load(bias + at, mask=lane < F, other=0.0).to(tl.float32)[None, :] + tl.load(h + row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            found = tl.where(inside, found, 0.0)
+            total += tl.reduce(found, 1, add)
+            tl.store(out + row + at[None, :], narrow(found, out.dtype.element_ty, EMULATED), mask=inside)
+    tl.debug_barrier()                                                     # what other threads of this program wrote is read now
+    mean = (total / D)[:, None]
+    spread_out = tl.full((TOKENS,), 0.0, tl.float32)
+    for k in range(K):
+        x = tl.load(out + row + k * F + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+        spread_out += tl.reduce(tl.where(inside, (x - mean) * (x - mean), 0.0), 1, add)
+    inverse = (1.0 / tl.sqrt(spread_out / D + eps))[:, None]
+    for k in range(K):
+        at = k * F + lane
+        x = tl.load(out + row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        own, more = tl.load(scale + at, mask=lane < F, other=0.0).to(tl.float32)[None, :], tl.load(shift + at, mask=lane < F, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + row + at[None, :], narrow((x - mean) * inverse * own + more, out.dtype.element_ty, EMULATED), mask=inside)

@@ -112,7 +112,7 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
 
     Args:
         entries: as `entrants` gives them.
-        repeats: turns at each length, after one that warms up and is not reported.
+        repeats: turns at each length, after one that warms up and is not reported (left out where an entrant is shallow: these are slow, and warm from shorter texts).
         budget_s: seconds for one length: with less than that many turns taken, the next turns are left out (one is taken in any case).
         limits: whether the machine's own limits take turns too, as the model "limits".
 
@@ -144,7 +144,9 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
             for turn in range(repeats + 1):
                 if budget_s and turn > 1 and time.monotonic() - started > budget_s:
                     break
-                for name in (name for name, entry in entries.items() if length <= ((entry or {}).get("until") or length)):
+                for name, entry in entries.items():
+                    if entry and (length > (entry.get("until") or length) or not turn and length > min(lengths) and length >= (entry["shallow_from"] or math.inf)):
+                        continue
                     answer = say(runners[name], {"length_tokens": length, "batch": batch})
                     if turn:
                         turns.append({"model": name, "length_tokens": length, "batch": batch, "turn": turn} | answer)
@@ -296,11 +298,11 @@ def figure(found: pd.DataFrame, turns: list[dict]):
         rate = machine[f"gflops_{dtype}"]
         points = sorted({*intensity, min(max(rate / machine["gb_s"], intensity[0]), intensity[1])})
         c.plot(points, [min(rate, machine["gb_s"] * x) for x in points], color="0.4", lw=1, ls=line, label=f"limit, {dtype}")
-    first = found[found["model"] == found["model"].iloc[0]]["length_tokens"]
+    lengths = sorted(set(found["length_tokens"]))
     for ax, title, label in ((a, "time", "µs a token"), (b, "peak memory of the process", "GiB"), (c, "roofline", "GFLOP/s")):
         ax.set(title=title, ylabel=label)
         if ax is not c:
-            ax.set(xscale="log", xlabel="tokens of a text", xticks=list(first), xticklabels=[f"{n:,}" for n in first])
+            ax.set(xscale="log", xlabel="tokens of a text", xticks=lengths, xticklabels=[f"{n:,}" for n in lengths])
             ax.tick_params(axis="x", labelrotation=30)
             ax.minorticks_off()
     a.set(yscale="log")

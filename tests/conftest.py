@@ -1,10 +1,12 @@
 """What several test files share: tests read small and run on two cores."""
 import builtins
+import importlib
 import json
 import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import lib
+from lib import monarch_conv, monarch_mlp
 from lib.model import M2BertConfig, M2BertForRetrieval
 
 ROOT = Path(__file__).parents[1]
@@ -126,3 +130,21 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     return asked, waited
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """lib/monarch_kernels.py as Python, for one file of tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("LOCO_NATIVE", "1")
+        patch.delitem(sys.modules, "lib.monarch_kernels", raising=False)
+        kernels, runtime = importlib.import_module("lib.monarch_kernels"), importlib.import_module("triton.runtime.interpreter")
+        scope = runtime._patch_lang(kernels.mix.fn)                        # it would go through the whole language at each call of a function
+        patch.setattr(runtime, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        yield
+        scope.restore()
+    sys.modules.pop("lib.monarch_kernels", None)
+    del lib.monarch_kernels
+    monarch_conv.works.cache_clear()
+    monarch_mlp.works.cache_clear()

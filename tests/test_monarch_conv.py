@@ -1,6 +1,5 @@
 """The GPU's mixer is the definition: every length, both ways, in Triton's interpreter where there is no GPU."""
 import copy
-import importlib
 import logging
 import math
 import os
@@ -12,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lib
-from lib import monarch_conv
+from lib import monarch_conv, monarch_mlp
 from lib.long_conv import circular_kernel, long_conv_direct
 from lib.model import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, SequenceMixer
 from lib.monarch_conv import mix, mix_direct, spectra
@@ -23,21 +21,7 @@ NAMES = ("p", "u", "weight", "bias", "shift", "back", "ahead", "gain", "back of 
 POWERS = [(1 << bits) + more for bits in range(5, 13) for more in (-1, 0, 1)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """The kernels as Python, for this file alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("LOCO_NATIVE", "1")
-        patch.delitem(sys.modules, "lib.monarch_kernels", raising=False)
-        kernels, runtime = importlib.import_module("lib.monarch_kernels"), importlib.import_module("triton.runtime.interpreter")
-        scope = runtime._patch_lang(kernels.mix.fn)                        # it would go through the whole language at each call of a function
-        patch.setattr(runtime, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
-        yield
-        scope.restore()
-    sys.modules.pop("lib.monarch_kernels", None)
-    del lib.monarch_kernels
-    monarch_conv.works.cache_clear()
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def case(L, B=2, D=2, ahead=True, residual=True, dtype=torch.float32):
@@ -328,7 +312,7 @@ def test_a_kernel_that_fails_or_errs_leaves_torch_and_says_so_once(monkeypatch, 
     monarch_conv.works.cache_clear()
     with caplog.at_level(logging.INFO, logger=monarch_conv.log.name):
         assert monarch_conv.works(monarch_conv.alike(60, IDS.device), torch.float32, IDS.device, True, True) and monarch_conv.works(256, torch.bfloat16, IDS.device, False, False)
-    assert "is used for 255 tokens" in caplog.text
+    assert "is used for the sequence mixer of 255 tokens" in caplog.text
 
 
 def test_without_the_interpreter_a_cpu_has_its_own_way(monkeypatch, used):
@@ -352,7 +336,7 @@ def test_costs_by_hand():
     assert monarch_conv.traffic(8192, 1, backward=True) == {"texts": 2 * (20 + 2), "planes": 2 * 2 * 12, "spectra": 32}
     parts = monarch_conv.encoder_costs(M2BertConfig(), 4096)
     assert parts["projections"] == (12 * 8 * 768**2, pytest.approx(12 * 2 * (8 * 768 + 4 * 768**2 / 4096)))
-    assert parts["mlp"][0] == 12 * 6 * 768 * 3072 / 4
+    assert parts["mlp"] == (12 * 6 * 256 * 3072, pytest.approx(12 * 2 * (2 * 768 + 3 * 768 * 3072 / 4 / 4096)))       # blocks of 192 channels, filled up to 256
 
 
 @pytest.mark.parametrize("L", [1, 256, 257, 512, 1024, 2048, 4096, 4097, 2**14, 2**15, 2**16, 2**17, 2**18, 2**19])
@@ -367,7 +351,7 @@ def test_factors_are_what_a_matrix_unit_takes(L):
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from lib import monarch_conv
+from lib import monarch_conv, monarch_mlp
 
 class Driver:
     def __init__(self, capability):
@@ -394,7 +378,10 @@ for capability, dtype, L in ((80, torch.bfloat16, 1), (80, torch.bfloat16, 1000)
     p, u, table = (torch.zeros(shape, dtype=kind, requires_grad=True) for shape, kind in (((1, 6, L), dtype), ((1, 2, L), dtype), ((2, 2, 2, M * R1 * R2), torch.float32)))
     y = monarch_conv.mix(p, u, torch.zeros(6, 1, 3), torch.zeros(6), table)
     y.backward(torch.zeros_like(y))
-assert names == {"mix", "mix_gradient", "columns", "rows", "finish", "rows_gradient", "finish_gradient", "short_gradient"}, names
+for capability in (80, 90):
+    triton.runtime.driver.set_active(Driver(capability))
+    monarch_mlp.mlp(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((100, 768), (4, 1536, 192), (4, 192, 768), (768,), (768,), (768,))), 1e-12)
+assert names == {"gated_mlp", "mix", "mix_gradient", "columns", "rows", "finish", "rows_gradient", "finish_gradient", "short_gradient"}, names
 """
 RUN = """
 import logging, torch
@@ -405,6 +392,8 @@ for dtype in monarch_conv.TYPES:
         for residual in (True, False):
             for gradients in (False, True):
                 assert monarch_conv.works(L, dtype, torch.device("cuda", 0), residual, gradients), (dtype, L, residual, gradients)
+for width, inner, blocks in ((768, 3072, 4), (256, 1024, 4), (960, 3840, 4)):
+    assert monarch_mlp.works(width, inner, blocks, torch.bfloat16, torch.device("cuda", 0)), width
 """
 
 
