@@ -37,6 +37,8 @@ KERNEL_ENVIRONMENT = {
     # How long a thread spins before it sleeps. By default long enough to starve the other one when the machine has anything else
     # to do: steps took 1.4 times as long beside one busy process, and cost the same alone.
     "GOMP_SPINCOUNT": "1000",
+    # oneDNN keeps the code of 1,024 products; texts of all lengths make a new one each, 0.7 GiB of them in a row of `laptop`, and keeping fewer costs no time.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",             # figures go into the notebook, whatever the caller uses
     "COLUMNS": "120",
     "PYTHONHASHSEED": "0",
