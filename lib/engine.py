@@ -52,11 +52,8 @@ class Engine:
     def __init__(self, model, dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: float32 or bfloat16")
-        if dtype == torch.bfloat16 and not multiplies_bfloat16():
-            log.warning("this processor has no bfloat16 products: float32 instead, which is faster here and more exact")
-            dtype = torch.float32
         self.model: M2BertModel = getattr(model, "model", model)
-        self.dtype, self.seen = dtype, None
+        self.dtype, self.seen = multiplied(dtype, torch.device("cpu")), None
         self.native = native.fits(self.model.config.hidden_size)
 
     @torch.no_grad()
@@ -229,6 +226,14 @@ def multiplies_bfloat16() -> bool:
         return False
     asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return platform.machine().lower() not in ("x86_64", "amd64") or None in asks or any(ask() for ask in asks)
+
+
+def multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which a device should take products for `dtype`: float32 for a bfloat16 that it does not multiply itself, and the log says so."""
+    if dtype != torch.bfloat16 or (multiplies_bfloat16() if device.type == "cpu" else device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)):
+        return dtype
+    log.warning("this processor has no bfloat16 products: float32 instead, which is faster here and more exact")
+    return torch.float32
 
 
 class Product:

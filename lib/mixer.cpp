@@ -286,7 +286,8 @@ static inline void gradient(const float* zp, const float* zq, float* wp, float* 
     put(wq, r), put(wp, y);
 }
 
-// The backward pass of one text and 16 channels: dy -> dp, du; dw, db and dspectra grow by this text's share. z and g each hold n complex vectors, two at least.
+// The backward pass of one text and 16 channels: dy -> dp, du; dw, db and dspectra grow by this text's share. z and g each hold n complex vectors, two at least: ds takes
+// 48 numbers a token of z, and a text of one token has an FFT of one point.
 template <class T>
 static void text_gradient(const T* p, const T* u, const T* c1, const T* dy, T* dp, T* du, long L, long real, long D, long c, const float* w, const float* b,
                           const float* spectra, float* dspectra, float* dw, float* db, const Plan& plan, float* z, float* g) {

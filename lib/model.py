@@ -115,10 +115,10 @@ class SequenceMixer(nn.Module):
 
     x1, x2 and v are three projections of the input u, each passed through a
     causal convolution of width 3. No channel meets another between the two
-    projections, so without gradients they go in groups: memory for one group,
-    whatever the length. With gradients, on a CPU, all between the projections
-    is one function of lib/mixer.cpp where that can be compiled; on a GPU, with
-    and without them, it is lib/monarch_conv.py.
+    projections, so in `eval` without gradients they go in groups: memory for
+    one group, whatever the length. With gradients, or in `train`, on a CPU, all
+    between the projections is one function of lib/mixer.cpp where that can be
+    compiled; on a GPU, always, it is lib/monarch_conv.py.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -258,9 +258,10 @@ class MLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:                                # (B, L, D)
         tokens = h.flatten(0, 1)                                           # no token meets another here
-        if not self.training and monarch_mlp.fits(tokens, self.gated_layers, self.wo):
+        program = None if self.training else monarch_mlp.fits(tokens, self.gated_layers, self.wo)
+        if program is not None:
             norm = self.layernorm
-            return monarch_mlp.mlp(tokens, self.gated_layers.weight, self.wo.weight, self.wo.bias, norm.weight, norm.bias, norm.eps).view_as(h)
+            return monarch_mlp.mlp(tokens, self.gated_layers.weight, self.wo.weight, self.wo.bias, norm.weight, norm.bias, norm.eps, program).view_as(h)
         group = len(tokens) if torch.is_grad_enabled() or self.training else max(1, TILE // (2 * self.wo.d_in))
         return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
 
@@ -451,7 +452,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]                  # (M, D), (M,)
         logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

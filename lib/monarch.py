@@ -113,7 +113,7 @@ class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
 
     x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the kernel of lib/mixer.cpp. float32; or, under
-    autocast, y and all products in bfloat16, and the weights' gradients in float32. Kept for the backward pass are x, a and b.
+    autocast, y and all products in bfloat16, the weights' gradients too before they become float32. Kept for the backward pass are x, a and b.
     """
 
     @staticmethod

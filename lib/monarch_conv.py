@@ -347,7 +347,7 @@ def encoder_costs(config, L: int, batch: int = 1) -> dict[str, tuple[float, floa
 
         mixer          `mix`
         projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the output written, and 4 D² weights a batch
-        mlp            6 W I operations, W the next power of two from D / K; read D, write D, and 3 D I / K weights a batch (lib/monarch_mlp.py)
+        mlp            6 W I operations, W the next power of two from D / K; read D, write D, and 3 D I / K weights a batch (lib/monarch_mlp.py), which the cache gives to each of its programs
     """
     D, I, K, N, S = config.hidden_size, config.intermediate_size, config.mlp_blocks, config.num_hidden_layers, 2 if config.residual_long_conv else 1
     tokens = batch * L

@@ -1,15 +1,18 @@
-"""The gated MLP on a GPU: both block-diagonal products, GELU, gate, skip and LayerNorm in one kernel, which reads a token once and writes it once.
+"""The gated MLP on a GPU: both block-diagonal products, GELU, gate, skip and LayerNorm in one kernel.
 
-Step by step the same moves 3 D + 6 I numbers a token more, three quarters of an encoder's traffic: what lies between the two products is 8 times as
-wide as a token at the published sizes, and here it never leaves the registers.
+Step by step the same moves 3 D + 6 I numbers a token more, up to two thirds of an encoder's traffic: what lies between the two products is 8 times as
+wide as a token at the published sizes, and here it never leaves the registers. From memory a token is read once and written once; what a program touches
+again, and the weights, which every program needs once more, are left to the cache.
 
     mlp(h, …)             LayerNorm(h + W_o(GELU(a) · b)), (a, b) = W_g h, without gradients
     mlp_direct(h, …)      the same in torch
-    works(…)              whether the kernel compiles here and gives what torch gives, asked once a shape
+    program(…)            how the kernel is run here, if at all: it must give what torch gives, sooner; asked once a shape
 
 The kernel is `gated_mlp` of lib/monarch_kernels.py. What it costs: `monarch_conv.encoder_costs`.
 Axes: T tokens, D width, I intermediate width, K blocks.
 """
+import logging
+import statistics
 from functools import cache
 
 import torch
@@ -19,34 +22,56 @@ from torch.nn import functional as F
 from lib import monarch_conv
 from lib.monarch import BlockDiagonalLinear, block_diagonal, paired
 
-TOKENS, STEP = 64, 32           # tokens of a program; numbers of a gate that it holds at a time. More of either spills registers on an H100 at the published sizes
+TOKENS, STEP = (64, 128), 32    # tokens of a program, to choose from; numbers of a gate that it holds at a time
 WIDEST = 256                    # channels of a block, whose sums a program holds in its registers
+EPS = 1e-12
+log = logging.getLogger(__name__)
 
 
-def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> bool:
-    """Whether `mlp` should be used: Triton for h, blocks that pair, bfloat16 (float32 would not fit into registers), no gradients; and that it works here."""
-    return (not torch.is_grad_enabled() and monarch_conv.available(h) and paired(gated, wo) and wo.d_out // len(wo.weight) <= WIDEST and h.dtype == gated.weight.dtype == torch.bfloat16
-            and not torch.is_autocast_enabled(h.device.type) and works(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device))
+def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> int | None:
+    """The `program` for h, if there is one: Triton, blocks that pair, bfloat16 (float32 would not fit into registers), no gradients; None: torch does it."""
+    can = (not torch.is_grad_enabled() and monarch_conv.available(h) and paired(gated, wo) and wo.d_out // len(wo.weight) <= WIDEST and h.dtype == gated.weight.dtype == torch.bfloat16
+           and not torch.is_autocast_enabled(h.device.type))
+    return program(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device) if can else None
 
 
 @cache
-def works(width: int, inner: int, blocks: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel for such layers can be trusted here: as many random tokens as one program takes, and one."""
+def program(width: int, inner: int, blocks: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """How many tokens a program of the kernel takes here; None: it does not compile, does not give what torch gives, or is slower.
+
+    On a GPU all ways take turns at 16,384 tokens, and the log says what they took; in the interpreter the first is taken.
+    """
     generator = torch.Generator().manual_seed(0)
-    shapes = (TOKENS + 1, width), (blocks, 2 * inner // blocks, width // blocks), (blocks, width // blocks, inner // blocks), (width,), (width,), (width,)
-    given = [(torch.randn(shape, generator=generator) / shape[-1] ** (0.5 * (len(shape) == 3))).to(device, dtype) for shape in shapes]
+    shapes = (max(TOKENS) + 1, width), (blocks, 2 * inner // blocks, width // blocks), (blocks, width // blocks, inner // blocks), (width,), (width,), (width,)
+    h, *given = ((torch.randn(shape, generator=generator) / shape[-1] ** (0.5 * (len(shape) == 3))).to(device, dtype) for shape in shapes)
     with torch.inference_mode():
-        return monarch_conv.trusted(f"an MLP of width {width}, {inner} inside and {blocks} blocks", dtype, device,
-                                    lambda: [mlp(*given, 1e-12)], lambda: [mlp_direct(*(tensor.float() for tensor in given), 1e-12)], ("y",))
+        exact = mlp_direct(*(tensor.float() for tensor in (h, *given)), EPS)
+        good = [tokens for tokens in TOKENS if monarch_conv.trusted(f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens a program", dtype, device,
+                                                                    lambda: [mlp(h, *given, EPS, tokens)], lambda: [exact], ("y",))]
+        if device.type != "cuda" or not good:
+            return good[0] if good else None
+        many, taken = h[torch.arange(16_384, device=device) % len(h)], {}
+        for _ in range(12):
+            for tokens in (*good, None):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                mlp_direct(many, *given, EPS) if tokens is None else mlp(many, *given, EPS, tokens)
+                end.record()
+                torch.cuda.synchronize()
+                taken.setdefault(tokens, []).append(start.elapsed_time(end))
+    took = {tokens: statistics.median(some[2:]) for tokens, some in taken.items()}
+    log.info("an MLP of width %d takes, in ms for 16,384 tokens: %s", width, ", ".join(f"{'torch' if tokens is None else f'{tokens} tokens a program'} {some:.3f}" for tokens, some in took.items()))
+    return min(took, key=took.get)
 
 
-def mlp(h: Tensor, gated: Tensor, wo: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def mlp(h: Tensor, gated: Tensor, wo: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float, tokens: int = TOKENS[0]) -> Tensor:
     """LayerNorm(h + W_o(GELU(a) · b) + bias), (a, b) = W_g h, (T, D), of h's type.
 
     Args:
         h: (T, D), float32 or bfloat16; the others alike.
         gated, wo: (K, 2I/K, D/K) and (K, D/K, I/K), K even; bias: (D,).
         scale, shift, eps: of the LayerNorm, (D,).
+        tokens: that a program takes, a power of two from 16.
 
     Raises:
         TypeError, ValueError: types or shapes that do not belong together.
@@ -64,7 +89,7 @@ def mlp(h: Tensor, gated: Tensor, wo: Tensor, bias: Tensor, scale: Tensor, shift
     h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
     with monarch_conv.on(h.device):
         if T:
-            kernels.gated_mlp[(-(-T // TOKENS),)](h, out, *(tensor.contiguous() for tensor in given), T, eps, D, I, K, max(16, 1 << (D // K - 1).bit_length()), TOKENS, STEP, **how)
+            kernels.gated_mlp[(-(-T // tokens),)](h, out, *(tensor.contiguous() for tensor in given), T, eps, D, I, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP, **how)
     return out
 
 

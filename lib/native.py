@@ -188,7 +188,8 @@ def mix(p: Tensor, u: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, tabl
     function = {(torch.float32,) * 3: library.mix_f32_f32, (torch.bfloat16, torch.bfloat16, torch.float16): library.mix_bf16_f16,
                 (torch.bfloat16, torch.bfloat16, torch.float32): library.mix_bf16_f32}.get(kinds.pop()) if len(kinds) == 1 else None
     if function is None:
-        raise TypeError(f"p is {p.dtype}, u {u.dtype}, y {y.dtype}, the tables {tables[0].values.dtype}: all of them float32, or bfloat16 and tables of float16 or float32")
+        types = [str(tensor.dtype).removeprefix("torch.") for tensor in (p, u, y, *(() if c1 is None else (c1,)), *(table.values for table in tables))]
+        raise TypeError(f"p, u, y (and c1) and the tables are {', '.join(types)}: all of them float32, or bfloat16 and tables of float16 or float32")
     given = [starts, weight, bias, *(table.scale for table in tables if table.scale is not None), *(tensor for tensor in (real,) if tensor is not None)]
     if not all(tensor.is_contiguous() for tensor in (p, u, y, *given, *(() if c1 is None else (c1,)), *(table.values for table in tables))):
         raise ValueError("mix reads its inputs as they lie: give it contiguous ones")
@@ -239,7 +240,7 @@ class Mix(torch.autograd.Function):
         function = {torch.float32: kernel().mix_gradient_f32, torch.bfloat16: kernel().mix_gradient_bf16}[p.dtype]
         check_alike(u, c1, dy)
         function(*(tensor.data_ptr() for tensor in (p, u, c1, dy, dp, du, starts, real)), B, D,
-                              *(tensor.data_ptr() for tensor in (weight, bias, table, dtable, dweight, dbias)), plan(size(L)), torch.get_num_threads())
+                 *(tensor.data_ptr() for tensor in (weight, bias, table, dtable, dweight, dbias)), plan(size(L)), torch.get_num_threads())
         return dp, du, dweight, dbias, dtable, None
 
 

@@ -45,8 +45,8 @@ NOT_RUN = "not run: no GPU"
 def entrants(config: M2BertConfig, device: str = "cpu", shallow_from: int | None = None) -> dict[str, dict]:
     """Who races against an M2-BERT of this configuration, by name.
 
-    An entry is {"config", "way", "dtype"} and perhaps "shallow_from", tokens from which on one layer is timed and counted for
-    all, since a race should end, and "until", tokens beyond which it stays out. Ways: `definition` (see DEFINITION), `forward` (the model as it is), `torch` (on a GPU:
+    An entry is {"config", "way", "dtype", "shallow_from"} and perhaps "until". shallow_from: tokens from which on one layer is timed and counted for
+    all, since a race should end, or None; until: tokens beyond which it stays out. Ways: `definition` (see DEFINITION), `forward` (the model as it is), `torch` (on a GPU:
     with torch.fft in place of lib/monarch_conv.py), `compiled` (that, by torch.compile), `engine` (lib/engine.py).
     """
     def entry(way: str, dtype: str, config=config, shallow: int | None = None) -> dict:
@@ -61,6 +61,11 @@ def entrants(config: M2BertConfig, device: str = "cpu", shallow_from: int | None
             "Monarch convolution, bfloat16": entry("forward", "bfloat16"), "Transformer twin, bfloat16": entry("forward", "bfloat16", bert),
             "BGE-large's shape, bfloat16": entry("forward", "bfloat16", BertConfig(hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, num_attention_heads=16, **large)),
             "a 7B shape, bfloat16": entry("forward", "bfloat16", BertConfig(hidden_size=4096, num_hidden_layers=32, intermediate_size=18432, num_attention_heads=32, **large), 0)}
+
+
+def shallow_from(entry: dict, layers: int) -> float:
+    """Tokens from which on one of an entrant's layers is timed; a model of one layer is never shallow."""
+    return math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
 
 
 def definition_of_the_mixer(self: SequenceMixer, u: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -112,7 +117,8 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
 
     Args:
         entries: as `entrants` gives them.
-        repeats: turns at each length, after one that warms up and is not reported (left out where an entrant is shallow: these are slow, and warm from shorter texts).
+        repeats: turns at each length, after one that warms up and is not reported (left out where an entrant
+            is shallow: these are slow, and warm from shorter texts; at 8,192 tokens of the published size their first turn takes 0 to 10 % longer than the next ones).
         budget_s: seconds for one length: with less than that many turns taken, the next turns are left out (one is taken in any case).
         limits: whether the machine's own limits take turns too, as the model "limits".
 
@@ -145,7 +151,7 @@ def race(entries: dict[str, dict], lengths: list[int], batch: int = 1, repeats: 
                 if budget_s and turn > 1 and time.monotonic() - started > budget_s:
                     break
                 for name, entry in entries.items():
-                    if entry and (length > (entry.get("until") or length) or not turn and length > min(lengths) and length >= (entry["shallow_from"] or math.inf)):
+                    if entry and (length > (entry.get("until") or length) or not turn and length > min(lengths) and 0 < shallow_from(entry, entry["config"].num_hidden_layers) <= length):
                         continue
                     answer = say(runners[name], {"length_tokens": length, "batch": batch})
                     if turn:
@@ -193,8 +199,7 @@ def encoding(entry: dict, device: torch.device):
     kind = M2BertConfig if entry["kind"] == "m2bert" else BertConfig
     config = kind.from_dict(entry["config"])
     layers = config.num_hidden_layers
-    shallow_from = math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
-    if shallow_from == 0:
+    if shallow_from(entry, layers) == 0:
         config.num_hidden_layers = 1
     model = efficiency.build(config).to(device)
     if entry["way"] != "engine":
@@ -208,7 +213,7 @@ def encoding(entry: dict, device: torch.device):
     dtype = entry["dtype"] if engine is None else str(engine.dtype).removeprefix("torch.")          # float32 where there are no bfloat16 products
 
     def encode(turn: dict, device: torch.device) -> dict:
-        shallow = turn["length_tokens"] >= shallow_from
+        shallow = turn["length_tokens"] >= shallow_from(entry, layers)
         setattr(stack, name, first if shallow else every)
         ids = torch.randint(5, config.vocab_size, (turn["batch"], turn["length_tokens"])).to(device)
         rows = ids.tolist()
@@ -256,10 +261,10 @@ def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
 
     Columns: length_tokens, model, layers (those timed), dtype, turns, encode_s, fastest_s, slowest_s, cpu_s, tokens_s, over_definition and
     over_twin (how many times as fast, turn by turn), peak_gib; gflops and gflop_a_byte (counted operations and bytes, lib/efficiency.py, in that time),
-    of_products and of_bandwidth (products, and bytes, in that time as shares of the machine's limits).
+    of_products and of_bandwidth (products, and bytes, in that time as shares of the machine's limits, medians of all their turns).
     """
     turns = pd.DataFrame(turns)
-    machine = turns[turns["model"] == LIMITS].groupby("length_tokens")[["gflops_float32", "gflops_bfloat16", "gb_s"]].median() if LIMITS in set(turns["model"]) else None
+    rate = turns[turns["model"] == LIMITS][["gflops_float32", "gflops_bfloat16", "gb_s"]].median() if LIMITS in set(turns["model"]) else None
     turns = turns[turns["model"] != LIMITS]
     seconds = turns.pivot(index=["length_tokens", "turn"], columns="model", values="encode_s")
     found = turns.groupby(["length_tokens", "model"], sort=False).agg(
@@ -273,7 +278,6 @@ def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
     for line in found.itertuples():
         entry = entries[line.model]
         products, operations, moved = efficiency.cost(entry["config"], line.length_tokens, 4 if line.dtype == "float32" else 2, line.batch)
-        rate = None if machine is None else machine.loc[line.length_tokens]
         lines.append({"gflops": operations / line.encode_s / 1e9 * line.batch, "gflop_a_byte": operations / moved,
                       "of_products": math.nan if rate is None else products * line.batch / line.encode_s / 1e9 / rate[f"gflops_{line.dtype}"],
                       "of_bandwidth": math.nan if rate is None else moved * line.batch / line.encode_s / 1e9 / rate["gb_s"]})

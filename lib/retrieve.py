@@ -14,6 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -332,13 +333,13 @@ def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> N
     """
     if not re.fullmatch(r"\S+", tag):
         raise ValueError(f"tag {tag!r}: one word")
-    lines, quoted = [], {pid: quote(pid) for pid in {pid for scores in run.values() for pid in scores}}
+    lines, quoted = [], cache(quote)
     for qid, scores in run.items():
         for rank, pid in enumerate(metrics.ranking(scores)[:k], start=1):
             score = np.float32(scores[pid])
             if not np.isfinite(score):
                 raise ValueError(f"query {qid}: the score of {pid} is {score}")
-            lines.append(f"{quote(qid)} Q0 {quoted[pid]} {rank} {score!s} {tag}\n")
+            lines.append(f"{quote(qid)} Q0 {quoted(pid)} {rank} {score!s} {tag}\n")
     files.write(path, "".join(lines))
 
 

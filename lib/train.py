@@ -11,10 +11,9 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), pretraining mixture and
         appendix A.3; loss by loss see lib/losses.py.
 Axes:   B texts in a batch, L tokens, D width.
 """
-import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,6 @@ from lib.encoder import bar, pad, tokenize
 LOSSES = ("mnrl", "opl", "prototype", "none")
 PRECISIONS = ("float32", "bfloat16")
 PASS_TOKENS = 32_768                    # of pretraining that go through the model together; a step of more is added up
-log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -49,17 +47,16 @@ def use(compute: dict) -> torch.device:
     return torch.device(name)
 
 
-def products(device: torch.device, precision: str) -> torch.autocast:
-    """A context whose matrix products, and what lies between a layer's projections, are taken in `precision`; weights, sums, norms, losses and optimizer stay float32.
+def products(device: torch.device, precision: str) -> AbstractContextManager:
+    """A context in which a model's matrix products, and what lies between a layer's projections, are taken in `precision`.
 
-    bfloat16 is torch.autocast; on a CPU without such products it is float32, and the log says so.
+    bfloat16 is torch.autocast, on a device that multiplies it itself; elsewhere it is float32, and the log says so. Weights, optimizer, sums, the norms
+    of the encoder, embeddings and losses are float32 in either case.
     """
     if precision not in PRECISIONS:
         raise TrainingError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
-    if precision == "bfloat16" and device.type == "cpu" and not engine.multiplies_bfloat16():
-        log.warning("this processor has no bfloat16 products: float32 instead, which is faster here and more exact")
-        precision = "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    dtype = engine.multiplied(getattr(torch, precision), device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def optimizer(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8, embedding_lr: float | None = None) -> torch.optim.AdamW:
@@ -201,7 +198,7 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
     if steps and mixture != "long" and not text.variable or steps and mixture != "short" and not len(text.maximum):
         raise TrainingError(f"mixture {mixture!r} finds no text: {len(text.variable)} short texts, {len(text.maximum)} stretches of {text.length} tokens")
     device = next(model.parameters()).device
-    half = products(device, precision)
+    context = products(device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
     model.train()
     curve, seen = [], 0
@@ -218,7 +215,7 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
             n = int((labels > 0).sum())
             if not n:
                 continue
-            with half:
+            with context:
                 out = model(ids.to(device), real.to(device), labels=labels.to(device))
             (out.loss * n / targets).backward()                            # the mean over the step's targets, however grouped
             loss += out.loss.item() * n / targets
@@ -341,14 +338,14 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return _orders[key]
 
 
-def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None, half=nullcontext()) -> Tensor:
-    """Embeddings (n, D) of token rows, in their order; at most `micro_batch` go through the model at a time, in the context `half`."""
+def embed(model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch: int | None = None, context: AbstractContextManager = nullcontext()) -> Tensor:
+    """Embeddings (n, D) of token rows, in their order; at most `micro_batch` go through the model at a time, in that context."""
     device = next(model.parameters()).device
     groups = like_lengths([len(row) for row in rows], micro_batch)
     parts = []
     for group in groups:
         ids, real = pad([rows[i].tolist() for i in group], pad_id)
-        with half:
+        with context:
             parts.append(model(ids.to(device), real.to(device)).pooler_output)
     back = torch.empty(len(rows), dtype=torch.long)
     back[torch.tensor([i for group in groups for i in group])] = torch.arange(len(rows))
@@ -384,7 +381,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
         model.eval()
         return []
     steps = math.ceil(documents_seen / documents)
-    half = products(next(model.parameters()).device, precision)
+    context = products(next(model.parameters()).device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
     model.train()
     curve, seen = [], 0
@@ -419,7 +416,7 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
             y = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
             return orthogonal_projection_loss(torch.cat([q, q[asked]]), torch.cat([d[where], d[wrong]]), y)
 
-        total = backward(model, rows, value, pairs.pad_id, micro_batch, n, half)
+        total = backward(model, rows, value, pairs.pad_id, micro_batch, n, context)
         check(total, step, optim, "fine-tuning")
         share = warmup_then_linear(step, steps, warmup)
         update(model, optim, share, max_grad_norm)
@@ -437,19 +434,19 @@ def other(pairs: Pairs, answer: int, seed: int, step: int) -> int:
     return int((answer + 1 + rng.integers(len(pairs.documents) - 1)) % len(pairs.documents))
 
 
-def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int, half=nullcontext()) -> float:
+def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int, context: AbstractContextManager = nullcontext()) -> float:
     """Add the gradient of value(embeddings of rows) to the model; returns the value.
 
     Documents and queries go through the model separately: their lengths differ a hundredfold.
     """
     kinds = (rows[:documents], rows[documents:])
     if micro_batch is None or len(rows) <= micro_batch:
-        total = value(torch.cat([embed(model, kind, pad_id, half=half) for kind in kinds if kind]))
+        total = value(torch.cat([embed(model, kind, pad_id, context=context) for kind in kinds if kind]))
         total.backward()
         return total.item()
     state = torch.get_rng_state()
     with torch.no_grad():
-        vectors = torch.cat([embed(model, kind, pad_id, micro_batch, half) for kind in kinds if kind])
+        vectors = torch.cat([embed(model, kind, pad_id, micro_batch, context) for kind in kinds if kind])
     vectors.requires_grad_()
     total = value(vectors)
     total.backward()
@@ -457,7 +454,7 @@ def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro
     start = 0
     for kind in kinds:
         for some in like_lengths([len(row) for row in kind], micro_batch):
-            out = embed(model, [kind[i] for i in some], pad_id, half=half)
+            out = embed(model, [kind[i] for i in some], pad_id, context=context)
             out.backward(vectors.grad[[start + i for i in some]])
         start += len(kind)
     return total.item()

@@ -30,13 +30,13 @@ def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False) if kind == "eager" else train.optimizer(model, 1e-4, 0.01)
     ids = torch.randint(5, VOCABULARY, (max(1, TOKENS // length), length))
     labels = ids.masked_fill(torch.rand(ids.shape) > 0.3, -100)
-    half = train.products(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
+    context = train.products(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
 
     def loss():
         if kind == "eager":
             logits = model.decoder(model.layernorm(F.gelu(model.dense(model.model(ids).last_hidden_state))))
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        with half:
+        with context:
             return model(ids, labels=labels).loss
 
     def step():

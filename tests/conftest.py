@@ -147,4 +147,4 @@ def interpreter():
     sys.modules.pop("lib.monarch_kernels", None)
     del lib.monarch_kernels
     monarch_conv.works.cache_clear()
-    monarch_mlp.works.cache_clear()
+    monarch_mlp.program.cache_clear()

@@ -132,6 +132,13 @@ def test_bfloat16_stays_near_the_reference(variant, how):
     assert torch.cosine_similarity(out.pooler_output.float(), golden["output/pooled"]).min() > 0.9995
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_loss_is_as_exact_as_its_model_and_float32_at_least(dtype):
+    ids = torch.randint(1, 50, (2, 9))
+    built = M2BertForMaskedLM(M2BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=9, filter_order=4)).to(dtype)
+    assert built(ids, labels=ids).loss.dtype == torch.promote_types(dtype, torch.float32)
+
+
 @torch.no_grad()
 def test_groups_change_neither_type_nor_value_under_autocast(monkeypatch):
     model, ids = tiny(), torch.randint(1, 50, (2, 40))

@@ -40,12 +40,15 @@ def test_the_definition_takes_no_padding():
         M2BertForRetrieval(CONFIG)(torch.tensor([[5, 6], [5, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))
 
 
-def test_a_race_takes_turns_and_reports_each_models_memory():
+def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
     entries = race.entrants(CONFIG, shallow_from=64)
     entries["model, float32"]["until"] = 16
+    asked, say = [], race.say
+    monkeypatch.setattr(race, "say", lambda process, message: asked.append(message.get("length_tokens")) or say(process, message))
     turns = race.race(entries, lengths=[64, 16], repeats=2, threads=1)
     names = [*entries, race.LIMITS]
     assert [(turn["length_tokens"], turn["model"]) for turn in turns] == [(length, name) for length in (16, 64) for _ in range(2) for name in names if (name, length) != ("model, float32", 64)]
+    assert asked.count(16) == 3 * len(names) and asked.count(64) == 2 * (len(names) - 1) + 3          # both engines and the limits are warmed up at 64 again, the two shallow ones are not
     encoded = [turn for turn in turns if turn["model"] != race.LIMITS]
     assert all(set(turn) == COLUMNS and turn["encode_s"] > 0 for turn in encoded)
     for turn in encoded:
