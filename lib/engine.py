@@ -220,9 +220,15 @@ class Engine:
 
 
 @cache
+def takes_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices here at all, emulated by AVX-512 if need be; ONEDNN_MAX_CPU_ISA counts."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 matrices itself: AVX-512 BF16 or AMX; where torch cannot tell, what oneDNN says."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not takes_bfloat16():
         return False
     asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return platform.machine().lower() not in ("x86_64", "amd64") or None in asks or any(ask() for ask in asks)
@@ -243,7 +249,7 @@ class Product:
         self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().float()
         self.packed, self.lost = None, None
-        if dtype == torch.bfloat16 and multiplies_bfloat16():
+        if dtype == torch.bfloat16 and takes_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

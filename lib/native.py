@@ -57,6 +57,7 @@ def load() -> ctypes.CDLL:
             made = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", f"{draft}/mixer.so"], capture_output=True, text=True)
             if made.returncode:
                 raise RuntimeError(f"{compiler} fails: {made.stderr}")
+            os.chmod(f"{draft}/mixer.so", 0o700)                           # gcc's follows the umask, and what others may write is not loaded
             os.replace(f"{draft}/mixer.so", library)
     for place in (folder, library):                                        # code that others may write is not run
         if hasattr(os, "getuid") and (place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o022):

@@ -1,6 +1,9 @@
 """The fast encoder is the model: every shape and switch, with and without the compiled kernel, and it notices new weights."""
 import copy
 import logging
+import os
+import platform
+import shutil
 
 import pytest
 import torch
@@ -11,7 +14,20 @@ from lib.engine import Engine
 from lib.model import MLP, M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, SequenceMixer
 from lib.monarch import GatedBlocks
 
-compiled = pytest.mark.skipif(native.kernel() is None, reason="lib/mixer.cpp cannot be compiled and run here: no AVX-512, or no compiler")
+
+def missing() -> str:
+    """Why lib/mixer.cpp is not used here, in the words of lib/native.py; empty where it is."""
+    try:
+        native.load()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+MISSING = missing()
+compiled = pytest.mark.skipif(bool(MISSING), reason=f"lib/mixer.cpp: {MISSING}")
+onednn = pytest.mark.skipif(not engine.takes_bfloat16(), reason="oneDNN takes no bfloat16 here: it needs AVX-512 or AVX-NE-CONVERT, and an ONEDNN_MAX_CPU_ISA that allows it")
+multiplies_bfloat16 = engine.multiplies_bfloat16       # which the tests replace
 LENGTHS = (1, 2, 3, 17, 33, 64, 65, 130, 200)
 
 
@@ -28,8 +44,33 @@ def model(**options) -> M2BertForRetrieval:
 
 @pytest.fixture(autouse=True)
 def products_in_bfloat16(monkeypatch):
-    """Tested where a processor has none too, slowly."""
+    """Tested where a processor has none too, slowly: oneDNN emulates them where it takes bfloat16 (AVX-512), else they are torch's own."""
     monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: True)
+
+
+def as_with_avx512(patch, cache) -> None:
+    """lib/native.py compiles and loads lib/mixer.cpp, which any x86-64 can; what is loaded must not be called."""
+    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    patch.setenv("LOCO_NATIVE", "1")
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """lib/mixer.cpp compiled; a source that does not compile, or does not load, is an error and no reason to skip."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip(f"lib/mixer.cpp is for x86-64 with AVX-512, and this is {platform.machine()}")
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        as_with_avx512(patch, cache)
+        try:
+            native.load()
+        except RuntimeError as error:
+            if "no C++ compiler" in str(error):
+                pytest.skip(str(error))
+            raise
+    (made,) = (cache / "loco-workbench").iterdir()
+    return made
 
 
 def rows(lengths=LENGTHS) -> list[list[int]]:
@@ -116,10 +157,23 @@ def test_what_is_not_a_number_stays_visible(dtype, place, bits):
     assert not torch.isfinite(Engine(built, dtype)(rows((9,)))).all()
 
 
-@compiled
-def test_loading_the_kernel_leaves_small_numbers_as_they_are():
-    native.load()
+def test_a_library_compiled_under_a_generous_umask_is_loaded(monkeypatch, tmp_path, library):
+    as_with_avx512(monkeypatch, tmp_path)
+    before = os.umask(0o002)
+    try:
+        native.load()
+    finally:
+        os.umask(before)
+
+
+def test_loading_the_kernel_leaves_small_numbers_as_they_are(library):
+    assert library.suffix == ".so"
     assert torch.tensor(1e-40) * 0.5 > 0                                   # -ffast-math would flush it to 0
+
+
+def test_nothing_but_what_the_kernel_needs_keeps_it_from_being_used():
+    """Where it is not used, its tests are skipped."""
+    assert MISSING in ("", "LOCO_NATIVE=0") or MISSING.startswith(("it needs AVX-512", "no C++ compiler"))
 
 
 def test_a_model_made_for_inference_alone_is_one_too():
@@ -325,7 +379,7 @@ def test_float16_tables_lose_11_bits_and_nothing_of_the_range(n):
     assert ((found - exact.values).abs() <= 2.0**-11 * exact.values.abs() * 1.01 + 2.0**-38 * most).all() and torch.equal(exact.channels(slice(16, 32)).values, exact.values[1:])
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [pytest.param(True, marks=onednn), False])         # torch's own products round a bias to bfloat16
 def test_what_rounding_takes_from_the_mean_token_is_put_back(bias):
     torch.manual_seed(0)
     weight, own, x = torch.randn(48, 64), torch.randn(48) if bias else None, (torch.randn(64) + 0.1 * torch.randn(5000, 64)).bfloat16()
@@ -333,6 +387,26 @@ def test_what_rounding_takes_from_the_mean_token_is_put_back(bias):
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if own is None else own.double()).mean(dim=0)
     plain, put_back = (product(x, with_bias).double().mean(dim=0) - exact for with_bias in (None, product.putting_back(x.mean(dim=0, dtype=torch.float32))))
     assert put_back.abs().max() < 0.1 * plain.abs().max()
+
+
+@pytest.mark.parametrize("processor, takes, avx512_bf16, amx, expected", [("AVX2", False, False, False, False), ("AVX-512", True, False, False, False), ("AVX-512 BF16", True, True, False, True),
+                                                                          ("AMX", True, False, True, True), ("AVX-512 BF16, ONEDNN_MAX_CPU_ISA=AVX2", False, True, False, False)])
+def test_bfloat16_is_for_processors_that_multiply_it_themselves(monkeypatch, processor, takes, avx512_bf16, amx, expected):
+    """With AVX-512 alone oneDNN takes it, and is slower than in float32."""
+    monkeypatch.setattr(engine, "takes_bfloat16", lambda: takes)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert multiplies_bfloat16.__wrapped__() is expected
+
+
+def test_onednn_takes_bfloat16_where_it_says_so_and_nowhere_else():
+    weight = torch.ones(32, 16)
+    product = engine.Product(weight, None, torch.bfloat16)
+    assert torch.equal(product(torch.ones(2, 16).bfloat16()).float(), torch.full((2, 32), 16.0)) and (product.packed is not None) == engine.takes_bfloat16()
+    if not engine.takes_bfloat16():
+        with pytest.raises((RuntimeError, AttributeError), match="bf16 path needs|no attribute"):
+            torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
 
 
 def test_without_products_in_bfloat16_the_log_says_that_float32_is_used(monkeypatch, caplog):
@@ -369,48 +443,45 @@ def test_gelu_is_exact_to_float32():
         torch.testing.assert_close(found.float(), wanted.detach().float(), rtol=2.0**-8, atol=1e-6)
 
 
-def test_without_it_the_log_says_so_once_and_the_result_is_the_same(monkeypatch, caplog, tmp_path):
+@pytest.mark.parametrize("reason, capability, variables", [("LOCO_NATIVE=0", "AVX512", {"LOCO_NATIVE": "0"}), ("it needs AVX-512, and this processor has AVX2", "AVX2", {}),
+                                                           ("no C++ compiler", "AVX512", {"CXX": "", "PATH": ""}), ("/bin/false fails", "AVX512", {"CXX": "/bin/false"})], ids=["switched off", "AVX2", "no compiler", "a compiler that fails"])
+def test_without_it_the_log_says_so_once_and_the_result_is_the_same(monkeypatch, caplog, tmp_path, reason, capability, variables):
     built, ids = model(), rows()
     expected = Engine(built)(ids)
     native.kernel.cache_clear()
     try:
-        for variable, value, reason in (("LOCO_NATIVE", "0", "LOCO_NATIVE=0"), ("CXX", "/bin/false", "/bin/false fails")):
-            with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-                patch.setenv("LOCO_NATIVE", "1")
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            as_with_avx512(patch, tmp_path)
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+            for variable, value in variables.items():
                 patch.setenv(variable, value)
-                patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-                native.kernel.cache_clear()
-                caplog.clear()
-                torch.testing.assert_close(Engine(built)(ids), expected, rtol=0, atol=2e-6)
-                Engine(built)(ids)
-            if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-                assert [reason in record.message for record in caplog.records] == [True]
+            caplog.clear()
+            torch.testing.assert_close(Engine(built)(ids), expected, rtol=0, atol=2e-6)
+            Engine(built)(ids)
+        assert [reason in record.message for record in caplog.records] == [True]
     finally:
         native.kernel.cache_clear()
 
 
-@compiled
-def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog):
-    """What lies in the cache under its name but cannot be loaded leaves torch."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load()
-    (library,) = (tmp_path / "loco-workbench").iterdir()
-    assert library.suffix == ".so"
-    damaged = tmp_path / "other" / "loco-workbench"
-    damaged.mkdir(parents=True)
-    (damaged / library.name).write_bytes(b"no library")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog, library):
+    """What lies in the cache under its name but cannot be loaded leaves torch; what others may write is not loaded."""
+    damaged, writable = (tmp_path / name / "loco-workbench" / library.name for name in ("damaged", "writable"))
+    for place in (damaged, writable):
+        place.parent.mkdir(parents=True)
+        place.parent.chmod(0o700)
+    damaged.write_bytes(b"no library")
+    as_with_avx512(monkeypatch, tmp_path / "damaged")
     native.kernel.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.kernel() is None
         assert "is not used" in caplog.text
-        library.chmod(0o777)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        with pytest.raises(RuntimeError, match="can be written by, others"):
-            native.load()
     finally:
         native.kernel.cache_clear()
+    shutil.copyfile(library, writable).chmod(0o777)
+    as_with_avx512(monkeypatch, tmp_path / "writable")
+    with pytest.raises(RuntimeError, match="can be written by, others"):
+        native.load()
 
 
 @compiled
