@@ -5,16 +5,75 @@
     interval(values)                                     mean and 95 % bootstrap interval over queries
     paired(a, b)                                         the same for a difference of two systems on the same queries
     p_value(a, b), holm(p_values)                        is it chance, and is it chance among so many comparisons?
+    one_type(name, found, judged)                        ids that could never meet are an error, not a 0
+    unwritable(ids)                                      the first id that a TREC file cannot hold
 
 Source: Järvelin & Kekäläinen 2002; definitions and tie rule of trec_eval, equal
         to pytrec_eval within 1e-6 (tests/test_metrics.py). Holm 1979.
 """
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from math import isfinite, log2
+from numbers import Number
 
 import numpy as np
 
 RESAMPLES = 10_000
+# White space of any alphabet and control characters, which part fields or lines in one tool or
+# another; half a character, which UTF-8 cannot write; a byte order mark where a file may begin.
+UNWRITABLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\ufeff|^$")
+
+
+# ------------------------------------------------------------------ ids
+
+def kind(type_: type) -> str:
+    """What an id is equal to: 7, np.int64(7) and 7.0 are one, "7" and np.str_("7") another."""
+    return "str" if issubclass(type_, str) else "number" if issubclass(type_, Number) else type_.__name__
+
+
+def one_type(name: str, found: Mapping, judged: Mapping, sides=("the run", "the qrels")) -> None:
+    """Refuse ids that never equal each other, such as 7 in a run and "7" in the qrels, which would all score 0.
+
+    Args:
+        name: what the ids name, "query" or "document".
+        found, judged: {id: …}, of the two sides, whose names are `sides`.
+
+    Raises:
+        ValueError: an id of `judged` is not found, and they are of two types; one of each is shown.
+    """
+    if judged.keys() <= found.keys():                                      # nothing is lost, and mostly so: 1 µs
+        return
+    lost = [id for id in judged if id not in found]
+    try:
+        "".join(found), "".join(lost)                                      # all text: twice as fast as to ask each
+        return
+    except TypeError:
+        if len({kind(each) for each in {*map(type, found), *map(type, lost)}}) < 2:
+            return
+    for a, b in product(lost, found):
+        if kind(type(a)) != kind(type(b)):
+            raise ValueError(f"{name} ids of different types are never equal: {b!r} ({type(b).__name__}) in {sides[0]} "
+                             f"and {a!r} ({type(a).__name__}) in {sides[1]}: make them all strings")
+
+
+def unwritable(ids: Iterable[str]) -> str | None:
+    """The first id that a TREC file cannot hold so that every tool reads it again; None where all can be written.
+
+    (Ask `is not None`: the first may be the empty one.)
+
+    Its fields are parted by white space and nothing is quoted, so an id is not empty and has no white space (of any
+    alphabet), control character or lone surrogate, and no byte order mark at its beginning.
+
+    Raises:
+        TypeError: an id is no string.
+    """
+    for id in dict.fromkeys(ids):
+        if not isinstance(id, str):
+            raise TypeError(f"id {id!r} is {type(id).__name__}, not str")
+        if UNWRITABLE.search(id):
+            return id
+    return None
 
 
 # ------------------------------------------------------------------ measures
@@ -50,7 +109,8 @@ def ndcg(run: dict, qrels: dict, k: int = 10, per_query: bool = False):
         A fraction in [0, 1]. A judged query that the run lacks scores 0 and counts (`missing` names it).
 
     Raises:
-        ValueError: no judged query, a score that is not finite, a query whose judgements hold nothing relevant, or k < 1.
+        ValueError: no judged query, a score that is not finite, a query whose judgements hold nothing relevant, k < 1,
+            or ids of one type in the run and of another in the qrels.
     """
     return measure(run, qrels, k, per_query, "nDCG", lambda gains, best: dcg(gains[:k]) / dcg(best[:k]))
 
@@ -91,11 +151,13 @@ def judged_queries(run: dict, qrels: dict) -> Iterator[tuple[str, dict[str, floa
     """(query, its scores, its judgements, its gains > 0 descending), or the reason why nothing can be measured."""
     if not qrels:
         raise ValueError("no judged query: nothing to average")
+    one_type("query", run, qrels)
     for query, judged in qrels.items():
         scores = run.get(query, {})
-        for doc, score in scores.items():
-            if not isfinite(score):
-                raise ValueError(f"query {query}: the score of {doc} is {score}")
+        one_type("document", scores, judged)
+        if not all(map(isfinite, scores.values())):
+            doc, score = next(pair for pair in scores.items() if not isfinite(pair[1]))
+            raise ValueError(f"query {query}: the score of {doc} is {score}")
         best = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
         if not best:
             raise ValueError(f"query {query} has no relevant document: drop it, or judge one")
@@ -103,7 +165,12 @@ def judged_queries(run: dict, qrels: dict) -> Iterator[tuple[str, dict[str, floa
 
 
 def missing(run: dict, qrels: dict) -> list[str]:
-    """Judged queries for which the run ranks nothing: they score 0."""
+    """Judged queries for which the run ranks nothing: they score 0.
+
+    Raises:
+        ValueError: query ids of one type in the run and of another in the qrels.
+    """
+    one_type("query", run, qrels)
     return [query for query in qrels if not run.get(query)]
 
 
@@ -176,6 +243,7 @@ def p_value(a: dict[str, float], b: dict[str, float], resamples: int = RESAMPLES
 
 
 def differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
+    one_type("query", a, b, ("the first system", "the second"))
     if a.keys() != b.keys():
         raise ValueError(f"two systems on the same queries: {len(a.keys() ^ b.keys())} queries are in one only")
     return np.array([a[query] - b[query] for query in sorted(a)], dtype=np.float64)

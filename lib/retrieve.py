@@ -4,18 +4,17 @@
     rank(encoder, tasks)                       texts to a ranking, for several tasks
     write_run, read_run                        TREC run files, recomputable by trec_eval
     evaluate(task, run)                        nDCG@10 with its interval
+    queries_that_are_documents(task)           whose own document `rank` leaves out
     Encoder, bm25                              what ranks: lib/encoder.py, lib/bm25.py
 
 A `run` is run[query_id][doc_id] = score; ties are broken by document id,
 descending, as trec_eval does.
 Axes: N documents, Q queries, D width.
 """
-import json
-import re
 import warnings
-from collections.abc import Iterator
-from functools import cache
-from itertools import pairwise
+from codecs import BOM_UTF8
+from collections.abc import Collection, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +243,8 @@ def faiss_nominees():
 def rank(ranker, tasks: list, batch_size: int = 32, show_progress: bool = True, k: int = 1000) -> dict[str, tuple[dict, int]]:
     """{task name: (run of the k best, documents longer than the ranker reads)}; documents that tasks share are embedded once.
 
+    A query that is itself one of the documents does not find itself (`queries_that_are_documents`).
+
     Args:
         ranker: an encoder (encode_documents, encode_queries: `Encoder`, `lib.ranker`) or a `Bm25`.
 
@@ -259,25 +260,37 @@ def rank(ranker, tasks: list, batch_size: int = 32, show_progress: bool = True, 
                 if kind == "query" and not text.strip():
                     raise ValueError(f"{task.name}: query {id} is empty")
     if isinstance(ranker, Bm25):
-        return {task.name: (without_itself(ranker.run(task.documents, task.queries, k + 1), task.qrels, k), sum(ranker.longer)) for task in tasks}
+        ranked = {}
+        for task in tasks:
+            run = ranker.run(task.documents, task.queries, k + 1)
+            ranked[task.name] = without_itself(run, queries_that_are_documents(task), k), sum(ranker.longer)
+        return ranked
     texts = sorted({text for task in tasks for text in task.documents.values()})
     place = {text: i for i, text in enumerate(texts)}
     try:
         vectors, owner = ranker.encode_documents(texts, batch_size, show_progress=show_progress)
-    except TooLong as error:
+    except (TooLong, RuntimeError) as error:                               # lib.hosted.RefusedText has an index too
+        if not isinstance(getattr(error, "index", None), int):
+            raise
         name, pid = next((task.name, pid) for task in tasks for pid, text in task.documents.items() if text == texts[error.index])
-        raise ValueError(f"{name}: document {pid} is longer than {ranker.reads} tokens: give the Encoder truncate=True or chunk='mean'") from None
+        why = f"is longer than {ranker.reads} tokens: give the Encoder truncate=True or chunk='mean'" if isinstance(error, TooLong) else f"is not taken: {error}"
+        raise ValueError(f"{name}: document {pid} {why}") from None
     longer, ranked = ranker.longer, {}
     for task in tasks:
         pids, qids = list(task.documents), list(task.queries)
         columns = np.array([place[task.documents[pid]] for pid in pids])
-        queries = ranker.encode_queries([task.queries[qid] for qid in qids], batch_size, show_progress=False)
+        try:
+            queries = ranker.encode_queries([task.queries[qid] for qid in qids], batch_size, show_progress=False)
+        except RuntimeError as error:
+            if not isinstance(getattr(error, "index", None), int):
+                raise
+            raise ValueError(f"{task.name}: query {qids[error.index]} is not taken: {error}") from None
         if len(owner) == len(texts):
             run = search(queries, vectors[columns], qids, pids, k + 1)
         else:
             first, last = np.searchsorted(owner, columns), np.searchsorted(owner, columns, side="right")
             run = search_windows(queries, [vectors[a:b] for a, b in zip(first, last)], qids, pids, k + 1)
-        ranked[task.name] = without_itself(run, task.qrels, k), sum(longer[i] for i in columns)
+        ranked[task.name] = without_itself(run, queries_that_are_documents(task), k), sum(longer[i] for i in columns)
     return ranked
 
 
@@ -293,9 +306,28 @@ def search_windows(queries: np.ndarray, documents: list[np.ndarray], qids: list[
     return dict(zip(qids, nearest(queries, vectors, qids, pids, owner, k, "torch")))
 
 
-def without_itself(run: dict, qrels: dict, k: int) -> dict:
-    """The k best of each query, without the document that has the query's own id and is not judged relevant: BEIR's rule, where queries are documents too."""
-    return {qid: dict([(pid, score) for pid, score in found.items() if pid != qid or qrels.get(qid, {}).get(pid, 0) > 0][:k]) for qid, found in run.items()}
+def queries_that_are_documents(task) -> list[str]:
+    """The queries that are one of the task's documents and would find themselves: BEIR leaves that document out.
+
+    Its rule is written for collections whose queries are documents too (ArguAna, Quora). A common id alone says nothing, as
+    where both are numbered from 0. So: the document has the query's id and its text (white space aside; with a title
+    before the text or without, as `lib.layouts` joins the two), and is not judged relevant.
+    """
+    found = []
+    for qid, query in task.queries.items():
+        document = task.documents.get(qid)
+        if document is not None and task.qrels.get(qid, {}).get(qid, 0) <= 0:
+            untitled = document.partition("\n")[2]
+            if query.split() in (document.split(), untitled.split()):
+                found.append(qid)
+    return found
+
+
+def without_itself(run: dict, themselves: Collection[str], k: int = 1000) -> dict:
+    """The k best of each query; without the document of its own id for those that `themselves` names."""
+    themselves = set(themselves)
+    return {qid: dict([(pid, score) for pid, score in found.items() if pid != qid or qid not in themselves][:k])
+            for qid, found in run.items()}
 
 
 MEASURES = {"ndcg@10": (metrics.ndcg, 10), "recall@100": (metrics.recall, 100), "precision@10": (metrics.precision, 10), "mrr@10": (metrics.mrr, 10),
@@ -304,6 +336,7 @@ MEASURES = {"ndcg@10": (metrics.ndcg, 10), "recall@100": (metrics.recall, 100), 
 
 def per_query(run: dict, qrels: dict) -> dict[str, dict[str, float]]:
     """{measure: {query: value}} of the measures in MEASURES; a judged query that the run lacks scores 0."""
+    metrics.one_type("query", run, qrels)
     run = metrics.ordered({query: run[query] for query in qrels if query in run})
     return {name: measure(run, qrels, k, per_query=True) for name, (measure, k) in MEASURES.items()}
 
@@ -311,8 +344,10 @@ def per_query(run: dict, qrels: dict) -> dict[str, dict[str, float]]:
 def evaluate(task, run: dict, values: dict | None = None) -> dict:
     """What the run is worth: the means of MEASURES, and of nDCG@10 the 95 % bootstrap interval over queries (low, high).
 
-    `values`: of `per_query`, where they are known already. Also: queries, documents; missing, the judged queries for which the run ranks nothing (they score 0); and, where
-    scores tie so that the order among equals matters, ties: the lowest and highest nDCG@10 any order gives.
+    `values`: of `per_query`, where they are known already. Also: queries, documents; missing, the judged queries for
+    which the run ranks nothing (they score 0); where scores tie so that the order among equals matters, ties: the lowest
+    and highest nDCG@10 any order gives; and, where there are any, itself: how many queries are documents that their own
+    ranking lacks (`rank` leaves them out).
     """
     values = values or per_query(run, task.qrels)
     mean, low, high = metrics.interval(list(values["ndcg@10"].values()))
@@ -320,57 +355,62 @@ def evaluate(task, run: dict, values: dict | None = None) -> dict:
     result = {"ndcg@10": mean, "low": low, "high": high, **{name: sum(some.values()) / len(some) for name, some in values.items() if name != "ndcg@10"}}
     result = {name: round(value, 6) for name, value in result.items()}
     result |= {"queries": len(task.qrels), "documents": len(task.documents), "missing": len(metrics.missing(run, task.qrels))}
-    return result | ({"ties": [round(worst, 6), round(best, 6)]} if best - worst > 1e-9 else {})
+    itself = sum(qid not in run.get(qid, {}) for qid in queries_that_are_documents(task))
+    return result | ({"ties": [round(worst, 6), round(best, 6)]} if best - worst > 1e-9 else {}) | ({"itself": itself} if itself else {})
 
 
 def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> None:
-    """A TREC run file: `qid Q0 pid rank score tag`, ids as they are (JSON-quoted where they hold white space).
+    """A TREC run file: `qid Q0 pid rank score tag`, ids as they are.
 
     Scores are float32, as trec_eval reads them. A query without documents has no line.
 
     Raises:
-        ValueError: a score that is not finite, or a tag that is no single word.
+        ValueError: an id that such a file cannot hold (`metrics.unwritable`), a score that is not finite, or a tag that
+            is no single word; nothing is written.
+        TypeError: an id is no string.
     """
-    if not re.fullmatch(r"\S+", tag):
+    if metrics.unwritable([tag]) is not None:
         raise ValueError(f"tag {tag!r}: one word")
-    lines, quoted = [], cache(quote)
+    for name, ids in (("query", run), ("document", chain.from_iterable(run.values()))):
+        id = metrics.unwritable(ids)
+        if id is not None:
+            raise ValueError(f"{name} id {id!r} cannot stand in {path}: fields of a TREC file are parted by white space "
+                             "and never quoted, so an id is not empty and holds no white space, control character or "
+                             "lone surrogate: rename it")
+    lines = []
     for qid, scores in run.items():
         for rank, pid in enumerate(metrics.ranking(scores)[:k], start=1):
             score = np.float32(scores[pid])
             if not np.isfinite(score):
                 raise ValueError(f"query {qid}: the score of {pid} is {score}")
-            lines.append(f"{quote(qid)} Q0 {quoted(pid)} {rank} {score!s} {tag}\n")
+            lines.append(f"{qid} Q0 {pid} {rank} {score!s} {tag}\n")
     files.write(path, "".join(lines))
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     """The run of a file written by `write_run`, or by any TREC tool; scores are rounded to float32.
 
+    As those tools read it: fields are parted by ASCII white space, as much as there is, and by nothing else (U+00A0 and
+    quotes are part of an id); lines may end in \\r\\n, be empty, and begin with a byte order mark where the file does.
+
     Raises:
         ValueError: a line that is no run line, or a document ranked twice; path and line are named.
     """
     run: dict = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:                                         # bytes split at ASCII white space alone
         for number, line in enumerate(file, start=1):
-            parts = re.findall(r'"(?:[^"\\]|\\.)*"|\S+', line) if '"' in line else line.rstrip("\n").split(" ")
-            parts = line.split() if len(parts) != 6 else parts
+            parts = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
+            if not parts:
+                continue
             try:
                 if len(parts) != 6:
                     raise ValueError(f"a run line has six fields (qid Q0 pid rank score tag), got {len(parts)}")
-                qid, pid, score = unquote(parts[0]), unquote(parts[2]), float(np.float32(parts[4]))
+                qid, pid, score = parts[0].decode(), parts[2].decode(), float(np.float32(parts[4].decode()))
                 if not np.isfinite(score):
-                    raise ValueError(f"the score is {parts[4]}")
+                    raise ValueError(f"the score is {parts[4].decode()}")
                 if pid in run.setdefault(qid, {}):
                     raise ValueError(f"query {qid} ranks {pid} twice")
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             run[qid][pid] = score
     return run
-
-
-def quote(name: str) -> str:
-    return json.dumps(name) if re.search(r'\s|^"|^$', name) else name
-
-
-def unquote(name: str) -> str:
-    return json.loads(name) if name.startswith('"') else name

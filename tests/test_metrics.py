@@ -2,13 +2,14 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytrec_eval
 from hypothesis import given, settings, strategies as st
 
-from lib import metrics
+from lib import metrics, retrieve
 
 
 def trec_eval(run, qrels, k):
@@ -93,6 +94,49 @@ def test_nothing_to_measure_is_refused():
             metrics.ndcg({"q": {"d": 1.0}}, {"q": judged})
     with pytest.raises(ValueError, match="nDCG@0"):
         metrics.ndcg({"q": {"d": 1.0}}, {"q": {"d": 1}}, k=0)
+
+
+# ---------------------------------------------------------------- types of ids
+
+EVERY = [metrics.ndcg, metrics.recall, metrics.precision, metrics.mrr, metrics.average_precision, metrics.ndcg_range]
+
+
+@pytest.mark.parametrize("measure", [*EVERY, metrics.missing, retrieve.per_query, lambda run, qrels: retrieve.evaluate(toy(qrels), run)])
+def test_query_ids_of_another_type_are_refused(measure):
+    for run, qrels in (({7: {"d": 1.0}}, {"7": {"d": 1}}), ({"7": {"d": 1.0}}, {7: {"d": 1}}), ({np.int64(7): {"d": 1.0}}, {"7": {"d": 1}}),
+                       ({"8": {"d": 1.0}, 7: {"d": 1.0}}, {"8": {"d": 1}, "7": {"d": 1}}), ({b"7": {"d": 1.0}}, {"7": {"d": 1}})):
+        with pytest.raises(ValueError, match=r"query ids .*7.* \((int|str|int64|bytes)\) in the run and .*7.* \(\w+\) in the qrels: make them all strings"):
+            measure(run, qrels)
+
+
+@pytest.mark.parametrize("measure", [*EVERY, retrieve.per_query, lambda run, qrels: retrieve.evaluate(toy(qrels), run)])
+def test_document_ids_of_another_type_are_refused(measure):
+    for run, qrels in (({"q": {7: 1.0}}, {"q": {"7": 1}}), ({"q": {"7": 1.0}}, {"q": {7: 1}}), ({"q": {"7": 1.0, "8": 0.5}}, {"q": {np.int64(7): 1}}),
+                       ({"q": {7: 1.0, "8": 0.5}}, {"q": {"7": 1, "8": 1}})):
+        with pytest.raises(ValueError, match=r"document ids .*7.* \((int|str|int64)\) in the \w+ and .* in the qrels: make them all strings"):
+            measure(run, qrels)
+
+
+def toy(qrels):
+    return SimpleNamespace(documents={}, queries={}, qrels=qrels)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(int, int), (int, np.int64), (np.int64, int), (str, np.str_), (np.str_, str)])
+def test_ids_of_one_type_are_allowed_whatever_it_is(ours, theirs):
+    """np.int64(7) equals 7, and np.str_("7") equals "7". Document 7 is second, query 2 finds nothing."""
+    run, qrels = {ours(1): {ours(7): 1.0, ours(8): 2.0}}, {theirs(1): {theirs(7): 1}, theirs(2): {theirs(9): 1}}
+    expected = {metrics.ndcg: 1 / math.log2(3), metrics.recall: 1, metrics.precision: 1 / 10, metrics.mrr: 1 / 2, metrics.average_precision: 1 / 2}
+    for measure, value in expected.items():
+        assert measure(run, qrels) == pytest.approx(value / 2)
+    assert metrics.ndcg_range(run, qrels) == pytest.approx((1 / math.log2(3) / 2,) * 2) and metrics.missing(run, qrels) == [theirs(2)]
+    assert metrics.ndcg({}, qrels) == metrics.ndcg({theirs(1): {}}, qrels) == 0
+
+
+def test_two_systems_whose_queries_are_of_two_types_are_refused():
+    for compare in (metrics.paired, metrics.p_value):
+        with pytest.raises(ValueError, match=r"query ids .* 1 \(int\) in the first system and '1' \(str\) in the second: make them all strings"):
+            compare({1: 0.5, 2: 0.5}, {"1": 0.5, "2": 0.25})
+    assert metrics.paired({1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5}) == (0, 0, 0)
 
 
 # ---------------------------------------------------------------- the other measures

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -316,10 +317,51 @@ def test_the_best_window_finds_what_stands_at_the_end(tiny, tokenizer):
 
 def test_a_document_that_is_the_query_is_left_out_unless_it_is_an_answer(tiny, tokenizer):
     run = {"1": {"1": 3.0, "a": 2.0, "b": 1.0}, "2": {"2": 3.0, "a": 2.0}}
-    assert retrieve.without_itself(run, {"1": {"a": 1}, "2": {"2": 1}}, k=2) == {"1": {"a": 2.0, "b": 1.0}, "2": {"2": 3.0, "a": 2.0}}
+    assert retrieve.without_itself(run, ["1"], k=2) == {"1": {"a": 2.0, "b": 1.0}, "2": {"2": 3.0, "a": 2.0}}
     same = task(documents={"1": "red fox", "a": "red fox", "b": "hen"}, queries={"1": "red fox"}, qrels={"1": {"a": 1}})
-    ranked, _ = retrieve.rank(retrieve.Encoder(tiny(), tokenizer), [same], show_progress=False, k=2)["toy"]
-    assert list(ranked["1"]) == ["a", "b"]
+    for ranker in (retrieve.Encoder(tiny(), tokenizer), retrieve.Bm25()):
+        ranked, _ = retrieve.rank(ranker, [same], show_progress=False, k=2)["toy"]
+        assert list(ranked["1"]) == ["a", "b"][: len(ranked["1"])]
+        assert retrieve.evaluate(same, ranked) | {"itself": 1} == retrieve.evaluate(same, ranked)
+
+
+@pytest.mark.parametrize(("document", "query", "judged", "itself"), [
+    ("red fox", "red fox", {"a": 1}, True),
+    ("  red\n fox ", "red fox\n", {"a": 1}, True),                          # white space aside
+    ("Foxes\nred fox", "red fox", {"a": 1}, True),                          # its title does not count
+    ("Foxes\nred fox", "Foxes red fox", {"a": 1}, True),
+    ("red fox", "red fox", {"1": 0, "a": 1}, True),                         # judged, and no answer
+    ("red fox", "red fox", {"1": 1}, False),
+    ("fox fox fox red fox", "red fox", {"a": 1}, False),                    # both are number 1, and that is all
+    ("Foxes\nby night\nred fox", "red fox", {"a": 1}, False),
+    ("red fox\nby night", "red fox", {"a": 1}, False),
+    ("redfox", "red fox", {"a": 1}, False),
+    ("Red fox", "red fox", {"a": 1}, False),
+    ("", "red fox", {"a": 1}, False),
+])
+def test_only_a_query_with_the_documents_text_is_that_document(document, query, judged, itself):
+    one = task(documents={"1": document, "a": "fox"}, queries={"1": query, "2": "a"}, qrels={"1": judged, "2": {"a": 1}})
+    assert retrieve.queries_that_are_documents(one) == (["1"] if itself else [])
+    found = retrieve.rank(retrieve.Bm25(), [task(documents=one.documents, queries={"1": query}, qrels={"1": judged})])["toy"][0]["1"]
+    assert ("1" in found) == (not itself and bool(set(document.lower().split()) & {"red", "fox"}))
+
+
+def test_ids_that_coincide_score_the_same_in_the_pipeline_and_by_hand():
+    """Both numbered from 0: the wrong document 0 stands before the right one, 1 / log2(3). Query 1 finds its answer."""
+    one = task(documents={"0": "fox fox fox red fox", "1": "red fox by night and something longer about other animals", "2": "owl"},
+               queries={"0": "red fox", "1": "owl"}, qrels={"0": {"1": 1}, "1": {"2": 1}})
+    ranked = retrieve.rank(retrieve.Bm25(), [one])["toy"][0]
+    for run in (ranked, retrieve.bm25(one.documents, one.queries)):
+        assert metrics.ndcg(run, one.qrels, per_query=True) == {"0": pytest.approx(1 / math.log2(3)), "1": 1.0}
+        assert "itself" not in retrieve.evaluate(one, run)
+
+
+def test_how_many_queries_lack_themselves_is_said_where_some_do():
+    """ArguAna in small: of a run from elsewhere that has the document, nothing was left out."""
+    one = task(documents={"1": "red fox", "2": "hen", "c": "fox"}, queries={"1": "red fox", "2": "hen"}, qrels={"1": {"c": 1}, "2": {"c": 1}})
+    assert retrieve.evaluate(one, retrieve.rank(retrieve.Bm25(), [one])["toy"][0])["itself"] == 2
+    assert retrieve.evaluate(one, {"1": {"1": 1.0}, "2": {"c": 1.0}})["itself"] == 1
+    assert "itself" not in retrieve.evaluate(one, {"1": {"1": 1.0}, "2": {"2": 1.0, "c": 0.5}})
 
 
 def test_documents_that_bm25_reads_in_part_are_counted(tokenizer):
@@ -354,15 +396,53 @@ def test_rank_names_the_task_and_document_that_is_wrong(tiny, tokenizer, odd):
 
 # ---------------------------------------------------------------- run files
 
-ids = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+ids = st.text(st.characters(), max_size=6).filter(lambda id: metrics.unwritable([id]) is None)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(run=st.dictionaries(ids, st.dictionaries(ids, st.floats(-2.0**100, 2.0**100, width=32), min_size=1, max_size=4), max_size=4))
 def test_any_run_survives_its_file(tmp_path, run):
-    """Ids with spaces, quotes, line ends or nothing in them; scores bit for bit."""
+    """Ids of any characters that fit in a field, quotes and backslashes too; scores bit for bit."""
     retrieve.write_run(run, tmp_path / "run.trec")
     assert retrieve.read_run(tmp_path / "run.trec") == run
+    lines = (tmp_path / "run.trec").read_text(encoding="utf-8").splitlines()
+    assert [(qid, pid) for qid, _, pid, _, _, _ in map(str.split, lines)] == [(qid, pid) for qid in run for pid in metrics.ranking(run[qid])]
+
+
+@pytest.mark.parametrize("id", ["", " ", "a b", "a\tb", "a\nb", "a\rb", "a\x0bb", "a\x1cb", "a\x85b", "a\xa0b", "a\u2009b", "a\u2028b", "a\u3000b", "a\0b", "a\x7f",
+                                "\ud800", "a\udcff", "\ufeffa"])
+def test_an_id_that_other_tools_would_read_otherwise_is_named_and_nothing_is_written(tmp_path, id):
+    assert metrics.unwritable(["a", id, "b c"]) == id
+    for kind, run in (("query", {"q": {"a": 1.0}, id: {"a": 1.0}}), ("document", {"q": {"a": 1.0, id: 0.5}})):
+        with pytest.raises(ValueError, match=re.escape(f"{kind} id {id!r} cannot stand in")):
+            retrieve.write_run(run, tmp_path / "run")
+    with pytest.raises(ValueError, match="one word"):
+        retrieve.write_run({"q": {"a": 1.0}}, tmp_path / "run", tag=id)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_of_other_types_are_no_ids_of_a_file(tmp_path):
+    assert metrics.unwritable(["a", 'say"fox"', "\\", "ü", "狐", "🦊", np.str_("b"), "a\u200bb"]) is None
+    for run in ({7: {"a": 1.0}}, {"q": {7: 1.0}}, {"q": {None: 1.0}}):
+        with pytest.raises(TypeError, match="not str"):
+            retrieve.write_run(run, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffq1 Q0 a 1 2.0 x\nq1 Q0 b 2 1.0 x\n",                            # a byte order mark
+    "q1 Q0 a 1 2.0 x\r\nq1 Q0 b 2 1.0 x\r\n",
+    "\n q1\tQ0 \t a  1 2.0\tx \n\n \t\r\nq1 Q0 b 2 1.0 x",
+    "q1\x0bQ0\x0ca 1 2.0 x\nq1 Q0 b 2 1.0 x\n",
+])
+def test_a_run_is_read_as_other_tools_read_it(tmp_path, text):
+    (tmp_path / "run").write_bytes(text.encode())
+    assert retrieve.read_run(tmp_path / "run") == {"q1": {"a": 2.0, "b": 1.0}}
+
+
+def test_a_quote_and_a_space_beyond_ascii_are_characters_like_others(tmp_path):
+    (tmp_path / "run").write_text('"q Q0 a" 1 2.0 x\n"q Q0 "b 2 1.0 x\nq\u00a0r Q0 \u3000\x1c\u2028 1 0.5 x\n\ufeffq Q0 "\\n" 1 0.25 x\n', encoding="utf-8", newline="")
+    assert retrieve.read_run(tmp_path / "run") == {'"q': {'a"': 2.0, '"b': 1.0}, "q\u00a0r": {"\u3000\x1c\u2028": 0.5}, "\ufeffq": {'"\\n"': 0.25}}
 
 
 def test_a_run_file_is_what_trec_eval_reads(tmp_path):
@@ -390,11 +470,11 @@ def test_scores_survive_so_that_the_metric_can_be_recomputed(tmp_path):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("q Q0 b 2 0.5", "six fields.* got 5"), ("q Q0 b 2 0.5 tag more", "six fields.* got 7"), ("", "six fields.* got 0"),
+    ("q Q0 b 2 0.5", "six fields.* got 5"), ("q Q0 b 2 0.5 tag more", "six fields.* got 7"), ("tag", "six fields.* got 1"),
     ("q Q0 b 2 high tag", "high"), ("q Q0 b 2 nan tag", "the score is nan"), ("q Q0 b 2 -inf tag", "the score is -inf"),
-    ("q Q0 a 2 0.5 tag", "query q ranks a twice"), ('"q\\x" Q0 b 2 0.5 tag', "escape")])
+    ("q Q0 a 2 0.5 tag", "query q ranks a twice"), ('"q r" Q0 b 2 0.5 tag', "six fields.* got 7"), ("q Q0 \udcff 2 0.5 tag", "utf-8")])
 def test_a_corrupt_line_is_refused_by_file_and_number(tmp_path, line, reason):
-    (tmp_path / "run.trec").write_text(f"q Q0 a 1 1.0 tag\n{line}\nq Q0 z 3 0.1 tag\n")
+    (tmp_path / "run.trec").write_text(f"q Q0 a 1 1.0 tag\n{line}\nq Q0 z 3 0.1 tag\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=f"run.trec:2: .*{reason}"):
         retrieve.read_run(tmp_path / "run.trec")
 
