@@ -47,6 +47,7 @@ KERNEL_ENVIRONMENT = {
     "SOURCE_DATE_EPOCH": "0",                                              # the date that matplotlib writes into a figure
     "TOKENIZERS_PARALLELISM": "true",                                      # said aloud: a fork would otherwise switch it off, with a warning
 }
+TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)} | {"None": type(None)}
 
 
 class NotebookError(RuntimeError):
@@ -97,7 +98,7 @@ def strip(source: str | Path, destination: str | Path) -> list[Path]:
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         raise NotebookError(f"{source}: is not a folder")
-    clean = {path.name: dumps(plain(bare(read(path)))) for path in sorted(source.glob("*.ipynb"))}
+    clean = {path.name: dumps(plain(bare(read(path)))) for path in sorted(source.glob("[!.]*.ipynb"))}
     if not clean:
         raise NotebookError(f"{source}: holds no notebooks")
     destination.mkdir(parents=True, exist_ok=True)
@@ -215,9 +216,13 @@ def run(source: str | Path, output: str | Path, given: dict[str, str], timing: s
         draft, begun = folder / "notebook.ipynb", []
         try:
             executed = execute(notebook, draft, values, folder, begun)
+            refuse_early_end(executed)
             files.write(output, dumps(plain(scrub(executed))))
         except (Exception, KeyboardInterrupt) as error:
-            reached = read(draft) if draft.is_file() else notebook
+            try:
+                reached = read(draft) if draft.is_file() else notebook
+            except NotebookError:                                          # a full disk cut the draft off; it is not the reason
+                reached = notebook
             message = f"{label}: {explanation(error, begun)}"
             try:
                 files.write(failed, dumps(plain(scrub(reached, keep_stderr=True))))
@@ -243,24 +248,97 @@ def parameters(notebook, given: dict[str, str], name: str) -> dict:
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise NotebookError(f"{name}: {len(cells)} cells are tagged `parameters`, should be one")
-    defaults = {}
     try:
-        for line in ast.parse(cells[0].source).body:
-            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                defaults[line.targets[0].id] = ast.literal_eval(line.value)
+        known = declared(cells[0].source)
     except (SyntaxError, ValueError):
         raise NotebookError(f"{name}: the cell tagged `parameters` may only hold lines such as `row = \"opl\"`") from None
     values = {}
     for key, text in given.items():
-        if key not in defaults:
-            raise NotebookError(f"{name}: unknown parameter {key!r}{params.nearest(key, defaults)}")
+        if key not in known:
+            raise NotebookError(f"{name}: unknown parameter {key!r}{params.nearest(key, known)}")
+        types, example = known[key]
         try:
-            values[key] = text if isinstance(defaults[key], str) else ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            values[key] = text
-        if type(values[key]) is not type(defaults[key]):
-            raise NotebookError(f"{name}: parameter {key} wants a value like {defaults[key]!r}, got {text!r}")
+            values[key] = typed(text, types)
+        except (ValueError, OverflowError) as error:
+            reason = f": {error}" if str(error) else ""
+            raise NotebookError(f"{name}: parameter {key} wants {example}, got {text!r}{reason}") from None
     return values
+
+
+def declared(source: str) -> dict[str, tuple[tuple[type, ...], str]]:
+    """{parameter: (its types, what it wants in words)} of a cell's assignments, annotated or not.
+
+    They are those of the annotation, where it is plain (`rate: float = 1`, `top: int | None = None`), else the
+    default's. None at all, so that any value will do: where the default is None or no literal.
+    """
+    found: dict[str, tuple[tuple[type, ...], str]] = {}
+    for line in ast.parse(source).body:
+        if isinstance(line, ast.AnnAssign):
+            default, targets = literal(line.value), [line.target]
+            text = ast.unparse(line.annotation).strip("'\"")
+            names = [part.partition("[")[0].strip() for part in text.split("|")]
+            types = tuple(TYPES[name] for name in names) if TYPES.keys() >= set(names) else ()
+        elif isinstance(line, ast.Assign):
+            default, targets, types = literal(line.value), line.targets, ()
+        else:
+            continue
+        if default is None and types:
+            types += (type(None),)
+        elif default not in (None, ...) and not (type(default) is int and float in types):
+            types += (type(default),)
+        for target in targets:                                             # a = b = 3 names two; x[0] = 3 and x.y = 3 none
+            example = text if types and default in (None, ...) else f"a value like {ast.unparse(line.value or target)}"
+            if isinstance(target, ast.Name):
+                found[target.id] = types, example
+            elif isinstance(target, (ast.Tuple, ast.List)):                # a, b = 1, 2: each takes any value
+                found |= {part.id: ((), example) for part in target.elts if isinstance(part, ast.Name)}
+    return found
+
+
+def literal(node: ast.expr | str | None):
+    """The value of a literal; `...` where it is none."""
+    try:
+        return ... if node is None else ast.literal_eval(node)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):          # TypeError: {[]: 1}
+        return ...
+
+
+def typed(text: str, types: tuple[type, ...]):
+    """What a text stands for, of one of the types: True, -3, 0.5, [1, 2], {"a": None}, or itself. Of none: any of these.
+
+    As papermill's command line has it, and lists and dicts besides. An int serves where a float is wanted.
+
+    Raises:
+        ValueError: it stands for something else, or for what papermill does not write into a cell as it is.
+        OverflowError: an int too large for a float.
+    """
+    value = literal(text)
+    if bool in types and text in ("true", "false"):                        # YAML's, which DVC fills in
+        value = text == "true"
+    if float in types and int not in types:
+        if type(value) is int:
+            value = float(value)
+        elif re.fullmatch(r"[-+]?(inf|nan)", text):
+            value = float(text)
+    if set(types) - {type(None)} == {str} and not (value is None and type(None) in types):
+        return text
+    if type(value) in types and not injectable(value):
+        raise ValueError("papermill writes text, numbers, True, False, None, lists, and dicts with text as keys "
+                         "into a cell, so take one of these")
+    if type(value) in types if types else injectable(value):
+        return value
+    if str in types or not types:
+        return text
+    raise ValueError
+
+
+def injectable(value) -> bool:
+    """Whether papermill writes the value as it is; a tuple or set would become a text, and so would a dict's key 1."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(injectable, value.values()))
+    if isinstance(value, list):
+        return all(map(injectable, value))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str]):
@@ -289,18 +367,33 @@ def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str])
     kernels: list[int] = []
     stop_with(kernels, folder)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)              # it would say in many lines what `explanation` says in one
-    return papermill.execute_notebook(notebook, str(draft), values, kernel_name="python3", progress_bar=False, cwd=root, start_timeout=300,
+    # papermill fills braces in paths with parameters
+    return papermill.execute_notebook(notebook, str(draft).replace("{", "{{").replace("}", "}}"), values, kernel_name="python3", progress_bar=False, cwd=root, start_timeout=300,
                                       stderr_file=Terminal(), kernel_manager_class=Kernel, iopub_timeout=60,
                                       on_cell_execute=lambda cell, cell_index: begun.append(cell.id))
+
+
+def refuse_early_end(notebook) -> None:
+    """A cell that ends the notebook (`sys.exit()`) is an error here, which papermill takes for success: the cells behind it have not run.
+
+    Raises:
+        NotebookError: a cell did.
+    """
+    if any(output.get("ename") == "SystemExit" for cell in notebook.cells for output in cell.get("outputs", ())):
+        raise NotebookError("a cell ended the notebook before its end: take sys.exit() out")
 
 
 def explanation(error: BaseException, begun: list[str]) -> str:
     """What went wrong and in which cell, in one line."""
     kind = type(error).__name__
     where = f"in cell {len(begun)} ({begun[-1]!r})" if begun else "before the first cell"
+    if isinstance(error, NotebookError):
+        return f"{error}, {where}"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by {error} {where}"
     if kind == "PapermillExecutionError":
+        if error.ename == "CellExecutionError" and not error.evalue:       # a magic that is not there says why on stderr alone
+            return f"the cell failed; what it said stands in its output, {where}"
         return f"{error.ename}: {one_line(error.evalue)[:600]}, {where}"
     if kind == "DeadKernelError":
         return f"the kernel was killed by the system {where}, often out of memory: lower batch_tokens, documents, micro_batch or the profile's lengths"
@@ -308,8 +401,9 @@ def explanation(error: BaseException, begun: list[str]) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path as a reader in the root folder would type it."""
+    """The path as a reader in the repository's folder would type it; a work folder is .work/<name> in it."""
     root = params.root()
+    root = root.parent.parent if root.parent.name == ".work" else root
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 

@@ -370,7 +370,7 @@ def notebook_page(book, name: str, profile: str, known: set[str], links: str = "
 
 
 def parameters(source: str) -> str:
-    values = re.findall(r"^(\w+) = (.+)$", source, re.M)
+    values = re.findall(r"^(\w+)(?:\s*:[^=\n]+)?\s*=\s*(.+)$", source, re.M)
     return '<dl class="parameters" aria-label="Parameters">' + "".join(f"<div><dt>{name}</dt><dd>{escape(value.strip(chr(34)))}</dd></div>" for name, value in values) + "</dl>"
 
 

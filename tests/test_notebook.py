@@ -1,6 +1,7 @@
 """Notebooks run to the same bytes, fail in one line, and leave no process behind."""
 import ast
 import json
+import math
 import os
 import re
 import signal
@@ -118,8 +119,8 @@ def test_committed_notebooks_are_stripped_and_say_who_they_are(path):
     assert text == notebook.dumps(notebook.plain(notebook.bare(notebook.read(path)))), "run `python -m lib.notebook strip --in-place notebooks`"
     cells = json.loads(text)["cells"]
     assert len({cell["id"] for cell in cells}) == len(cells)
-    identity = {line.targets[0].id: ast.literal_eval(line.value) for cell in cells if "parameters" in cell["metadata"].get("tags", [])
-                for line in ast.parse("".join(cell["source"])).body}
+    identity = {target.id: ast.literal_eval(line.value) for cell in cells if "parameters" in cell["metadata"].get("tags", [])
+                for line in ast.parse("".join(cell["source"])).body for target in getattr(line, "targets", None) or [line.target]}
     assert identity.keys() <= {"profile", "row", "out"} and identity["profile"] == "smoke" and identity["out"] == "data/scratch"
     for cell in cells:
         if cell["cell_type"] == "code":
@@ -240,7 +241,23 @@ def test_no_kernel_outlives_its_run(house):
     (PARAMETERS, {"rwo": "opl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
     ("profile = 'smoke'\nsteps = 3", {"steps": "many"}, "steps wants a value like 3, got 'many'"),
     ("profile = 'smoke'\nsteps = 3", {"steps": "3.5"}, "steps wants a value like 3, got '3.5'"),
-    ("profile = 'smoke'\nsteps = 3 * 4", {"profile": "laptop"}, "may only hold lines such as"),
+    ("profile = 'smoke'\nsteps = (3", {"profile": "laptop"}, "may only hold lines such as"),
+    ("steps = 3", {"steps": "True"}, "steps wants a value like 3, got 'True'"),
+    ("rate = 0.5", {"rate": "True"}, "rate wants a value like 0.5, got 'True'"),
+    ("rate = 0.5", {"rate": "fast"}, "rate wants a value like 0.5, got 'fast'"),
+    ("rate = 0.5", {"rate": "1" + "0" * 400}, "too large"),
+    ("again = False", {"again": "1"}, "again wants a value like False, got '1'"),
+    ("again = False", {"again": "yes"}, "again wants a value like False, got 'yes'"),
+    ("lengths = [128]", {"lengths": "128"}, "lengths wants a value like [128], got '128'"),
+    ("lengths = [128]", {"lengths": "{[]: 1}"}, "lengths wants a value like [128], got '{[]: 1}'"),
+    ("lengths = [128]", {"lengths": "(" * 500}, "lengths wants a value like [128]"),
+    ("steps: int = 3", {"steps": "many"}, "steps wants a value like 3, got 'many'"),
+    ("steps: int", {"steps": "many"}, "steps wants int, got 'many'"),
+    ("steps: int | None = None", {"steps": "many"}, "steps wants int | None, got 'many'"),
+    ("row: str = 'opl'", {"rwo": "mnrl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
+    ("lengths = (128, 512)", {"lengths": "(128,)"}, "papermill writes text, numbers, True, False, None, lists, and dicts"),
+    ("names = {}", {"names": "{1: 'opl'}"}, "papermill writes text, numbers, True, False, None, lists, and dicts"),
+    ("x = [0]\nx[0] = 3\nif x:\n    y = 3", {"y": "4"}, "unknown parameter 'y'"),
 ])
 def test_a_parameter_the_notebook_does_not_declare_is_refused(cell, given, message):
     page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
@@ -251,8 +268,40 @@ def test_a_parameter_the_notebook_does_not_declare_is_refused(cell, given, messa
 def test_parameters_take_the_type_of_their_default():
     page = new_notebook(cells=[new_code_cell("row = '8'\nsteps = 3\nrate = 0.5", metadata={"tags": ["parameters"]})])
     assert notebook.parameters(page, {"row": "128", "steps": "4", "rate": "1e-3"}, "a") == {"row": "128", "steps": 4, "rate": 1e-3}
+    assert type(notebook.parameters(page, {"rate": "1"}, "a")["rate"]) is float
     with pytest.raises(NotebookError, match="0 cells are tagged"):
         notebook.parameters(new_notebook(), {}, "a")
+
+
+@pytest.mark.parametrize(("cell", "given", "value"), [
+    ('row: str = "a"', "8", "8"), ("row: 'str' = None", "8", "8"), ("row: str | None = None", "None", None), ("row = 'a'", "None", "None"),
+    ("x: float = 1", "2", 2.0), ("x: float", "-2", -2.0), ("x = 1.0", "-1e-3", -1e-3), ("x = 1.0", "-inf", -math.inf), ("x: int | float = 1", "2", 2),
+    ("x = -1", "-7", -7), ("x: int | None = None", "7", 7), ("x: 'Optional[int]' = None", "7", 7),
+    ("x = None", "7", 7), ("x = None", "-0.5", -0.5), ("x = None", "None", None), ("x = None", "True", True), ("x = None", "[1, 'a']", [1, "a"]),
+    ("x = None", "mixed_2k", "mixed_2k"), ("x = None", "007", "007"), ("x = None", "1,2", "1,2"), ("x = None", "{1: 2}", "{1: 2}"),
+    ("x = False", "True", True), ("x = True", "false", False), ("x: bool = True", "False", False),
+    ("x = [1]", "[]", []), ("x: list[int] = []", "[-1, [2.5, None]]", [-1, [2.5, None]]), ("x = {}", "{'a': {'b': False}}", {"a": {"b": False}}),
+    ("x = 3 * 4", "5", 5), ("x = 3 * 4", "opl", "opl"), ("x: int = 3 * 4", "5", 5), ("import os\nx = os.sep", "[1]", [1]), ("a = x = 3", "5", 5), ("a, x = 1, 2", "5", 5),
+])
+def test_values_are_taken_as_papermill_takes_them_and_stand_in_the_cell_as_they_are(cell, given, value):
+    """The injected cell, run, gives the name the value that was asked for."""
+    from papermill.translators import PythonTranslator
+
+    page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
+    name = "row" if "row" in cell else "x"
+    found, there = notebook.parameters(page, {name: given}, "a"), {}
+    assert found == {name: value} and type(found[name]) is type(value)
+    exec(PythonTranslator.codify(found), there)
+    assert there[name] == value and type(there[name]) is type(value)
+
+
+def test_annotated_parameters_reach_the_notebook(house):
+    page = new_notebook(cells=[new_markdown_cell("# 09"), new_code_cell('row: str = "a"\nrate: float = 0.5\ntop = None', metadata={"tags": ["parameters"]}), new_code_cell("row, rate, top")])
+    (house / "notebooks").mkdir()
+    nbformat.write(page, house / "notebooks" / "09_a.ipynb")
+    notebook_run = command("run", "notebooks/09_a.ipynb", "executed/a.ipynb", "row=8", "rate=1", "top=[-1, None]", cwd=house)
+    assert notebook_run.wait(120) == 0, notebook_run.communicate()
+    assert nbformat.read(house / "executed" / "a.ipynb", as_version=4).cells[-1].outputs[0].data["text/plain"] == "('8', 1.0, [-1, None])"
 
 
 # ------------------------------------------------------------------ parts
@@ -262,3 +311,38 @@ def test_text_loses_what_belongs_to_one_run(house):
     assert notebook.scrub_text('<table id="T_ab12f"><td id="T_ab12f_row0">') == '<table id="T_00000"><td id="T_00000_row0">'
     assert notebook.scrub_text("mask 0x7f, color #ab12ff, T_total") == "mask 0x7f, color #ab12ff, T_total"
     assert notebook.overwritten("a\n 1%\r 2%\r\nb") == "a\n 2%\nb"
+
+
+# ------------------------------------------------------------------ what others met
+
+def run_of(house, *cells, **environment):
+    save(house / "a.ipynb", 'profile = "smoke"', *cells)
+    done = command("run", "a.ipynb", "out/a.ipynb", env=os.environ | environment)
+    _, err = done.communicate(timeout=120)
+    return done.returncode, err.strip().splitlines()
+
+
+def test_a_cell_that_ends_the_notebook_is_no_success(house):
+    """The cells behind it have not run, which papermill takes for done."""
+    code, said = run_of(house, "import sys\nsys.exit(0)", "print('behind')")
+    assert code == 1 and "in cell 3 (" in said[-1] and "ended the notebook before its end" in said[-1] and not (house / "out/a.ipynb").exists()
+
+
+def test_a_magic_that_is_not_there_is_said_in_words(house):
+    code, said = run_of(house, "%nosuchmagic")
+    assert code == 1 and "the cell failed" in said[-1] and "in cell 3" in said[-1]
+
+
+def test_a_temporary_folder_may_have_braces_in_its_name(house, tmp_path):
+    (tmp_path / "t{x}").mkdir()
+    assert run_of(house, "print(1)", TMPDIR=str(tmp_path / "t{x}"))[0] == 0
+
+
+def test_a_draft_that_was_cut_off_does_not_hide_the_reason(house, monkeypatch):
+    def full(notebook, draft, *_):
+        draft.write_text("{")
+        raise OSError(28, "No space left on device")
+    save(house / "a.ipynb", 'profile = "smoke"')
+    monkeypatch.setattr(notebook, "execute", full)
+    with pytest.raises(NotebookError, match="No space left on device.*out/a.failed.ipynb"):
+        notebook.run(house / "a.ipynb", house / "out/a.ipynb", {})
