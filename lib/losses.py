@@ -41,14 +41,15 @@ def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
 
 
 def multiple_negatives_ranking_loss(q: Tensor, d: Tensor, negatives: Tensor | None = None, scale: float = 20.0,
-                                    targets: Tensor | None = None) -> Tensor:
-    """Rank each query's own document above everybody else's.
+                                    targets: Tensor | None = None, relevant: Tensor | None = None) -> Tensor:
+    """Rank each query's own document above those that do not answer it.
 
         s_bj = scale · cos(q_b, c_j),  c = d followed by the negatives
-        MNRL = mean_b -log softmax_j(s_b)[target_b]
+        C_b  = {j : j = target_b or not relevant_bj}
+        MNRL = mean_b -log ( exp s_b,target_b / Σ_{j ∈ C_b} exp s_bj )
 
-    With one pair in the batch and no negatives there is nothing to rank: the
-    loss is 0 and so is its gradient.
+    A query with nothing to rank, in a batch of one pair or where all other
+    documents answer it too, adds 0 to the mean, and its gradient is 0.
 
     Args:
         q: query embeddings, (B, D), any norm.
@@ -56,9 +57,11 @@ def multiple_negatives_ranking_loss(q: Tensor, d: Tensor, negatives: Tensor | No
         negatives: documents that answer none of the queries, (M, D).
         scale: inverse temperature.
         targets: which document answers each query, (B,), when queries share documents.
+        relevant: documents that answer a query besides its target, (B, N + M) bool: left out of
+            its softmax. A target is never left out, whatever is said of it here.
 
     Raises:
-        ValueError: no query, a query without a document, or widths that differ.
+        ValueError: no query, a query without a document, widths that differ, or `relevant` of another shape or type.
     """
     check_widths(q, d, *([] if negatives is None else [negatives]))
     if targets is None:
@@ -69,6 +72,11 @@ def multiple_negatives_ranking_loss(q: Tensor, d: Tensor, negatives: Tensor | No
         raise ValueError(f"one target per query, each one of {len(d)} documents: got {targets.tolist()} for {len(q)} queries")
     candidates = d if negatives is None else torch.cat([d, negatives])     # (N + M, D)
     scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
+    if relevant is not None:
+        if relevant.shape != scores.shape or relevant.dtype != torch.bool:
+            raise ValueError(f"relevant says of {len(q)} queries and {len(candidates)} documents which answer which, True or False: "
+                             f"got {relevant.dtype} of shape {tuple(relevant.shape)}")
+        scores = scores.masked_fill(relevant.scatter(1, targets[:, None], False), -torch.inf)
     return F.cross_entropy(scores, targets)
 
 

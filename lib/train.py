@@ -7,11 +7,16 @@ What goes into step t is a pure function of (seed, t): the same settings give
 the same bits on the same machine, and no shuffle buffer has to be saved.
 Budgets are counts (tokens, pairs), never seconds.
 
+What the qrels call relevant to a query is never its negative, nor is a
+near-identical text (lib/duplicates.py).
+
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), pretraining mixture and
         appendix A.3; loss by loss see lib/losses.py.
 Axes:   B texts in a batch, L tokens, D width.
 """
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from lib import engine, metrics
+from lib.duplicates import near_duplicates, question
 from lib.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss, prototype_loss
 from lib.encoder import bar, pad, tokenize
 
 LOSSES = ("mnrl", "opl", "prototype", "none")
+MIXTURES = ("short", "long", "mixed")
 PRECISIONS = ("float32", "bfloat16")
 PASS_TOKENS = 32_768                    # of pretraining that go through the model together; a step of more is added up
 
@@ -142,6 +149,25 @@ class PretrainingText:
         edges = [np.full((n, 1), token, dtype=np.int32) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
         return cls(variable, np.hstack([edges[0], stream, edges[1]]), tokenizer, length)
 
+    def check(self, mixture: str, what: str) -> None:
+        """Say before training what a draw from the mixture would stumble over.
+
+        Args:
+            what: whose text it is, for the message: "the training text", "the held-out text".
+
+        Raises:
+            TrainingError: the mixture draws from a kind of text that is not there, or is none of MIXTURES.
+        """
+        if mixture not in MIXTURES:
+            raise TrainingError(f"mixture {mixture!r}: one of {', '.join(MIXTURES)}")
+        there = {"short": len(self.variable) > 0, "long": len(self.maximum) > 0}
+        wanted = {"short": f"short text of {min(10, self.length)} tokens or more",
+                  "long": f"long text that fills {self.length} tokens"}
+        lacking = [wanted[kind] for kind in wanted if mixture in (kind, "mixed") and not there[kind]]
+        if lacking:
+            ways_out = ["add some to the pretraining text", *(f"set mixture: {kind}" for kind in there if there[kind])]
+            raise TrainingError(f"{what} has no {' and no '.join(lacking)}, which mixture {mixture!r} draws from: {', or '.join(ways_out)}")
+
     def batch(self, step: int, seed: int, tokens: int, mixture: str, variable_share: float) -> list[list[np.ndarray]]:
         """The examples of a step, as groups of like length: `variable_share` of the examples variable, the others of maximum length.
 
@@ -192,11 +218,11 @@ def pretrain(model: nn.Module, text: PretrainingText, tokens: int, batch_tokens:
         The curve: one {"step", "tokens", "loss", "accuracy", "lr"} a step, measured before the step's update.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: there is no text for the mixture (before the first step), or the loss is no longer finite.
     """
     steps = math.ceil(tokens / batch_tokens) if tokens else 0
-    if steps and mixture != "long" and not text.variable or steps and mixture != "short" and not len(text.maximum):
-        raise TrainingError(f"mixture {mixture!r} finds no text: {len(text.variable)} short texts, {len(text.maximum)} stretches of {text.length} tokens")
+    if steps:
+        text.check(mixture, "the training text")
     device = next(model.parameters()).device
     context = products(device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
@@ -243,7 +269,11 @@ def mlm_accuracy(model: nn.Module, text: PretrainingText, batches: int = 8, batc
     """Share of masked tokens predicted right, over a fixed sample, with its 95 % interval over examples: (accuracy, low, high).
 
     The paper validates at a mask rate of 0.15.
+
+    Raises:
+        TrainingError: there is no text for the mixture; `text.check` says so before anything is trained.
     """
+    text.check(mixture, "the held-out text")
     model.eval()
     device = next(model.parameters()).device
     right, asked = [], []
@@ -286,30 +316,78 @@ class Rows:
 class Pairs:
     """Training pairs, kept by document: a document's embedding serves all its queries.
 
+    One text under two ids, in one task or in two, is one document, and one question (white space
+    and case aside) under two ids is one question.
+
     Args:
         tasks: of lib.locov1, train split. Documents are cut to `max_length`
             tokens, queries to `query_length`.
+        tokenizer: None will do for a `check` alone.
     """
 
     def __init__(self, tasks, tokenizer, max_length: int, query_length: int = 64):
-        self.pad_id = tokenizer.pad_token_id
+        self.pad_id = None if tokenizer is None else tokenizer.pad_token_id
         texts: dict[str, int] = {}
-        queries, groups = [], {}
+        asked: dict[str, int] = {}
+        queries, questions, groups = [], [], {}
         for task in tasks:
             for qid, judged in task.qrels.items():
-                for pid in judged:
-                    where = texts.setdefault(task.documents[pid], len(texts))  # the same text under two ids is one document
+                answers = [task.documents[pid] for pid, gain in judged.items() if gain > 0]
+                if not answers:
+                    continue
+                for where in dict.fromkeys(texts.setdefault(text, len(texts)) for text in answers):
                     groups.setdefault(where, []).append(len(queries))
                 queries.append(task.queries[qid])
+                questions.append(asked.setdefault(question(task.queries[qid]), len(asked)))
         if not queries:
             raise TrainingError(f"no training pairs in {', '.join(task.name for task in tasks) or 'no task'}")
         self.documents, self.queries = Rows(list(texts), tokenizer, max_length), Rows(queries, tokenizer, query_length)
         self.answers = groups                                              # document -> its queries
+        self.questions = np.array(questions, dtype=np.int32)               # query -> its question
 
-    def batch(self, step: int, seed: int, documents: int, queries_per_document: int) -> tuple[list[int], list[int], list[int]]:
+    @functools.cached_property
+    def barred(self) -> dict[int, np.ndarray]:
+        """Question -> documents that are never its negatives, ascending: all that the qrels of any of
+        its ids call relevant, and near-identical texts.
+
+        A question that bars its one answer alone is not in it. Made when a loss first asks, since to
+        compare the texts takes seconds.
+        """
+        near = near_duplicates(self.documents.texts)
+        near = np.concatenate([near, near[:, ::-1]])
+        near = near[np.argsort(near[:, 0], kind="stable")]
+        edges = np.searchsorted(near[:, 0], np.arange(len(self.documents) + 1))
+        relevant = defaultdict(list)
+        for document, queries in self.answers.items():
+            for asked in dict.fromkeys(self.questions[queries].tolist()):
+                relevant[asked].append(document)
+        sets: dict[tuple, np.ndarray] = {}                                 # questions of the same answers share an array
+        for answers in map(tuple, relevant.values()):
+            if answers not in sets:
+                copies = [near[edges[document] : edges[document + 1], 1] for document in answers]
+                sets[answers] = np.unique(np.concatenate([answers, *copies])).astype(np.int32)
+        return {asked: sets[tuple(answers)] for asked, answers in relevant.items() if len(sets[tuple(answers)]) > 1}
+
+    def check(self, loss: str) -> None:
+        """Say before the first step that no query has a negative, to a loss that learns from them.
+
+        Raises:
+            TrainingError: there is one document, or each one answers every query or is near-identical to one that does.
+        """
+        if loss not in ("mnrl", "opl"):
+            return
+        n, questions = len(self.documents), int(self.questions.max()) + 1
+        if n > 1 and (len(self.barred) < questions or any(len(barred) < n for barred in self.barred.values())):
+            return
+        raise TrainingError(f"loss {loss!r} needs documents that do not answer a query, and here are none: "
+                            + (f"each of {n} documents answers every query or is nearly the text of one that does" if n > 1 else "there is 1 document")
+                            + "; give more documents, or set loss: prototype or none")
+
+    def batch(self, step: int, seed: int, documents: int, queries_per_document: int | None) -> tuple[list[int], list[int], list[int]]:
         """(documents, queries, target): epoch after epoch without repetition, whatever the batch size.
 
-        Query i is answered by the batch's target[i]-th document.
+        Query i is answered by the batch's target[i]-th document, and maybe by others (`related`).
+        `queries_per_document` None is all of them, in the same order.
         """
         chosen, queries, target = [], [], []
         keys = sorted(self.answers)
@@ -324,6 +402,32 @@ class Pairs:
             queries += own.tolist()
             chosen.append(where)
         return chosen, queries, target
+
+    def related(self, documents: list[int], queries: list[int], target: list[int]) -> np.ndarray:
+        """Which documents of a batch are never negatives of which of its queries, the target among them.
+
+        Returns:
+            (queries, documents) bool.
+        """
+        found = np.arange(len(documents)) == np.array(target)[:, None]
+        for row, asked in zip(found, self.questions[queries].tolist()):
+            if asked in self.barred:
+                row |= np.isin(documents, self.barred[asked])
+        return found
+
+    def negative(self, cycle: int, seed: int, step: int) -> tuple[int, int]:
+        """(document, query) of a pair with label 0: the cycle's query, and a document drawn from all that it does not bar.
+
+        A query that bars every document has no negative: the document's next query takes its place,
+        then those of the next documents in the order of the epochs. `check` has seen that there is one.
+        """
+        for later in range(cycle, cycle + 2 * len(self.answers)):          # a whole epoch lies in it
+            (answer,), queries, _ = self.batch(later, seed, 1, None)
+            for query in queries:
+                barred = self.barred.get(int(self.questions[query]), [answer])
+                if len(barred) < len(self.documents):
+                    return other(answer, barred, len(self.documents), np.random.default_rng([seed, step, 1])), query
+        raise TrainingError(f"no query has a negative among {len(self.documents)} documents")
 
 
 _orders: dict = {}
@@ -361,8 +465,12 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
     Each step embeds `documents` documents and up to `queries_per_document` queries of each. MNRL ranks every query
     against all of them. OPL takes the pairs one by one: each query with its document (label 1) and with
     `negatives` others drawn from the step's documents (label 0), or, at `documents: 1`, one pair a step: a
-    positive, then `negatives` negatives with a document drawn from the whole corpus. The prototype loss compares
+    positive, then `negatives` negatives with a document drawn from all of `pairs`. The prototype loss compares
     each text with the teacher's embedding of it.
+
+    A document that answers a query too, or is nearly the same text as one that does, is never its negative
+    (`Pairs.barred`). A query for which that leaves none has none: it adds 0 to MNRL's mean, is a positive alone in
+    OPL, and at `documents: 1` another query takes its place (`Pairs.negative`).
 
     With `micro_batch`, texts are embedded that many at a time and twice: first without a graph, to get the loss's
     gradient with respect to every embedding; then with one, a part at a time. The gradient is that of the whole
@@ -374,12 +482,17 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
 
     Returns:
         The curve: one {"step", "tokens", "loss", "lr"} a step.
+
+    Raises:
+        TrainingError: before the first step, no such loss or precision, or no negative for any query; later, a loss that is not finite.
     """
     if loss not in LOSSES:
         raise TrainingError(f"loss {loss!r}: one of {', '.join(LOSSES)}")
     if loss == "none" or not documents_seen:
         model.eval()
         return []
+    if loss == "mnrl" or negatives:
+        pairs.check(loss)
     steps = math.ceil(documents_seen / documents)
     context = products(next(model.parameters()).device, precision)
     optim = optimizer(model, lr, weight_decay, betas, eps, embedding_lr)
@@ -392,29 +505,36 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
             docs, queries, target = pairs.batch(cycle, seed, 1, 1)
             labels = torch.tensor([1.0])
             if phase:
-                docs, labels = [other(pairs, docs[0], seed, step)], torch.tensor([0.0])
+                document, query = pairs.negative(cycle, seed, step)
+                docs, queries, labels = [document], [query], torch.tensor([0.0])
         else:
             docs, queries, target = pairs.batch(step, seed, documents, queries_per_document)
             labels = None
         rows = pairs.documents[docs] + pairs.queries[queries]
-        n, target = len(docs), torch.tensor(target)
+        n, related, wrong, drawn = len(docs), None, [], []
+        if loss == "mnrl":
+            related = torch.from_numpy(pairs.related(docs, queries, target))
+            related = related if related.sum() > len(queries) else None    # each target alone: nothing to leave out
+        elif loss == "opl" and labels is None:
+            rng = np.random.default_rng([seed, step])
+            for row, barred in enumerate(map(np.flatnonzero, pairs.related(docs, queries, target))):
+                fresh = [other(target[row], barred, n, rng) for _ in range(negatives if len(barred) < n else 0)]
+                wrong, drawn = wrong + fresh, drawn + [row] * len(fresh)
+        target = torch.tensor(target)
 
         def value(vectors: Tensor) -> Tensor:                              # (n + Q, D) -> scalar
             d, q = vectors[:n], vectors[n:]
             where = target.to(d.device)
             if loss == "mnrl":
-                return multiple_negatives_ranking_loss(q, d, scale=scale, targets=where)
+                return multiple_negatives_ranking_loss(q, d, scale=scale, targets=where, relevant=None if related is None else related.to(d.device))
             if loss == "prototype":
                 with torch.no_grad():
                     t = embed(teacher, teacher_pairs.documents[docs] + teacher_pairs.queries[queries], pairs.pad_id)
                 return prototype_loss(q, d[where], t[n:], t[:n][where])
             if labels is not None:
                 return orthogonal_projection_loss(q, d, labels.to(d.device))
-            rng = np.random.default_rng([seed, step])
-            wrong = [int((i + 1 + rng.integers(n - 1)) % n) for i in target.tolist() for _ in range(negatives)] if n > 1 else []
-            asked = torch.arange(len(q)).repeat_interleave(negatives) if wrong else torch.empty(0, dtype=torch.long)
             y = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
-            return orthogonal_projection_loss(torch.cat([q, q[asked]]), torch.cat([d[where], d[wrong]]), y)
+            return orthogonal_projection_loss(torch.cat([q, q[drawn]]), torch.cat([d[where], d[wrong]]), y)
 
         total = backward(model, rows, value, pairs.pad_id, micro_batch, n, context)
         check(total, step, optim, "fine-tuning")
@@ -428,10 +548,20 @@ def finetune(model: nn.Module, pairs: Pairs, documents_seen: int, documents: int
     return curve
 
 
-def other(pairs: Pairs, answer: int, seed: int, step: int) -> int:
-    """A document drawn from the corpus that is not the answer."""
-    rng = np.random.default_rng([seed, step, 1])
-    return int((answer + 1 + rng.integers(len(pairs.documents) - 1)) % len(pairs.documents))
+def other(answer: int, barred: np.ndarray | list[int], n: int, rng: np.random.Generator) -> int:
+    """A document drawn from those of n that are not barred, each as likely.
+
+        (answer + 1 + rng.integers(n - 1)) % n,  where the answer alone is barred
+
+    Otherwise the draw counts answer + 1, answer + 2, … (mod n) without the barred ones.
+
+    Args:
+        barred: fewer than n, each once, the answer among them.
+    """
+    steps = np.sort((np.asarray(barred) - answer - 1) % n)                 # from answer + 1 to each barred one
+    draw = rng.integers(n - len(steps))
+    passed = np.searchsorted(steps - np.arange(len(steps)), draw, side="right")
+    return int((answer + 1 + draw + passed) % n)
 
 
 def backward(model: nn.Module, rows: list[np.ndarray], value, pad_id: int, micro_batch: int | None, documents: int, context: AbstractContextManager = nullcontext()) -> float:

@@ -165,6 +165,43 @@ def test_mnrl_targets_let_queries_share_a_document():
     assert repeated > shared + 0.1
 
 
+def test_mnrl_leaves_a_second_answer_out_by_hand():
+    """q0 is answered by d0 and d1. Ranked against each other they cost log 2 where both are perfect."""
+    q, d = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    targets, relevant = torch.tensor([0, 2]), torch.tensor([[True, True, False], [False, False, False]])
+    rank = lambda scale, **options: multiple_negatives_ranking_loss(q, d, scale=scale, targets=targets, **options).item()
+    assert rank(50.0) == pytest.approx(math.log(2) / 2) and rank(50.0, relevant=relevant) == pytest.approx(0, abs=1e-6)
+    # cosines: q0 with d0 1, d2 0; q1 with d2 1, d0 and d1 0. scale 2
+    assert rank(2.0, relevant=relevant) == pytest.approx((math.log(1 + math.exp(-2)) + math.log(1 + 2 * math.exp(-2))) / 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(B=st.integers(1, 4), N=st.integers(1, 4), M=st.integers(0, 3), seed=st.integers(0, 99))
+def test_mnrl_is_that_of_each_query_alone_with_the_documents_that_do_not_answer_it(B, N, M, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, d, negatives = (draw(n, 8, seed=seed + i, dtype=torch.float64) for i, n in enumerate((B, N, M)))
+    targets, relevant = torch.randint(N, (B,), generator=generator), torch.rand(B, N + M, generator=generator) < 0.5
+    kept = relevant.clone()
+    loss = multiple_negatives_ranking_loss(q, d, negatives, targets=targets, relevant=relevant)
+    alone = []
+    for b, own in enumerate(targets.tolist()):
+        left = [j for j in range(N + M) if j != own and not relevant[b, j]]
+        alone.append(multiple_negatives_ranking_loss(q[b:][:1], d[[own]], torch.cat([d, negatives])[left]))
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, [q, d]), torch.autograd.grad(torch.stack(alone).mean(), [q, d])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert torch.equal(relevant, kept)                                     # the caller's own
+
+
+def test_mnrl_of_a_query_that_everything_answers_teaches_nothing():
+    q, d = draw(2, 8), draw(3, 8, seed=1)
+    loss = multiple_negatives_ranking_loss(q, d, targets=torch.tensor([0, 2]), relevant=torch.ones(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and q.grad.abs().max() < 1e-6 and d.grad.abs().max() < 1e-6
+    half = multiple_negatives_ranking_loss(q, d, targets=torch.tensor([0, 2]), relevant=torch.tensor([[True] * 3, [False] * 3]))
+    close(half, multiple_negatives_ranking_loss(q[1:], d[[2]], d[:2]) / 2)  # the other one is ranked as ever
+
+
 def test_mnrl_ignores_norms_and_the_order_of_pairs():
     q, d = draw(5, 8), draw(5, 8, seed=1)
     loss, order = multiple_negatives_ranking_loss(q, d), torch.tensor([3, 0, 4, 1, 2])
@@ -215,6 +252,10 @@ def test_disagreeing_inputs_are_refused_with_their_numbers():
     for targets in ([0, 1], [0, 1, 4], [0, 1, -1]):
         with pytest.raises(ValueError, match=f"one of 4 documents: got .*{targets[-1]}"):
             multiple_negatives_ranking_loss(q, d, targets=torch.tensor(targets))
+    for relevant in (torch.zeros(3, 3, dtype=torch.bool), torch.zeros(4, dtype=torch.bool), torch.zeros(3, 4)):      # the last would be no mask
+        shape = ", ".join(map(str, relevant.shape))
+        with pytest.raises(ValueError, match=rf"3 queries and 4 documents .*got {relevant.dtype} of shape \({shape},?\)"):
+            multiple_negatives_ranking_loss(q, d, targets=torch.tensor([0, 1, 2]), relevant=relevant)
     with pytest.raises(ValueError, match=r"\(3, 8\) and \(4, 8\)"):
         prototype_loss(q, d, d, d)
     with pytest.raises(ValueError, match=r"B ≥ 1.*\(0, 8\)"):

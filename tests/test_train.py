@@ -176,8 +176,34 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_a_way_out(text, tiny):
 
 def test_a_mixture_without_its_text_is_refused(tokenizer, tiny):
     text = PretrainingText.from_texts([" ".join(SENTENCES)], [], tokenizer, length=16)
-    with pytest.raises(TrainingError, match="mixture 'mixed' finds no text: 1 short texts, 0 stretches of 16 tokens"):
-        train.pretrain(tiny(M2BertForMaskedLM), text, tokens=100, batch_tokens=50, lr=1e-3, show_progress=False)
+    model, line = tiny(M2BertForMaskedLM), "has no long text that fills 16 tokens, which mixture 'mixed' draws from: add some to the pretraining text, or set mixture: short$"
+    before = weights(model)
+    with pytest.raises(TrainingError, match=f"^the training text {line}"):
+        train.pretrain(model, text, tokens=100, batch_tokens=50, lr=1e-3, show_progress=False)
+    with pytest.raises(TrainingError, match=f"^the held-out text {line}"):
+        train.mlm_accuracy(model, text)
+    assert torch.equal(weights(model), before)
+    assert train.pretrain(model, text, tokens=0, batch_tokens=50, lr=1e-3, show_progress=False) == []
+
+
+def test_a_text_says_which_mixtures_it_can_serve(text, tokenizer):
+    """One that passes serves every draw; one that does not would have stumbled at some draw."""
+    long = "long text that fills 16 tokens"
+    short = PretrainingText.from_texts([" ".join(SENTENCES)], ["the fox"], tokenizer, length=16)
+    for some, refused in ((text, {}), (short, {"long": f"no {long}", "mixed": f"no {long}"}),
+                          (PretrainingText([], text.maximum, tokenizer, 16), {"short": "no short text of 10 tokens or more", "mixed": "no short text of 10 tokens or more"}),
+                          (PretrainingText.from_texts([], [], tokenizer, 16), {"short": "no short text", "long": f"no {long}", "mixed": f"no short text of 10 tokens or more and no {long}"})):
+        for mixture in train.MIXTURES:
+            if mixture in refused:
+                with pytest.raises(TrainingError, match=refused[mixture]):
+                    some.check(mixture, "it")
+                with pytest.raises((ValueError, IndexError)):
+                    some.batch(0, 0, 512, mixture, 0.3)
+            else:
+                some.check(mixture, "it")
+                assert some.batch(0, 0, 512, mixture, 0.3)
+    with pytest.raises(TrainingError, match="mixture 'half': one of short, long, mixed"):
+        text.check("half", "it")
 
 
 def test_accuracy_is_the_share_of_hidden_words_and_its_interval_holds_it(text):
@@ -256,6 +282,219 @@ def test_texts_are_cut_and_no_pair_is_an_error(tokenizer):
     empty = SimpleNamespace(name="empty", documents={}, queries={}, qrels={})
     with pytest.raises(TrainingError, match="no training pairs in empty"):
         Pairs([empty], tokenizer, 8)
+
+
+# ---------------------------------------------------------------- who is nobody's negative
+
+def judged(qrels, queries=None, documents=None, name="t"):
+    """A task of these judgements; a text is its id, and a word of its own, where none is given."""
+    pids = [pid for pids in qrels.values() for pid in pids]
+    return SimpleNamespace(name=name, qrels={qid: dict.fromkeys(pids, 1) for qid, pids in qrels.items()},
+                           queries={qid: (queries or {}).get(qid, f"who {name} {qid}") for qid in qrels},
+                           documents={pid: (documents or {}).get(pid, f"text {pid}") for pid in pids})
+
+
+@pytest.fixture
+def compared(tiny, tokenizer, monkeypatch):
+    """compared(tasks, loss, documents, …): the pairs, and for each step ({(query, document) drawn to}, [(query, document) compared with as a negative])."""
+    def run(tasks, loss, documents, steps, **options):
+        pairs, found = Pairs(tasks, tokenizer, 24), []
+        n = len(pairs.documents)
+        pairs.documents.rows = [np.array([i]) for i in range(n)]
+        pairs.queries.rows = [np.array([n + i]) for i in range(len(pairs.queries))]
+
+        def mnrl(q, d, scale, targets, relevant):
+            q, d = q.argmax(dim=1) - n, d.argmax(dim=1)
+            kept = torch.ones(len(q), len(d), dtype=torch.bool) if relevant is None else ~relevant
+            kept[torch.arange(len(q)), targets] = False
+            found.append((list(zip(q.tolist(), d[targets].tolist())), [(int(q[i]), int(d[j])) for i, j in kept.nonzero()]))
+            masked.append(relevant)
+            return torch.zeros(())
+
+        def opl(q, d, y):
+            drawn = list(zip((q.argmax(dim=1) - n).tolist(), d.argmax(dim=1).tolist()))
+            found.append(([pair for pair, label in zip(drawn, y) if label], [pair for pair, label in zip(drawn, y) if not label]))
+            return torch.zeros(())
+
+        def backward(model, rows, value, *_):
+            return value(torch.nn.functional.one_hot(torch.tensor([int(row[0]) for row in rows]), n + len(pairs.queries)).float()).item()
+
+        masked = run.masked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "multiple_negatives_ranking_loss", mnrl)
+            patch.setattr(train, "orthogonal_projection_loss", opl)
+            patch.setattr(train, "backward", backward)
+            train.finetune(tiny(), pairs, documents_seen=steps * documents, documents=documents, lr=1e-3, loss=loss, show_progress=False, **options)
+        assert len(found) == steps
+        return pairs, found
+    return run
+
+
+def test_the_second_answer_of_a_query_is_never_its_negative_by_hand(compared):
+    """q0 is answered by d1 and d2: of four documents d0 and d3 are left, and both are drawn."""
+    task = judged({"q0": ["d1", "d2"], "q1": ["d0"], "q2": ["d3"]})
+    for loss, documents in (("opl", 1), ("opl", 4), ("mnrl", 4), ("mnrl", 3)):
+        pairs, steps = compared([task], loss, documents, 200)
+        d1, d2 = (pairs.documents.texts.index(f"text {pid}") for pid in ("d1", "d2"))
+        negatives = {document for _, wrong in steps for query, document in wrong if query == 0}
+        assert negatives == set(range(4)) - {d1, d2}, loss
+        assert {document for right, _ in steps for query, document in right if query == 0} == {d1, d2}
+
+
+def test_one_question_under_two_ids_is_one_question_in_one_task_or_in_two(compared):
+    asked = {"q0": "Who is  the fox?", "q1": "who is the\nFOX? "}
+    one = judged({"q0": ["d0"], "q1": ["d1"], "q2": ["d2"]}, asked)
+    two = [judged({"q0": ["d0"], "q2": ["d2"]}, asked), judged({"q1": ["d1"]}, asked, name="u")]
+    for tasks in ([one], two):
+        for loss, documents in (("opl", 1), ("opl", 3), ("mnrl", 3)):
+            pairs, steps = compared(tasks, loss, documents, 60)
+            texts = pairs.documents.texts
+            negatives = {(pairs.queries.texts[query], texts[document]) for _, wrong in steps for query, document in wrong}
+            assert negatives == {(asked["q0"], "text d2"), (asked["q1"], "text d2"), ("who t q2", "text d0"), ("who t q2", "text d1")}
+
+
+def test_a_near_identical_text_of_an_answer_is_no_negative_either(compared):
+    words = [f"w{i}" for i in range(60)]
+    texts = {"d0": " ".join(words), "d1": " ".join([*words, "copied"]), "d2": "a b c", "d3": "A, b\nc.", "d4": " ".join([*words[:30], *words[:30]])}
+    task = judged({f"q{i}": [f"d{i}"] for i in range(5)}, documents=texts)
+    for loss, documents in (("opl", 1), ("opl", 5), ("mnrl", 5)):
+        _, steps = compared([task], loss, documents, 200)
+        assert {pair for _, wrong in steps for pair in wrong} == {(q, d) for q in range(5) for d in range(5) if q != d and {q, d} not in ({0, 1}, {2, 3})}
+
+
+def test_an_answer_under_two_ids_of_one_text_is_asked_for_once_and_a_judged_zero_is_no_answer(tokenizer):
+    task = judged({"q0": ["d0", "d1", "d2"]}, documents={"d0": "same", "d1": "same"})
+    task.qrels["q0"]["d2"] = 0
+    task.qrels["q1"] = {"d2": 0}
+    pairs = Pairs([task], tokenizer, 24)
+    assert pairs.documents.texts == ["same"] and pairs.answers == {0: [0]} and len(pairs.queries) == 1
+
+
+def crowded(seed):
+    """Two tasks that share texts and questions: one to three answers a query, texts near-identical in threes.
+
+    Numbers are octal: the tests' tokenizer gives 9 a number beyond its vocabulary.
+    """
+    rng = np.random.default_rng(seed)
+    words = [[f"w{rng.integers(40):o}" for _ in range(60)] for _ in range(6)]
+    texts = {f"d{i}": " ".join(words[i] if i < 6 else [*words[i % 3], f"more{i:o}"]) for i in range(12)}
+    tasks = []
+    for name in "ab":
+        qrels = {f"q{i}": rng.permutation([*texts])[: rng.integers(1, 4)].tolist() for i in range(9)}
+        tasks.append(judged(qrels, {qid: f"who {rng.integers(12):o}" for qid in qrels}, texts, name))
+    return tasks
+
+
+def never(tasks, text):
+    """The definition: texts that the judgements of an equal question name, and those within 0.8 of one of them."""
+    def runs(document):
+        words = document.split()
+        return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
+
+    named = {task.documents[pid] for task in tasks for qid, own in task.qrels.items() if task.queries[qid] == text for pid in own}
+    every = {document for task in tasks for document in task.documents.values()}
+    return {other for other in every for one in named if len(runs(one) & runs(other)) >= 0.8 * len(runs(one) | runs(other))}
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "opl"])
+@pytest.mark.parametrize("documents, queries_per_document, negatives", [(1, 1, 3), (2, 1, 1), (5, 3, 2), (16, 9, 2)])
+def test_no_negative_is_ever_relevant_whatever_the_batch_and_mnrl_uses_all_others(compared, loss, documents, queries_per_document, negatives):
+    for seed in range(4):
+        tasks = crowded(seed)
+        pairs, steps = compared(tasks, loss, documents, 24, queries_per_document=queries_per_document, negatives=negatives, seed=seed)
+        texts, barred = pairs.documents.texts, {text: never(tasks, text) for text in pairs.queries.texts}
+        assert any(len(some) > 3 for some in barred.values()) and sum(len(wrong) for _, wrong in steps) > (-1 if loss == "mnrl" and documents == 1 else 9)
+        for right, wrong in steps:
+            assert all(texts[document] in barred[pairs.queries.texts[query]] for query, document in right)
+            assert all(texts[document] not in barred[pairs.queries.texts[query]] for query, document in wrong)
+            if loss == "mnrl":
+                there = {document for _, document in right}
+                assert sorted(wrong) == sorted((query, document) for query, _ in right for document in there if texts[document] not in barred[pairs.queries.texts[query]])
+
+
+@pytest.mark.parametrize("documents, queries_per_document, negatives", [(1, 1, 3), (2, 1, 1), (6, 3, 2), (7, 2, 1)])
+def test_with_one_answer_a_query_the_draws_are_the_plain_ones(compared, documents, queries_per_document, negatives):
+    """Collections of one relevant document a query train as they always did: the same draws, written out here."""
+    pairs, steps = compared([task()], "opl", documents, 30, queries_per_document=queries_per_document, negatives=negatives, seed=7)
+    N = len(pairs.documents)
+    for step, (right, wrong) in enumerate(steps):
+        if documents == 1:
+            cycle, phase = divmod(step, 1 + negatives)
+            (answer,), (query,), _ = pairs.batch(cycle, 7, 1, 1)
+            drawn = int((answer + 1 + np.random.default_rng([7, step, 1]).integers(N - 1)) % N)
+            assert (right, wrong) == (([], [(query, drawn)]) if phase else ([(query, answer)], []))
+            continue
+        docs, queries, target = pairs.batch(step, 7, documents, queries_per_document)
+        rng, n = np.random.default_rng([7, step]), len(docs)
+        drawn = [docs[(i + 1 + rng.integers(n - 1)) % n] for i in target for _ in range(negatives)]
+        assert right == [(query, docs[i]) for query, i in zip(queries, target)]
+        assert wrong == list(zip(np.repeat(queries, negatives).tolist(), drawn))
+
+
+def test_mnrl_is_told_of_other_answers_only_where_there_are_some(compared):
+    """None is the arithmetic of a batch without them, bit for bit."""
+    compared([task()], "mnrl", 6, 5, queries_per_document=3)
+    assert compared.masked == [None] * 5
+    compared([judged({"q0": ["d1", "d2"], "q1": ["d0"], "q2": ["d3"]})], "mnrl", 2, 40)
+    masks = [some for some in compared.masked if some is not None]
+    assert None in compared.masked and masks and all(some.all() for some in masks)         # q0 twice, with each of its answers
+
+
+def test_a_query_that_everything_answers_has_no_negative(compared):
+    task = judged({"q0": ["d0", "d1", "d2"], "q1": ["d1"]})
+    for loss in ("mnrl", "opl"):
+        _, steps = compared([task], loss, 3, 30, queries_per_document=2)
+        assert all(query == 1 for _, wrong in steps for query, _ in wrong) and all(len(right) >= 3 for right, _ in steps)
+        assert any(wrong for _, wrong in steps)
+    # One pair a step: another query takes its place, so that every positive still has its negatives.
+    _, steps = compared([task], "opl", 1, 60, negatives=2)
+    assert [len(wrong) for _, wrong in steps] == [0, 1, 1] * 20
+    assert {query for right, _ in steps for query, _ in right} == {0, 1}
+    assert {pair for _, wrong in steps for pair in wrong} == {(1, 0), (1, 2)}
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "opl"])
+@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize("qrels, texts, why", [
+    ({"q0": ["d0"], "q1": ["d0"]}, {}, "there is 1 document"),
+    ({"q0": ["d0"], "q1": ["d1"]}, {"d0": "The fox", "d1": "the fox."}, "each of 2 documents answers every query or is nearly the text of one that does"),
+    ({"q0": ["d0", "d1"], "q1": ["d1", "d0"]}, {}, "each of 2 documents"),
+])
+def test_without_any_negative_nothing_is_trained(tokenizer, tiny, loss, documents, qrels, texts, why):
+    pairs, model = Pairs([judged(qrels, documents=texts)], tokenizer, 24), tiny()
+    before = weights(model)
+    with pytest.raises(TrainingError, match=f"^loss '{loss}' needs documents that do not answer a query, and here are none: {why}.*; give more documents, or set loss: prototype or none$"):
+        train.finetune(model, pairs, documents_seen=8, documents=documents, lr=1e-3, loss=loss, show_progress=False)
+    assert torch.equal(weights(model), before) and pairs.documents.rows == [None] * len(pairs.documents)
+    with pytest.raises(TrainingError, match="needs documents that do not answer a query"):
+        Pairs([judged(qrels, documents=texts)], None, 0).check(loss)               # before there is a tokenizer
+    pairs.check("none")
+    assert len(train.finetune(model, pairs, documents_seen=8, documents=1, lr=1e-3, loss="prototype", teacher=tiny(), teacher_pairs=pairs, show_progress=False)) == 8
+
+
+def test_texts_are_compared_once_and_only_for_a_loss_that_has_negatives(tokenizer, tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "near_duplicates", lambda texts: asked.append(len(texts)) or np.empty((0, 2), dtype=np.int64))
+    pairs = Pairs([task()], tokenizer, 24)
+    options = dict(documents_seen=6, documents=2, lr=1e-3, show_progress=False)
+    train.finetune(tiny(), pairs, loss="none", **options)
+    train.finetune(tiny(), pairs, loss="prototype", teacher=tiny(), teacher_pairs=pairs, **options)
+    assert asked == []
+    for loss in ("mnrl", "opl"):
+        train.finetune(tiny(), pairs, loss=loss, **options)
+    assert asked == [6] and pairs.barred == {}
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "opl"])
+def test_in_parts_too_the_other_answers_are_left_out(tokenizer, tiny, loss):
+    found = []
+    for micro in (None, 1, 3):
+        model = tiny()
+        curve = train.finetune(model, Pairs(crowded(1), tokenizer, 24), documents_seen=15, documents=5, lr=1e-4, loss=loss, queries_per_document=3, micro_batch=micro, show_progress=False)
+        found.append((weights(model), [line["loss"] for line in curve]))
+    for moved, losses in found[1:]:
+        assert losses == pytest.approx(found[0][1], abs=1e-5)
+        torch.testing.assert_close(moved, found[0][0], rtol=0, atol=2e-4)
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -368,10 +607,23 @@ def test_opl_at_batch_one_takes_a_positive_then_its_negatives(pairs, tiny, monke
     assert steps == [(1, 1, [1.0]), (1, 1, [0.0]), (1, 1, [0.0]), (1, 1, [0.0])] * 2
 
 
-@given(st.integers(0, 50), st.integers(0, 50))
-def test_a_negative_is_never_the_answer(answer, step):
-    documents = SimpleNamespace(documents=[None] * 51)
-    assert train.other(documents, answer, 0, step) != answer
+@given(st.integers(1, 9), st.sets(st.integers(0, 8)), st.data())
+def test_a_draw_finds_every_document_that_is_not_barred_in_the_order_after_the_answer(n, barred, data):
+    answer = data.draw(st.integers(0, n - 1))
+    barred = sorted({b for b in barred if b < n} | {answer})
+    left = [(answer + step) % n for step in range(1, n) if (answer + step) % n not in barred]
+    draws = iter(range(len(left)))
+
+    def integers(most):
+        assert most == len(left)
+        return next(draws)
+    assert [train.other(answer, barred, n, SimpleNamespace(integers=integers)) for _ in left] == left
+
+
+@given(st.integers(2, 60), st.integers(0, 59), st.integers(0, 50))
+def test_where_the_answer_alone_is_barred_the_draw_is_the_plain_one(n, answer, seed):
+    expected = (answer % n + 1 + np.random.default_rng(seed).integers(n - 1)) % n
+    assert train.other(answer % n, [answer % n], n, np.random.default_rng(seed)) == expected
 
 
 @pytest.mark.parametrize("loss", ["mnrl", "opl"])
