@@ -1,6 +1,9 @@
 # `make repro` and `make test`, each alone on a machine with Python >= 3.11 and make; `make help` for the rest.
 PYTHON  ?= python3
 PROFILE ?=
+DATA    ?=
+TEXT    ?=
+SET     ?=
 ARGS    ?=
 EXTRA   ?= cpu
 TORCH_INDEX ?=
@@ -22,10 +25,13 @@ help:
 	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
 	@echo 'make repro PROFILE=smoke        the same at another profile, in .work/smoke'
 	@echo 'make repro ARGS=finetune@opl    one row, and what it needs (any arguments of `dvc repro`)'
-	@echo 'make report [PROFILE=smoke]     open the report'
+	@echo 'make repro DATA=/path/to/mine   everything on your collection, in a folder of its own (also hub, longembed; any PROFILE)'
+	@echo '           TEXT=/path/to/texts  … pretrained on your text (a folder of parquet, jsonl or txt; also hub)'
+	@echo '           SET="section.key=value …"   … with other settings than params.yaml, for this run alone'
+	@echo 'make report [PROFILE=smoke]     open the report (with DATA=…, that of your collection)'
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests'
-	@echo 'make interop                    the tests with sentence-transformers, mteb and all-MiniLM-L6-v2, which it installs (440 MB)'
+	@echo 'make interop                    the tests with sentence-transformers, mteb, all-MiniLM-L6-v2 and endpoints, which it installs (450 MB)'
 	@echo 'make triton                     the tests of the kernels for a GPU, in the interpreter of Triton, which it installs (700 MB, Linux)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
 	@echo 'make lock                       the lock files anew, from pyproject.toml (needs uv)'
@@ -34,15 +40,19 @@ help:
 	@echo 'TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch for the CPU only, on Linux 5 GB less to fetch'
 	@echo 'EXTRA=gpu                       faiss-gpu in place of faiss-cpu (Linux, CUDA 12)'
 
+# A path reaches the recipe through the environment: it may hold blanks and quotes.
+export DATA TEXT SET
+COLLECTION = $(if $(DATA),"--data=$$DATA") $(if $(TEXT),"--text=$$TEXT") $(if $(SET),"--set=$$SET")
+
 repro: environment
-	@$(BIN)/python -m lib.profile repro $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.profile repro $(PROFILE) $(COLLECTION) $(ARGS)
 
 test: environment
 	@$(BIN)/python -m pytest $(ARGS)
 
 interop: environment
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock
-	@$(BIN)/python -m pytest tests/test_interop.py $(ARGS)
+	@$(BIN)/python -m pytest tests/test_interop.py tests/test_hosted.py $(ARGS)
 
 triton: environment
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
@@ -52,7 +62,7 @@ lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
 
 report: environment
-	@$(BIN)/python -m lib.profile report $(PROFILE)
+	@$(BIN)/python -m lib.profile report $(PROFILE) $(COLLECTION)
 
 # Locked, so that two first runs at once build it once; the system frees the lock of a make that was killed.
 environment:

@@ -37,9 +37,9 @@ class Measured:
     def __init__(self, profile: str, tasks: list[locov1.Task], read: pd.DataFrame):
         scores, values = report.scores(profile), report.per_query(profile)
         self.scores, self.values, self.read = scores[scores["reads"] == "all"], values[values["reads"] == "all"], read
-        self.rows, self.own = set(values["row"]), [name for name in scores["task"].unique() if "/" not in name]
+        self.rows, self.own = set(values["row"]), scores.loc[scores["source"] == "", "task"].unique().tolist()
         printed = {name: (described.test_queries, described.test_documents) for name, described in locov1.LOCOV1.items()}
-        self.real = {name: task for task in tasks if size(task) == printed.get(name := task.name.rpartition("/")[2])}
+        self.real = {task.own_name: task for task in tasks if size(task) == printed.get(task.own_name)}
 
     def on_task(self, row: str, task: str) -> tuple | None:
         found = self.scores[(self.scores["row"] == row) & (self.scores["task"] == task)]

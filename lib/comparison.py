@@ -1,6 +1,7 @@
 """Is one row better than another? On the same queries, its seeds averaged, and said in words.
 
     groups(tasks)                          tasks that ask the same question, whose queries are averaged together
+    asked(tasks, where)                    the queries whose answer stands deep in its document, or first
     difference, p_value, by_seed           one row against another: with its interval, by chance, training by training
     ablation(profile, key)                 the rows of an ablation against its first one, as a frame
     verdict(low, high, expected, …)        whether the paper's sign is there
@@ -9,24 +10,77 @@
 `values` are lines of `report.per_query`. Scores and differences are fractions in [0, 1]; what is written is × 100.
 """
 import math
-from fnmatch import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import pandas as pd
 
 from lib import metrics, params, report
 
 NOT_HERE = "does not reproduce at this scale"
+FEW = 30                                # queries: fewer are no group of their own
+WHERE = {"deep": "in the second half", "shallow": "in the first 15 %"}
 
 
-def groups(tasks: list[str]) -> dict[str, list[str]]:
-    """Tasks that ask the same question, by the name of the question; their queries are averaged together."""
-    found = {f"books, {depth}": [name for name in tasks if fnmatch(name, f"book_*_{depth}")] for depth in ("deep", "shallow")}
+def groups(tasks: list[str], sources: Mapping[str, str] = {}) -> dict[str, list[str]]:
+    """Tasks that ask the same question, by the name of the question; their queries are averaged together.
+
+    Args:
+        sources: {task: the name of its source}, of tasks of other sources than the run's own; each source is a group.
+    """
+    own = [name for name in tasks if not sources.get(name)]
+    found = {f"books, {depth}": [name for name in own if book(name, depth)] for depth in ("deep", "shallow")}
     books = [name for names in found.values() for name in names]
-    found["natural" if books else "all tasks"] = [name for name in tasks if name not in books and "/" not in name]
+    found["natural" if books else "all tasks"] = [name for name in own if name not in books]
     for name in tasks:
-        if "/" in name:                                                    # of another source
-            found.setdefault(name.partition("/")[0], []).append(name)
+        if sources.get(name):
+            found.setdefault(sources[name], []).append(name)
     return {group: names for group, names in found.items() if names}
+
+
+def book(task: str, depth: str) -> bool:
+    """Whether a task is one of the books made here, deep or shallow: `book_512_deep`."""
+    return re.fullmatch(rf"book_\d+_{depth}", task) is not None
+
+
+class Asked(NamedTuple):
+    """Queries that are compared together.
+
+    Attributes:
+        on: what they are called in a table; queries: {(task, qid)}; why: where there is none, the reason.
+    """
+    on: str
+    queries: set[tuple[str, str]]
+    why: str = ""
+
+    def of(self, values: pd.DataFrame) -> pd.DataFrame:
+        """The lines of `report.per_query` that are about these queries."""
+        return values[pd.MultiIndex.from_frame(values[["task", "qid"]]).isin(self.queries)]
+
+
+def asked(tasks: Iterable, where: str) -> Asked:
+    """The queries of the run's own tasks whose answer stands `deep` or `shallow` in its document, or `all` of these two.
+
+    Of the books, their tasks say it. Of other collections the evidence does, where it is known of FEW queries at least:
+    deep from half of the document on, shallow in its first 15 %. Where it is known of fewer, deep and all are all queries.
+
+    Args:
+        tasks: of lib.locov1.
+    """
+    tasks = [task for task in tasks if not task.source]
+    books = {depth: {(task.name, qid) for task in tasks if book(task.name, depth) for qid in task.queries} for depth in ("deep", "shallow")}
+    if any(books.values()):
+        return Asked("books", books["deep"] | books["shallow"]) if where == "all" else Asked(where, books[where])
+    everything = Asked("all tasks", {(task.name, qid) for task in tasks for qid in task.queries})
+    begins = {(task.name, qid): start for task in tasks for qid, (_, start, _) in task.evidence.items()}
+    found = {"deep": {key for key, start in begins.items() if start >= 0.5}, "shallow": {key for key, start in begins.items() if start <= 0.15}}
+    if where == "all":
+        return everything
+    if len(found[where]) >= FEW:
+        return Asked(f"answer {WHERE[where]}", found[where])
+    why = f"it is known of {len(found[where])} queries that their answer stands {WHERE[where]}" if begins else "no evidence is known: nothing says where an answer stands"
+    return everything if where == "deep" else Asked(f"answer {WHERE[where]}", set(), why)
 
 
 # ------------------------------------------------------------------ two rows
@@ -87,7 +141,7 @@ def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
     values = report.per_query(profile, rows)
     values = values[values["reads"] == reads]
     lines = []
-    for group, tasks in groups(sorted(values["task"].unique())).items():
+    for group, tasks in groups(sorted(values["task"].unique()), dict(zip(values["task"], values["source"]))).items():
         some = values[values["task"].isin(tasks)]
         for row in rows:
             own = seeds_mean(some, row)

@@ -5,7 +5,7 @@ from the documentation inside the installed packages (lib.documentation), or tak
 hub's LoCoV1 instead, and writes LoCoV1's columns:
 
     documents-<split>.parquet    pid, dataset, passage
-    queries-<split>.parquet      qid, dataset, query, answer_pids
+    queries-<split>.parquet      qid, dataset, query, answer_pids; answer_gains where judgements are graded
     evidence-<split>.parquet     qid, dataset, pid, start_frac, end_frac: where the answer lies, in characters
     pretrain.parquet             text, source, kind (short | long), split (train | validation)
     tokenizer/                   WordPiece trained on the training text
@@ -299,6 +299,7 @@ class Tables:
         self.documents: dict[str, list[tuple]] = {split: [] for split in SPLITS}
         self.queries: dict[str, list[tuple]] = {split: [] for split in SPLITS}
         self.evidence: dict[str, list[tuple]] = {split: [] for split in SPLITS}
+        self.dropped: dict[str, int] = {}                                  # documents that a task judges and lacks, by task and split
 
     def add(self, family: str, split: str, found: list[tuple[Document, dict[str, list[int]], list[str]]], most_documents: int | None,
             most_queries: int | None) -> None:
@@ -370,12 +371,13 @@ def mirror(tables: Tables, source: str) -> None:
     for split in locov1.splits(source):
         for name in locov1.tasks(source, split):
             task = locov1.load(name, source, split)
-            graded = next((qid for qid, judged in task.qrels.items() if set(judged.values()) != {1}), None)
-            if graded is not None:
-                raise CorpusError(f"{source}: query {graded!r} of {name} has graded judgements, which a corpus cannot hold: score it with locov1.load, or make them 1")
-            tables.documents[split] += [(writable(pid), name, writable(text)) for pid, text in task.documents.items()]
-            tables.queries[split] += [(writable(qid), name, writable(query), list(map(writable, task.qrels[qid]))) for qid, query in task.queries.items()]
+            tables.dropped |= {f"{name}, {split}": task.dropped} if task.dropped else {}
+            tables.documents[split] += [(pid, name, writable(text)) for pid, text in task.documents.items()]
+            tables.queries[split] += [(qid, name, writable(query), list(task.qrels[qid]), list(task.qrels[qid].values())) for qid, query in task.queries.items()]
             tables.evidence[split] += [(qid, name, *span) for qid, span in task.evidence.items()]
+    for split, rows in tables.queries.items():
+        if all(gain == 1 for row in rows for gain in row[4]):
+            tables.queries[split] = [row[:4] for row in rows]
     if not tables.queries["test"]:
         raise CorpusError(f"{source} has no test split: {BUILD}, or give data.source a folder with documents-test.parquet and queries-test.parquet")
 
@@ -407,11 +409,29 @@ def embedded_text(modules: dict[str, list[Module]], readmes: dict[str, str]) -> 
 
 def held_out(source: str) -> str:
     """train, or validation for one source in HELD_OUT, by a hash of its name."""
-    return "validation" if int(hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:8], 16) % HELD_OUT == 0 else "train"
+    return "validation" if int(sha256(source)[:8], 16) % HELD_OUT == 0 else "train"
 
 
-def as_row(text: str, source: str) -> tuple[str, str, str, str]:
-    return text, source, "long" if len(text) > LONG else "short", held_out(source)
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def as_rows(found: list[tuple[str, str]]) -> list[tuple[str, str, str, str]]:
+    """(text, source, kind, split) of (text, source): of each kind one text in HELD_OUT, and one at least, is for validation.
+
+    Sources go together, where that holds out a share between a quarter of that and five times as much; where it does
+    not (all texts of one source, or each of a few), texts are held out by their own hash. Equal texts go together.
+    """
+    rows = []
+    for kind in ("short", "long"):
+        some = [(text, source) for text, source in found if (len(text) > LONG) == (kind == "long")]
+        splits = [held_out(source) for _, source in some]
+        if not 0.25 <= HELD_OUT * splits.count("validation") / max(1, len(some)) <= 5:
+            hashes = [sha256(text) for text, _ in some]
+            last = sorted(set(hashes))[: -(-len(set(hashes)) // HELD_OUT)]
+            splits = ["validation" if len(set(hashes)) > 1 and code in last else "train" for code in hashes]
+        rows += [(text, source, kind, split) for (text, source), split in zip(some, splits)]
+    return rows
 
 
 def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
@@ -419,12 +439,13 @@ def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
     from lib.layouts import read_jsonl, read_parquet
     if not folder.is_dir():
         raise CorpusError(f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, jsonl or txt files")
-    rows = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt") and path.is_file()):
+    texts: list[tuple[str, str]] = []
+    paths = (path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl", ".txt") and path.is_file())
+    for path in sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)):
         where = path.relative_to(folder).as_posix()
         if path.suffix == ".txt":
             try:
-                found = [(path.read_text(encoding="utf-8"), where)]
+                found = [(path.read_text(encoding="utf-8-sig"), where)]
             except UnicodeDecodeError:
                 raise CorpusError(f"{path}: is not UTF-8 text: convert it, or take it out") from None
         elif path.suffix == ".jsonl":
@@ -435,10 +456,10 @@ def folder_text(folder: Path) -> list[tuple[str, str, str, str]]:
             if not isinstance(text, str):
                 raise CorpusError(f"{path}: text {number} is {'null' if text is None else type(text).__name__}: give every row a text, or take it out")
             if text.strip():
-                rows.append(as_row(writable(text), writable(str(source))))
-    if not rows:
+                texts.append((writable(text), writable(str(source))))
+    if not texts:
         raise CorpusError(f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt files")
-    return rows
+    return as_rows(texts)
 
 
 def writable(text: str) -> str:
@@ -449,7 +470,7 @@ def writable(text: str) -> str:
 def hub_text(most: int) -> list[tuple[str, str, str, str]]:
     """The first `most` texts of C4, Wikipedia and BookCorpus, streamed."""
     import datasets
-    rows = []
+    found: list[tuple[str, str]] = []
     for name, (identifier, configuration, revision, joined) in HUB_TEXT.items():
         try:
             stream = iter(datasets.load_dataset(identifier, configuration, split="train", revision=revision, streaming=True))
@@ -457,11 +478,11 @@ def hub_text(most: int) -> list[tuple[str, str, str, str]]:
                 texts = [row["text"] for row in itertools.islice(stream, joined)]
                 if not texts:
                     break
-                rows.append(as_row("\n".join(texts), f"{name}#{number}"))
+                found.append(("\n".join(texts), f"{name}#{number}"))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise CorpusError(f"{identifier} cannot be read from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
                               "without a network, give data.pretraining a folder of parquet, jsonl or txt files") from None
-    return rows
+    return as_rows(found)
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -569,7 +590,7 @@ def lengths(tokenizer, texts: list[str]) -> np.ndarray:
 
 COLUMNS = {
     "documents": ("pid", "dataset", "passage"),
-    "queries": ("qid", "dataset", "query", "answer_pids"),
+    "queries": ("qid", "dataset", "query", "answer_pids", "answer_gains"),
     "evidence": ("qid", "dataset", "pid", "start_frac", "end_frac"),
     "pretrain": ("text", "source", "kind", "split"),
 }
@@ -596,7 +617,7 @@ def write(folder: Path, tables: Tables, rows: list[tuple], tokenizer, library: L
             manifest = {
                 "content": content.hexdigest(),
                 "packages": library.versions, "absent": library.absent,
-                "tasks": counts(tables),
+                "tasks": counts(tables), **({"dropped": tables.dropped} if tables.dropped else {}),
                 "pretraining": {kind: {"texts": sum(row[2] == kind for row in rows), "characters": sum(len(row[0]) for row in rows if row[2] == kind)}
                                 for kind in ("short", "long")},
                 "vocabulary": len(tokenizer),
@@ -623,7 +644,8 @@ def save(path: Path, rows: list[tuple], names: tuple[str, ...]) -> None:
     """One parquet file, the same bytes from the same rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    types = {"answer_pids": pa.list_(pa.string()), "start_frac": pa.float64(), "end_frac": pa.float64()}
+    names = names[: len(rows[0])] if rows else names                       # answer_gains only where some are not 1
+    types = {"answer_pids": pa.list_(pa.string()), "answer_gains": pa.list_(pa.int64()), "start_frac": pa.float64(), "end_frac": pa.float64()}
     columns = list(zip(*rows)) or [()] * len(names)
     table = pa.table({name: pa.array(list(column), type=types.get(name, pa.string())) for name, column in zip(names, columns)})
     pq.write_table(table, path, compression="zstd", compression_level=6, row_group_size=20_000, write_statistics=False, store_schema=False,

@@ -68,6 +68,7 @@ class Encoder:
             raise ValueError(f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' and 'best', or none of them")
         self.model, self.tokenizer, self.truncate, self.chunk = model.eval(), tokenizer, truncate, chunk
         self.max_length = min(max_length or limit, limit)
+        tokenizer.truncation_side = "right"                                # the beginning is read, whatever a tokenizer's file says
         self.stride = checked_stride(stride, self.max_length - 2, chunk)
         self.longer: list[bool] = []
         if precision not in ("float32", "bfloat16"):

@@ -3,6 +3,7 @@
     write(path, text)        the whole text under its name
     replacing_file(path)     a draft for any writer, then put in the file's place
     replacing(folder)        a draft to fill, then put in the folder's place
+    encoded(name)            any name as the name of a file, which lies in no other folder
     sha256(path)             what later tells a damaged file from a good one
 """
 import hashlib
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 
 def write(path: str | Path, text: str) -> None:
@@ -80,6 +82,18 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def encoded(name: str) -> str:
+    """Any name, such as `BeIR/scifact` or `../x`, as one component of a path: other names give other results.
+
+    Letters, digits, `_`, `-`, `.` and `~` of ASCII stay, the rest is percent-encoded (RFC 3986); what would be too long for a
+    file system, or mean a folder (`.`, `..`), ends in a hash.
+    """
+    text = quote(name.encode("utf-8", "surrogatepass"), safe="")
+    if len(text) <= 180 and text.strip("."):
+        return text
+    return f"{text[:160].replace('.', '')}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def umask() -> int:

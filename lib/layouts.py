@@ -7,13 +7,15 @@
 
     parquet      documents-<split>.parquet, queries-<split>.parquet, evidence-<split>.parquet: all tasks in one file
     jsonl        documents/<task>_<split>.jsonl, queries/<task>_<split>.jsonl: LoCoV1's files as the hub has them
-    beir         corpus.jsonl, queries.jsonl, qrels/<split>.tsv: one task, named as its folder; also folders of such folders
+    beir         corpus.jsonl, queries.jsonl, qrels/<split>.tsv: one task, named as its folder; also folders of such folders,
+                 and of folders of them (cqadupstack/android)
     texts        .txt and .md files: documents to search, nobody asks and nobody judges
     hub          hazyresearch/LoCoV1-Documents and -Queries
     longembed    dwzhu/LongEmbed: six tasks, needle and passkey once a length
 
-A row of documents has pid and passage; of queries qid, query and answer_pids (a list, or {pid: gain}); of evidence qid,
-pid, start_frac and end_frac. What a row may hold is checked where a task is made of them (`locov1.assemble`).
+A row of documents has pid and passage; of queries qid, query and answer_pids (a list, or {pid: gain}; a list may have its
+gains in a column `answer_gains`); of evidence qid, pid, start_frac and end_frac. What a row may hold is checked where a
+task is made of them (`locov1.assemble`).
 """
 import csv
 import json
@@ -29,6 +31,7 @@ LONGEMBED = "dwzhu/LongEmbed"
 LONGEMBED_TASKS = ("narrativeqa", "qmsum", "2wikimqa", "summ_screen_fd", "passkey", "needle")
 LONGEMBED_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 TEXTS = (".txt", ".md")
+HIDDEN = "[!.]*"                # a file whose name begins with a dot is the system's or a cache's, not data
 BATCH = 64                      # documents read at a time: of 60,000 characters, 4 MB
 
 
@@ -81,19 +84,20 @@ class Parquet(Folder):
     def rows(self, task: str, split: str) -> tuple[Iterable[dict], Iterable[dict], Iterable[dict]]:
         documents, queries, evidence = self.files(task, split)
         spans = read_parquet(evidence, ["dataset", "qid", "pid", "start_frac", "end_frac"], task) if evidence.is_file() else []
-        return read_parquet(documents, ["dataset", "pid", "passage"], task), read_parquet(queries, ["dataset", "qid", "query", "answer_pids"], task), spans
+        return (read_parquet(documents, ["dataset", "pid", "passage"], task),
+                read_parquet(queries, ["dataset", "qid", "query", "answer_pids"], task, optional=["answer_gains"]), spans)
 
 
 class Jsonl(Folder):
     @staticmethod
     def fits(folder: Path) -> bool:
-        return any(any((folder / kind).glob("*.jsonl")) for kind in ("documents", "queries"))
+        return any(any((folder / kind).glob(f"{HIDDEN}.jsonl")) for kind in ("documents", "queries"))
 
     def splits(self) -> list[str]:
-        return [split for split in SPLITS if any((self.folder / "queries").glob(f"*_{split}.jsonl"))]
+        return [split for split in SPLITS if any((self.folder / "queries").glob(f"{HIDDEN}_{split}.jsonl"))]
 
     def tasks(self, split: str) -> list[str]:
-        return sorted(path.name.removesuffix(f"_{split}.jsonl") for path in (self.folder / "queries").glob(f"*_{split}.jsonl"))
+        return sorted(path.name.removesuffix(f"_{split}.jsonl") for path in (self.folder / "queries").glob(f"{HIDDEN}_{split}.jsonl"))
 
     def files(self, task: str, split: str) -> tuple:
         return self.folder / "documents" / f"{task}_{split}.jsonl", self.folder / "queries" / f"{task}_{split}.jsonl", ""
@@ -108,13 +112,15 @@ class Beir(Folder):
 
     @staticmethod
     def fits(folder: Path) -> bool:
-        return (folder / "corpus.jsonl").is_file() or any(folder.glob("*/corpus.jsonl"))
+        return bool(Beir(folder).places())
 
     def place(self, task: str) -> Path:
         return self.folder if (self.folder / "corpus.jsonl").is_file() else self.folder / task
 
     def places(self) -> list[Path]:
-        return [self.folder] if (self.folder / "corpus.jsonl").is_file() else sorted(path.parent for path in self.folder.glob("*/corpus.jsonl"))
+        if (self.folder / "corpus.jsonl").is_file():
+            return [self.folder]
+        return sorted(path.parent for depth in ("", f"{HIDDEN}/") for path in self.folder.glob(f"{depth}{HIDDEN}/corpus.jsonl"))
 
     @staticmethod
     def qrels(place: Path, split: str) -> Path:
@@ -125,14 +131,17 @@ class Beir(Folder):
         return [split for split in SPLITS if any(self.qrels(place, split).is_file() for place in self.places())]
 
     def tasks(self, split: str) -> list[str]:
-        return [self.folder.resolve().name if place == self.folder else place.name for place in self.places() if self.qrels(place, split).is_file()]
+        return [self.folder.resolve().name if place == self.folder else place.relative_to(self.folder).as_posix() for place in self.places() if self.qrels(place, split).is_file()]
 
     def files(self, task: str, split: str) -> tuple:
         return self.place(task) / "corpus.jsonl", self.place(task) / "queries.jsonl", ""
 
     def rows(self, task: str, split: str) -> tuple[Iterable[dict], Iterable[dict], Iterable[dict]]:
         documents, queries, _ = self.files(task, split)
-        judged = read_qrels(self.qrels(self.place(task), split))
+        path = self.qrels(self.place(task), split)
+        judged = read_qrels(path)
+        if not judged:
+            raise CorpusError(f"{path} calls no document relevant (a gain of 1 or more): complete the file, or take it out")
 
         def asked() -> Iterator[dict]:
             left = dict(judged)
@@ -245,8 +254,8 @@ def read_parquet(path: Path, columns: list[str], task: str | None = None, option
                 raise CorpusError(f"{path} has no column {', '.join(absent)}: it needs {', '.join(columns)}")
             wanted = [*columns, *(name for name in optional if name in names)]
             for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
-                if task is not None:
-                    batch = batch.filter(pc.equal(batch.column("dataset"), task))
+                if task is not None:                                       # a column of numbers, or of categories, names tasks too
+                    batch = batch.filter(pc.equal(pc.cast(batch.column("dataset"), pa.string()), task))
                 yield from batch.to_pylist()
     except FileNotFoundError:
         raise CorpusError(f"{path} is missing: fetch it, or {BUILD}") from None

@@ -47,10 +47,10 @@ OWN_KEYS = {
 OPTIONAL = {
     "published": {"tokenizer": str, "max_length": int},
     "yardsticks": {"first_tokens": int, "model": str, "revision": str, "chunk": str, "window": int, "stride": int, "query_prompt": str, "document_prompt": str,
-                   "url": str, "key": str, "form": str, "batch": int, "query_options": dict, "document_options": dict},
+                   "url": str, "key": str, "batch": int, "query_options": dict, "document_options": dict},
 }
 # Keys of a yardstick that say nothing without another one.
-NEEDS = {"revision": "model", "chunk": "model", "window": "chunk", "stride": "chunk", "query_prompt": "model", "document_prompt": "model", "batch": "model", "url": "model", "key": "url", "form": "url",
+NEEDS = {"revision": "model", "chunk": "model", "window": "chunk", "stride": "chunk", "query_prompt": "model", "document_prompt": "model", "batch": "model", "url": "model", "key": "url",
          "query_options": "url", "document_options": "url"}
 # Where a row's reference may point.
 REFERENCES = {
@@ -69,7 +69,6 @@ CHOICES = {
     ("pretrain", "extend_filters"): ("stretch", "tile", "extrapolate"),
     ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
     ("yardsticks", "chunk"): ("mean", "max", "best"),
-    ("yardsticks", "form"): ("openai", "cohere"),
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"} # of something: at most 1
 AT_LEAST_ONE = {"threads", "batch_tokens", "documents", "lr_documents", "queries_per_document", "query_length", "hub_texts", "batch_size", "batch", "repeats", "depth",
@@ -311,6 +310,8 @@ def check_value(where: str, stage: str, key: str, value, base: dict) -> None:
         for source in value:
             if not isinstance(source, str) or source not in ("hub", "longembed") and not Path(source).is_absolute():
                 raise ParamsError(f"{where}.also: {source!r} is none of hub, longembed and an absolute path")
+    if stage == "data" and key in ("source", "pretraining") and value not in ("embedded", "hub", *["longembed"] * (key == "source")) and not Path(value).is_absolute():
+        raise ParamsError(f"{where}.{key}: {value!r} is none of embedded, hub{', longembed' * (key == 'source')} and an absolute path")
     choices = CHOICES.get((stage, key))
     if choices:
         known(value, choices, "value", f"{where}.{key}: ")
@@ -370,6 +371,8 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
         if key in OPTIONAL.get(table, {}):
             check_value(where, table, key, value, {key: OPTIONAL[table][key]()})
             continue
+        if (table, key) == ("yardsticks", "form"):
+            raise ParamsError(f"{where}.form: endpoints are asked in OpenAI's form, leave the key out; Cohere's address for that is https://api.cohere.ai/compatibility/v1")
         known(key, (*OWN_KEYS[table], *OPTIONAL.get(table, {}), *schema), "key", f"{where}: ")
         check_value(where, schema[key], key, value, design[schema[key]]["base"])
     if "length" in own and own["length"] not in PAPER_LENGTHS:

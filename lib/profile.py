@@ -3,15 +3,24 @@
     python -m lib.profile repro                       everything, at the profile of params.yaml
     python -m lib.profile repro smoke                 everything, at smoke, in .work/smoke
     python -m lib.profile repro smoke finetune@opl    one row (or any other arguments of `dvc repro`)
+    python -m lib.profile repro smoke --data ~/mine   everything on another collection, in .work/smoke-mine-<hash>
     python -m lib.profile report smoke                open its report
 
+    --data    the tasks: a folder in any layout of lib/layouts.py, hub, or longembed
+    --text    the pretraining text: a folder of parquet, jsonl or txt, or hub
+    --set     section.key=value …, over what params.yaml says for this run alone
+
 A pipeline's stages are the rows of params.yaml, whatever the profile, and
-DVC's lock file remembers one profile. So another profile gets a copy of the
-code and a params.yaml with only its rows; the cache is shared, the report
-comes back to data/report/<profile>, and git sees nothing.
+DVC's lock file remembers one profile. So another profile, or another
+collection, gets a copy of the code and a params.yaml with only its rows; the
+cache is shared, the report comes back to data/report/<name>, and git sees
+nothing. Given folders are dependencies of the stage `data`: what changes in
+them is noticed.
 """
 import configparser
+import copy as copying
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -26,6 +35,7 @@ from pathlib import Path
 from lib import files, params
 from lib.params import ParamsError
 
+SOURCES = ("embedded", "hub", "longembed")
 COPIED = ("lib", "notebooks", "data/paper", "dvc.yaml", ".dvcignore", ".dvc/config", "requirements.lock")
 
 
@@ -33,27 +43,118 @@ def repro(arguments: list[str]) -> int:
     """Run `dvc repro` for a profile; DVC's exit code.
 
     Args:
-        arguments: the profile's name, if it is not the one of params.yaml; then what `dvc repro` takes.
+        arguments: the profile's name, if it is not the one of params.yaml; --data, --text and --set with their values; then
+            what `dvc repro` takes.
 
     Raises:
-        ParamsError: the design is wrong, or there is no such profile, stage or row; nothing has run then.
+        ParamsError: the design is wrong, or there is no such profile, stage, row, folder or setting; nothing has run then.
     """
     root, design = params.root(), params.load()
+    given, arguments = options(arguments)
     profile, arguments = split(arguments, design, foreach(root / "dvc.yaml"))
-    home = params.home(profile)
+    home = folder(root, profile, given)
     if home == root:
         configure(root, no_scm=not (root / ".git").exists())
         code = dvc(root, ["repro", *arguments])
     else:
+        design = changed(design, profile, given)
         home.mkdir(parents=True, exist_ok=True)
-        with locked(home / ".lock", f"another run at {profile} is at work in {home.relative_to(root)}: wait until it ends"):
+        with locked(home / ".lock", f"another run at {home.name} is at work in {home.relative_to(root)}: wait until it ends"):
             copy(root, home, design, profile)
+            values = {**design["data"]["base"], **design["data"].get(profile, {})}
+            depend(home / "dvc.yaml", sorted({values["source"], values["pretraining"]} - set(SOURCES)))
             code = dvc(home, ["repro", *arguments])
             if code == 0:
-                bring_back(home / "data" / "report" / profile, root / "data" / "report" / profile)
+                bring_back(home / "data" / "report" / profile, root / "data" / "report" / home.name)
     if code == 0:
-        print(summary(root / "data" / "report" / profile, root))
+        print(summary(root / "data" / "report" / (profile if home == root else home.name), root))
     return code
+
+
+def options(arguments: list[str]) -> tuple[dict, list[str]]:
+    """({data, text, set: what was given}, the rest); folders as absolute paths.
+
+    Raises:
+        ParamsError: a folder that is none, or an option without its value.
+    """
+    given: dict = {}
+    rest: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in ("data", "text", "set"):
+            rest.append(argument)
+            continue
+        value = value if equals else next(left, "")
+        if not value.strip():
+            raise ParamsError(f"--{name}: says nothing; it wants " + ("section.key=value" if name == "set" else "a folder, hub" + ", longembed" * (name == "data")))
+        if name == "set":
+            given.setdefault("set", []).extend(value.split())
+        elif value in SOURCES and (name, value) != ("text", "longembed"):
+            given[name] = value
+        else:
+            place = Path(value).expanduser().resolve()
+            if not place.is_dir():
+                near = params.nearest(value, SOURCES) if os.sep not in value else ""
+                raise ParamsError(f"{name.upper()}={value}: {place} is no folder{near if 'did you mean' in near else ''}")
+            given[name] = str(place)
+    return given, rest
+
+
+def folder(root: Path, profile: str, given: dict) -> Path:
+    """Where a run works: the root for the profile that params.yaml names, .work/<profile> for another one, and
+    .work/<profile>-<collection> for another collection, text or setting, with a hash of the folder's path in its name."""
+    if not given:
+        return params.home(profile)
+    params.known(profile, params.load()["lengths"], "profile")
+    source = given.get("data", "embedded")
+    if source in SOURCES:
+        return root / ".work" / f"{profile}-{source}"
+    name = re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:40]
+    return root / ".work" / "-".join(filter(None, [profile, name, hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:6]]))
+
+
+def changed(design: dict, profile: str, given: dict) -> dict:
+    """The design with what was given, checked as a whole.
+
+    Raises:
+        ParamsError: no such section or key, or a value that it cannot have.
+    """
+    if not given:
+        return design
+    design = copying.deepcopy(design)
+
+    def values(section: str) -> dict:
+        if not isinstance(design[section].get(profile), dict):
+            design[section][profile] = {}
+        return design[section][profile]
+
+    for name, key in (("data", "source"), ("text", "pretraining")):
+        if name in given:
+            values("data")[key] = given[name]
+    for text in given.get("set", ()):
+        name, equals, value = text.partition("=")
+        section, dot, key = name.partition(".")
+        if not equals or not dot:
+            raise ParamsError(f"SET={text}: wants section.key=value, such as finetune.allow_test_training=true")
+        params.known(section, params.STAGES, "section", f"SET={text}: ")
+        values(section)[key] = params.parse(f"value: {value}", f"SET={text}")["value"]
+    params.check(design)
+    return design
+
+
+def depend(path: Path, folders: list[str]) -> None:
+    """Make the stage `data` of a dvc.yaml depend on these folders too."""
+    from ruamel.yaml import YAML
+
+    if not folders:
+        return
+    yaml = YAML()
+    pipeline = yaml.load(path.read_text(encoding="utf-8"))
+    if "data" in pipeline["stages"]:
+        pipeline["stages"]["data"]["deps"].extend(place.replace("${", r"\${") for place in folders)
+        with open(path, "w", encoding="utf-8") as file:
+            yaml.dump(pipeline, file)
 
 
 def foreach(path: Path) -> dict[str, str | None]:
@@ -67,13 +168,13 @@ def foreach(path: Path) -> dict[str, str | None]:
 def split(arguments: list[str], design: dict, stages: dict[str, str | None]) -> tuple[str, list[str]]:
     """(profile, the rest): the first argument is a profile unless it is an option or a stage. Names are checked."""
     profile = design["profile"]
-    if arguments and not arguments[0].startswith("-") and arguments[0].partition("@")[0] not in stages:
+    if arguments and not arguments[0].startswith("-") and not re.search("[:/]", arguments[0]) and arguments[0].partition("@")[0] not in stages:
         params.known(arguments[0], [*design["lengths"], *stages], "profile or stage")
         profile, arguments = arguments[0], arguments[1:]
     tables = params.select(design, profile)
     for target in arguments:
         stage, at, row = target.partition("@")
-        if at and not target.startswith("-"):
+        if at and not target.startswith("-") and "--glob" not in arguments:
             params.known(stage, stages, "stage")
             params.known(row, tables.get(stages[stage], ()), f"row of {stage} at {profile}")
     return profile, arguments
@@ -114,15 +215,36 @@ def copy(root: Path, home: Path, design: dict, profile: str) -> None:
     if local.is_file():
         shutil.copy2(local, home / ".dvc" / "config.local")
     configure(home, no_scm=True, cache=cache_folder(root))
+    for name in ("config", "config.local"):
+        absolute_remotes(home / ".dvc" / name, root / ".dvc")
+
+
+def absolute_remotes(path: Path, base: Path) -> None:
+    """A remote given as a relative folder is meant from the root's .dvc, wherever the copy of the configuration lies."""
+    config = read_config(path)
+    moved = False
+    for section in config.sections():
+        url = config[section].get("url", "").strip("\"'")
+        if "remote" in section and url and "://" not in url and not url.startswith("~") and not Path(url).is_absolute():
+            config[section]["url"], moved = f'"{(base / url).resolve()}"', True
+    if moved:
+        with open(path, "w", encoding="utf-8") as file:
+            config.write(file)
 
 
 def cache_folder(root: Path) -> Path:
-    """Where the root's cache is: .dvc/cache, or what its configuration says."""
-    for name in ("config.local", "config"):
-        said = read_config(root / ".dvc" / name).get("cache", "dir", fallback=None)
-        if said:
-            return (root / ".dvc" / said.strip("\"'")).resolve()
-    return root / ".dvc" / "cache"
+    """Where the root's cache is: .dvc/cache, or what DVC's configuration says.
+
+    Raises:
+        ParamsError: the configuration cannot be read.
+    """
+    from dvc.config import Config, ConfigError                             # its own reading: other files, ~, comments and quotes
+
+    try:
+        said = Config(dvc_dir=str(root / ".dvc")).get("cache", {}).get("dir")
+    except ConfigError as error:
+        raise ParamsError(f".dvc/config or .dvc/config.local cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return (root / ".dvc" / Path(said).expanduser()).resolve() if said else root / ".dvc" / "cache"
 
 
 def configure(root: Path, no_scm: bool, cache: Path | None = None) -> None:
@@ -144,7 +266,10 @@ def configure(root: Path, no_scm: bool, cache: Path | None = None) -> None:
 
 def read_config(path: Path) -> configparser.ConfigParser:
     config = configparser.ConfigParser(interpolation=None)
-    config.read(path, encoding="utf-8")
+    try:
+        config.read(path, encoding="utf-8-sig")
+    except configparser.Error as error:
+        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
     return config
 
 
@@ -188,29 +313,38 @@ def summary(report: Path, root: Path) -> str:
             f"{slowest['seconds'] / 60:.1f} min), {max(cost['peak_gib'] for cost in costs)} GiB at most; see {where}")
 
 
-def report(profile: str | None = None) -> int:
-    """Open a profile's report in a browser, and print where it is.
+def report(arguments: list[str]) -> int:
+    """Open the report of a profile, and of a collection where --data names one, in a browser; print where it is.
 
     Raises:
         ParamsError: there is no such profile, or it has not been run.
     """
     root, design = params.root(), params.load()
-    profile = profile or design["profile"]
+    given, rest = options(arguments)
+    profile = rest[0] if rest else design["profile"]
     params.known(profile, design["lengths"], "profile")
-    page = root / "data" / "report" / profile / "index.html"
+    home = folder(root, profile, given)
+    page = root / "data" / "report" / (profile if home == root else home.name) / "index.html"
     if not page.is_file():
-        raise ParamsError(f"no report at {profile} yet: make repro{'' if profile == design['profile'] else f' PROFILE={profile}'}")
+        said = [f"PROFILE={profile}"] * (profile != design["profile"]) + [f"{name.upper()}={given[name]}" for name in ("data", "text") if name in given]
+        raise ParamsError(f"no report at {profile if home == root else home.name} yet: {' '.join(['make repro', *said])}")
     print(page)
     webbrowser.open(page.as_uri())
     return 0
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] not in (["repro"], ["report"]) or arguments[0] == "report" and len(arguments) > 2:
-        print("usage: python -m lib.profile repro [PROFILE] [arguments of dvc repro]\n       python -m lib.profile report [PROFILE]", file=sys.stderr)
+    try:
+        usage = arguments[:1] not in (["repro"], ["report"]) or arguments[0] == "report" and len(options(arguments[1:])[1]) > 1
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if usage:
+        print("usage: python -m lib.profile repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value] [arguments of dvc repro]\n"
+              "       python -m lib.profile report [PROFILE] [--data=FOLDER]", file=sys.stderr)
         return 2
     try:
-        return repro(arguments[1:]) if arguments[0] == "repro" else report(*arguments[1:])
+        return repro(arguments[1:]) if arguments[0] == "repro" else report(arguments[1:])
     except ParamsError as error:
         print(error, file=sys.stderr)
     except OSError as error:

@@ -15,6 +15,7 @@ paper's numbers beside ours in lib/audit.py, and the report's pages are made by 
 """
 import json
 import math
+import re
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -68,11 +69,25 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
 
 
 def note(profile: str) -> str:
-    """Which profile, and which lengths stand for the paper's: the end of every caption."""
+    """Which profile, on which collection if it is not the embedded one, and which lengths stand for the paper's: the end of every caption."""
     there = {paper: params.length(profile, paper) for paper in params.PAPER_LENGTHS}
+    on = collection(profile)
+    profile = f"{profile} on {on}" if on else profile
     if all(paper == here for paper, here in there.items()):
         return f"Profile {profile}, the paper's own lengths."
     return f"Profile {profile}: {listed([f'{here:,}' for here in there.values()])} tokens stand for the paper's {listed([f'{paper:,}' for paper in there])}."
+
+
+def collection(profile: str) -> str:
+    """What the profile's collection is called: LoCoV1, LongEmbed, or the name of its folder; "" for the embedded one."""
+    source = params.settings(profile, "data")["source"]
+    return {"embedded": "", "hub": "LoCoV1", "longembed": "LongEmbed"}.get(source, Path(source).name)
+
+
+def label(name: str, most: int = 32) -> str:
+    """A name from outside as a figure takes it: of bounded length, a dollar no formula, and in the legend whatever it begins with."""
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return re.sub(r"^_", " _", name.replace("$", r"\$"))
 
 
 # ------------------------------------------------------------------ tables
@@ -221,7 +236,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def scores(profile: str) -> pd.DataFrame:
-    """What evaluation wrote, one line per row, reads and task: ndcg@10, low, high, queries, documents, truncated."""
+    """What evaluation wrote, one line per row, reads and task: source ("" for the run's own), ndcg@10, low, high, queries, documents, truncated."""
     lines = []
     for name in STAGE_TABLES["evaluate"]:
         for row in params.rows(profile, name):
@@ -229,9 +244,9 @@ def scores(profile: str) -> pd.DataFrame:
             if not path.is_file():
                 continue
             values = json.loads(path.read_text(encoding="utf-8"))
-            lines += [{"row": row, "reads": reads, "task": task, "reads_tokens": values["reads_tokens"], **score}
+            lines += [{"row": row, "reads": reads, "task": task, "source": "", "reads_tokens": values["reads_tokens"], **score}
                       for reads, tasks in values["scores"].items() for task, score in tasks.items()]
-    return pd.DataFrame(lines, columns=["row", "reads", "task", "reads_tokens", "ndcg@10", "low", "high", "queries", "documents", "truncated"])
+    return pd.DataFrame(lines, columns=["row", "reads", "task", "source", "reads_tokens", "ndcg@10", "low", "high", "queries", "documents", "truncated"])
 
 
 def marked(profile: str, row: str) -> str:
@@ -245,7 +260,7 @@ def marked(profile: str, row: str) -> str:
 
 
 def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
-    """nDCG@10 of every query: row, task, reads, qid, ndcg@10. Rows that were not run have no lines (load_metrics names them); those that are the same with another seed come along."""
+    """nDCG@10 of every query: row, task, source ("" for the run's own), reads, qid, ndcg@10. Rows that were not run have no lines (load_metrics names them); those that are the same with another seed come along."""
     if rows is None:
         rows = [row for name in STAGE_TABLES["evaluate"] for row in params.rows(profile, name)]
     rows = list(dict.fromkeys(name for row in rows for name in params.repeats(row)))
@@ -254,7 +269,7 @@ def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
         path = params.data(profile) / "runs" / row / "per_query.parquet"
         if path.is_file():
             parts.append(pd.read_parquet(path).assign(row=row))
-    columns = ["row", "task", "reads", "qid", "ndcg@10"]
+    columns = ["row", "task", "source", "reads", "qid", "ndcg@10"]
     return pd.concat(parts)[columns].reset_index(drop=True) if parts else pd.DataFrame(columns=columns)
 
 

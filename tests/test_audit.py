@@ -25,15 +25,15 @@ def real(name: str, missing: int = 0, dropped: int = 0) -> Task:
     """A task as large as LoCoV1's own of that name, or `missing` documents smaller."""
     described = locov1.LOCOV1[name]
     return Task(f"hub/{name}", "test", {f"d{i}": "x" * described.document_characters for i in range(described.test_documents - missing - dropped)},
-                {f"q{i}": "y" * described.query_characters for i in range(described.test_queries)}, {}, dropped=dropped)
+                {f"q{i}": "y" * described.query_characters for i in range(described.test_queries)}, {}, dropped=dropped, source="hub")
 
 
 def scored(row: str, values: dict[str, list[float]]) -> None:
     """What notebook 06 leaves of a row: nDCG@10 of each query, by task."""
-    lines = [{"task": task, "reads": "all", "qid": f"q{i}", "ndcg@10": value} for task, own in values.items() for i, value in enumerate(own)]
+    lines = [{"task": task, "source": task.partition("/")[0] if "/" in task else "", "reads": "all", "qid": f"q{i}", "ndcg@10": value} for task, own in values.items() for i, value in enumerate(own)]
     (params.data("laptop") / "runs" / row).mkdir(parents=True)
     pd.DataFrame(lines).to_parquet(params.data("laptop") / "runs" / row / "per_query.parquet")
-    means = {task: {"ndcg@10": float(np.mean(own)), "low": min(own), "high": max(own)} for task, own in values.items()}
+    means = {task: {**({"source": task.partition("/")[0]} if "/" in task else {}), "ndcg@10": float(np.mean(own)), "low": min(own), "high": max(own)} for task, own in values.items()}
     report.metric({"reads_tokens": 1, "scores": {"all": means}}, "evaluate", row, params.data("laptop"), "laptop")
 
 

@@ -508,7 +508,25 @@ def test_a_folder_of_text_is_read_whole_in_the_order_of_its_files(tmp_path):
     rows = corpus.folder_text(tmp_path)
     assert [(text[:5], source, kind) for text, source, kind, _ in rows] == [
         ("three", "a.jsonl#0", "short"), ("four", "7", "short"), ("one", "s", "short"), ("two", "c.parquet#0", "short"), ("ééééé", "deep/e.txt", "long")]
-    assert [split for *_, split in rows] == [corpus.held_out(source) for _, source, _, _ in rows]
+    assert [split for *_, split in rows].count("validation") == 1           # of four short ones; one long one alone is not divided
+
+
+def test_a_share_of_the_texts_is_held_out_whatever_the_sources_are_called():
+    many = [(f"text {i}", f"source {i}") for i in range(2000)]
+    assert [row[3] for row in corpus.as_rows(many)] == [corpus.held_out(source) for _, source in many]       # by sources, where there are enough
+    for sources in (lambda i: "corpus", lambda i: f"half {i % 2}", lambda i: f"tenth {i % 10}"):
+        for texts in ([f"text {i}" for i in range(400)], [f"{i} " * 3000 for i in range(60)], ["a", "b"]):
+            splits = [split for *_, split in corpus.as_rows([(text, sources(i)) for i, text in enumerate(texts)])]
+            assert 1 <= splits.count("validation") <= max(1, len(texts) / 10) and "train" in splits
+            assert splits == [split for *_, split in corpus.as_rows([(text, sources(i)) for i, text in enumerate(texts)])]
+
+
+def test_each_kind_holds_out_and_equal_texts_go_together():
+    rows = corpus.as_rows([(text, "one") for text in [*["same"] * 50, *(f"short {i}" for i in range(9)), *(f"{i} " * 3000 for i in range(5))]])
+    for kind in ("short", "long"):
+        assert {split for _, _, own, split in rows if own == kind} == {"train", "validation"}
+    assert len({split for text, *_, split in rows if text == "same"}) == 1
+    assert {split for *_, split in corpus.as_rows([("alone", "one")])} == {"train"}
 
 
 @pytest.fixture
@@ -588,6 +606,15 @@ def test_a_mirror_in_jsonl_comes_out_as_it_went_in(other, tmp_path):
     for name in ("toy", "other"):
         assert locov1.load(name, tmp_path / "corpus") == locov1.load(name, tmp_path / "lines")
     assert locov1.load("other", tmp_path / "corpus").documents == DOCUMENTS
+
+
+def test_a_graded_mirror_comes_out_as_it_went_in(other, tmp_path, task_files):
+    documents = [dict(pid=pid, dataset="graded", passage=text) for pid, text in DOCUMENTS.items()]
+    queries = [dict(qid="1", dataset="graded", query="fox", answer_pids={"a": 2, "b": 1, "c": 0}), dict(qid="2", dataset="graded", query="hen", answer_pids={"b": 1})]
+    source = task_files(tmp_path / "graded", documents, queries, layout="beir")
+    corpus.build(tmp_path / "corpus", **other | dict(source=str(source)))
+    assert locov1.load("graded", tmp_path / "corpus") == locov1.load("graded", source)
+    assert locov1.load("graded", tmp_path / "corpus").qrels == {"1": {"a": 2, "b": 1}, "2": {"b": 1}}
 
 
 def test_pretraining_text_and_tokenizer_of_ones_own(other, tmp_path):
@@ -713,7 +740,7 @@ def test_a_lone_surrogate_is_replaced_or_named(other, tmp_path):
     except CorpusError as error:
         assert "b.jsonl" in str(error)
     else:
-        assert "the red \ufffd fox" in corpus.pretraining(tmp_path / "corpus", "short", corpus.held_out("b.jsonl#0"))
+        assert "the red \ufffd fox" in [*corpus.pretraining(tmp_path / "corpus", "short"), *corpus.pretraining(tmp_path / "corpus", "short", "validation")]
 
 
 def test_a_lone_surrogate_of_a_mirror_is_replaced_or_named(other, tmp_path):

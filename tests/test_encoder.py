@@ -269,3 +269,11 @@ def test_an_embedding_that_is_not_finite_is_refused_by_index(tiny, tokenizer):
         model.model.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("owl")] = torch.nan
     with pytest.raises(ValueError, match="text 1 is not finite .1 such."):
         Encoder(model, tokenizer).encode(["fox", "owl", "hen"], show_progress=False)
+
+
+def test_the_beginning_is_read_whatever_the_tokenizers_file_says(tiny, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.truncation_side = "left"
+    text = ["red fox owl hen runs by night the blue green day sleeps"]
+    vectors = [Encoder(tiny(), one, 6, truncate=True).encode(text, show_progress=False) for one in (tokenizer, other)]
+    np.testing.assert_array_equal(*vectors)

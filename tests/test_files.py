@@ -109,3 +109,17 @@ def test_an_error_about_another_file_stays_about_that_file(tmp_path):
 def test_equal_files_have_equal_sums(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("name", ["qmsum", "BeIR/scifact", "../../../../escaped/x", "/etc/passwd", "..", ".", "", "a b", "日本語", "x" * 400, "\ud800", "nul\x00", "C:\\x", "a%2Fb"])
+def test_any_name_is_one_component_of_a_path(tmp_path, name):
+    encoded = files.encoded(name)
+    assert (tmp_path / f"{encoded}.trec").parent == tmp_path and "/" not in encoded and encoded.strip(".")
+    files.write(tmp_path / f"{encoded}.trec", "")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{encoded}.trec"]
+
+
+def test_other_names_give_other_files_and_plain_ones_stay():
+    names = ["a/b", "a%2Fb", "a b", "a+b", "x" * 400, "x" * 401, "..", ".", ""]
+    assert len({files.encoded(name) for name in names}) == len(names)
+    assert files.encoded("courtlistener_Plain_Text") == "courtlistener_Plain_Text" and files.encoded("book_512_deep") == "book_512_deep"

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import layouts, locov1, metrics, retrieve
+from lib import corpus, layouts, locov1, metrics, retrieve
 from lib.corpus import CorpusError
 
 ROOT = Path(__file__).parents[1]
@@ -63,11 +63,48 @@ def test_a_faulty_judgement_is_named_by_its_line(beir, tmp_path, line, parts):
     refused(lambda: locov1.load("fables", tmp_path), path, *parts)
 
 
-def test_a_judgement_of_a_document_that_is_not_there_is_named(beir, tmp_path):
-    beir(tmp_path / "fables")
+def test_a_judgement_of_a_document_that_is_not_there_is_left_out_and_counted(beir, tmp_path):
+    """BEIR's own ArguAna has five of them."""
+    whole = locov1.load("fables", beir(tmp_path / "fables").parent)
     path = tmp_path / "fables" / "qrels" / "test.tsv"
     path.write_text(path.read_text() + "q2\tlost\t1\n")
-    refused(lambda: locov1.load("fables", tmp_path), "queries.jsonl", "'lost'", "'q2'")
+    task = locov1.load("fables", tmp_path)
+    assert (task.qrels, task.queries, task.dropped) == (whole.qrels, whole.queries, 1)
+    path.write_text("query-id\tcorpus-id\tscore\nq2\tlost\t1\n")
+    refused(lambda: locov1.load("fables", tmp_path), "queries.jsonl", "fables has no queries")
+
+
+def test_judgements_of_nothing_are_named_by_their_file(beir, tmp_path):
+    beir(tmp_path / "fables")
+    (tmp_path / "fables" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n")
+    refused(lambda: locov1.load("fables", tmp_path), "test.tsv calls no document relevant")
+
+
+def test_a_collection_one_folder_deeper_is_a_task_too(beir, tmp_path):
+    """CQADupStack is a folder of forums."""
+    beir(tmp_path / "scifact")
+    beir(tmp_path / "cqadupstack" / "android")
+    assert locov1.tasks(tmp_path) == ["cqadupstack/android", "scifact"]
+    assert locov1.load("cqadupstack/android", tmp_path).queries == QUERIES
+
+
+def test_hidden_files_are_no_tasks_and_no_text(beir, tmp_path):
+    beir(tmp_path / "beir" / "scifact")
+    beir(tmp_path / "beir" / ".cache")
+    assert locov1.tasks(tmp_path / "beir") == ["scifact"]
+    (tmp_path / "lines" / "queries").mkdir(parents=True)
+    for name in ("a_test.jsonl", "._a_test.jsonl"):
+        (tmp_path / "lines" / "queries" / name).write_text("{}")
+    assert locov1.tasks(tmp_path / "lines") == ["a"]
+    (tmp_path / "text" / ".git").mkdir(parents=True)
+    for name in (".git/x.txt", "._a.txt"):
+        (tmp_path / "text" / name).write_bytes(b"\xff")
+    (tmp_path / "text" / "a.txt").write_text("\ufeffowl", encoding="utf-8")
+    assert [row[:2] for row in corpus.folder_text(tmp_path / "text")] == [("owl", "a.txt")]
+
+
+def test_a_text_that_is_a_number_is_named_as_one(tmp_path):
+    refused(lambda: locov1.assemble("t", "test", [dict(pid="d", passage=5)], []), "document 'd' of t is 5 and no text")
 
 
 def test_a_folder_of_texts_is_searched_without_queries(tmp_path):
@@ -106,7 +143,7 @@ def test_a_linked_beir_folder_is_named_as_its_link(beir, tmp_path):
     assert locov1.tasks(tmp_path / "beir") == ["scifact"] and locov1.load("scifact", tmp_path / "beir").queries == QUERIES
 
 
-@pytest.mark.parametrize("gain", ["2", None, 1.5])
+@pytest.mark.parametrize("gain", ["2", True, 1.5])
 def test_a_grade_that_is_no_whole_number_is_named(gain):
     with pytest.raises(CorpusError, match="query 'q' of t grades 'd' with"):
         locov1.assemble("t", "test", [dict(pid="d", passage="x")], [dict(qid="q", query="x", answer_pids={"d": gain})])

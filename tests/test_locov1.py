@@ -101,11 +101,80 @@ def test_whole_numbers_in_parquet_are_ids_too(write, tmp_path):
     assert task.qrels == {"70": {"8": 1}} and task.documents.keys() == {"7", "8"} and task.evidence == {"70": ("8", 0.0, 0.5)}
 
 
-def test_an_id_keeps_its_zeros_and_spaces(write, tmp_path):
-    documents = [dict(pid=pid, dataset="fables", passage="text") for pid in ("007", "7", " 7")]
+def test_an_id_keeps_its_zeros(write, tmp_path):
+    documents = [dict(pid=pid, dataset="fables", passage="text") for pid in ("007", "7", "7.0")]
     queries = [dict(qid="q", dataset="fables", query="text", answer_pids=["007"])]
     for layout in LAYOUTS:
-        assert list(locov1.load("fables", write(tmp_path / layout, documents, queries, layout=layout)).documents) == ["007", "7", " 7"]
+        assert list(locov1.load("fables", write(tmp_path / layout, documents, queries, layout=layout)).documents) == ["007", "7", "7.0"]
+
+
+def test_numbers_beside_a_gap_are_ids_too(tmp_path):
+    """A table with a gap makes floats of whole numbers: 7.0 is the id 7."""
+    pq.write_table(pa.table({"pid": [7.0, 8.0], "dataset": ["fables"] * 2, "passage": ["a", "b"]}), tmp_path / "documents-test.parquet")
+    pq.write_table(pa.table({"qid": [70, 71], "dataset": ["fables"] * 2, "query": ["a", "b"], "answer_pids": [["8"], ["7"]]}), tmp_path / "queries-test.parquet")
+    assert locov1.load("fables", tmp_path).qrels == {"70": {"8": 1}, "71": {"7": 1}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["pid", "qid"])
+@pytest.mark.parametrize("id", [" 7", "a b", "a\tb", "", "\u00a0", True, 0.5])
+def test_an_id_that_no_run_file_can_hold_is_refused_when_it_is_read(write, tmp_path, layout, kind, id):
+    if layout == "parquet" and not isinstance(id, str):
+        pytest.skip("a parquet column has one type")
+    documents = changed(DOCUMENTS, pid=id) if kind == "pid" else DOCUMENTS
+    queries = changed(QUERIES, answer_pids=["d2"]) if kind == "pid" else changed(QUERIES, qid=id)
+    queries = [row | {"answer_pids": ["d2"]} if row["qid"] == "q2" else row for row in queries]
+    refused(lambda: locov1.load("fables", write(tmp_path, documents, queries, layout=layout)), file_of("documents" if kind == "pid" else "queries", layout), "row 1", repr(id))
+
+
+def test_half_a_character_in_an_id_is_refused_when_it_is_read(write, tmp_path):
+    path = write(tmp_path, layout="jsonl") / "queries" / "fables_test.jsonl"
+    path.write_text(path.read_text().replace('"q1"', '"q\\ud800"'))
+    refused(lambda: locov1.load("fables", tmp_path), "fables_test.jsonl", "the id of a query of fables (row 1)", "rename it")
+
+
+# A struct column of parquet has every row's fields in all rows; a map column comes out as pairs; a table of floats has not-a-numbers.
+GRADES = [{"d1": 2, "d2": None, "d3": 1}, {"d1": None, "d2": 1, "d3": None}]
+
+
+@pytest.mark.parametrize("column", [
+    pa.array(GRADES, pa.struct([(pid, pa.int64()) for pid in ("d1", "d2", "d3")])),
+    pa.array([{pid: float("nan") if gain is None else float(gain) for pid, gain in row.items()} for row in GRADES]),
+    pa.array([[(pid, gain) for pid, gain in row.items() if gain] for row in GRADES], pa.map_(pa.string(), pa.int64())),
+    pa.array([{pid: gain or 0 for pid, gain in row.items()} for row in GRADES]),
+], ids=["struct", "floats", "map", "zeros"])
+def test_graded_judgements_of_any_column_are_the_same(tmp_path, column):
+    pq.write_table(pa.table({"pid": ["d1", "d2", "d3"], "dataset": ["fables"] * 3, "passage": ["a", "b", "c"]}), tmp_path / "documents-test.parquet")
+    pq.write_table(pa.table({"qid": ["q1", "q2"], "dataset": ["fables"] * 2, "query": ["a", "b"], "answer_pids": column}), tmp_path / "queries-test.parquet")
+    assert locov1.load("fables", tmp_path).qrels == {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}
+
+
+def test_gains_may_stand_in_a_column_of_their_own(tmp_path):
+    pq.write_table(pa.table({"pid": ["d1", "d2"], "dataset": ["fables"] * 2, "passage": ["a", "b"]}), tmp_path / "documents-test.parquet")
+    queries = {"qid": ["q1"], "dataset": ["fables"], "query": ["a"], "answer_pids": [["d1", "d2"]]}
+    pq.write_table(pa.table(queries | {"answer_gains": [[3, 0]]}), tmp_path / "queries-test.parquet")
+    assert locov1.load("fables", tmp_path).qrels == {"q1": {"d1": 3}}
+    pq.write_table(pa.table(queries | {"answer_gains": [[3]]}), tmp_path / "queries-test.parquet")
+    refused(lambda: locov1.load("fables", tmp_path), "queries-test.parquet", "query 'q1' of fables", "one gain for each")
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.dictionary(pa.int8(), pa.string()), pa.large_string()])
+def test_a_task_may_be_named_by_a_number_or_a_category(write, tmp_path, kind):
+    write(tmp_path, [row | {"dataset": "7"} for row in DOCUMENTS[:3]], [row | {"dataset": "7"} for row in QUERIES[:2]])
+    for name in ("documents-test.parquet", "queries-test.parquet"):
+        table = pq.read_table(tmp_path / name)
+        pq.write_table(table.set_column(table.schema.get_field_index("dataset"), "dataset", table["dataset"].cast(kind)), tmp_path / name)
+    assert locov1.tasks(tmp_path) == ["7"] and locov1.load("7", tmp_path).queries == FABLES.queries
+
+
+def test_whose_a_task_is_does_not_hang_on_its_name(write, tmp_path):
+    """A source may call its own task `BeIR/scifact`."""
+    own = write(tmp_path / "own", [row | {"dataset": "BeIR/scifact"} for row in DOCUMENTS[:3]], [row | {"dataset": "BeIR/scifact"} for row in QUERIES[:2]])
+    other = write(tmp_path / "other")
+    found = {task.name: (task.source, task.own_name) for task in locov1.every(own, [other])}
+    assert found == {"BeIR/scifact": ("", "BeIR/scifact"), "other/fables": ("other", "fables"), "other/tales": ("other", "tales")}
+    clash = write(tmp_path / "clash", [row | {"dataset": "other/fables"} for row in DOCUMENTS[:3]], [row | {"dataset": "other/fables"} for row in QUERIES[:2]])
+    refused(lambda: locov1.every(clash, [other]), "two tasks are called 'other/fables'")
 
 
 def test_the_embedded_corpus_is_that_of_the_designs_profile(write, tmp_path, monkeypatch):

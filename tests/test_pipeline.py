@@ -108,7 +108,7 @@ def test_a_notebook_gets_every_parameter_it_declares(stage):
     given = set(re.findall(r"(\w+)=\S+", body(stage)["cmd"]))
     for name in notebooks(stage):
         page = notebook.read(ROOT / "notebooks" / f"{name}.ipynb")
-        declared = {line.targets[0].id for cell in page.cells if "parameters" in cell.metadata.get("tags", []) for line in ast.parse(cell.source).body}
+        declared = {key for cell in page.cells if "parameters" in cell.metadata.get("tags", []) for key in notebook.declared(cell.source)}
         assert given == declared, name
         dependency = f"data/source/{name}.ipynb"
         assert {dependency, "data/source/${item.notebook}.ipynb"} & set(body(stage)["deps"])

@@ -1,5 +1,6 @@
 """A profile runs its rows, beside the others and unseen by git."""
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,116 @@ def test_killing_the_run_kills_the_kernel(house):
     assert repro("smoke", "--dry").returncode == 0                         # and its locks are gone with it
 
 
+# ------------------------------------------------------------------ a collection of one's own
+
+DATA = """\
+  data:
+    cmd: python -c "from lib import params; print(params.settings('${profile}', 'data')['source'])" >> "$COUNT" && mkdir -p data && echo > data/corpus
+    deps: [lib/params.py]
+    params: ['data.${profile}']
+    outs: [data/corpus]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    folder = tmp_path / "Meine Sammlung, 1"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    return folder
+
+
+def test_another_collection_runs_in_a_folder_of_its_own_and_is_looked_at_again_when_it_changes(house, mine):
+    replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    rows = list(params.rows("smoke", "retrievers"))
+    done = repro("smoke", "--data", str(mine), "--set=finetune.seed=7 data.vocabulary=99")
+    assert done.returncode == 0, done.stderr
+    assert trained() == [*str(mine).split(), *rows]
+    page = re.search(r"see (\S+)", done.stdout)[1]
+    assert re.fullmatch(r"data/report/smoke-meine-sammlung-1-[0-9a-f]{6}/index.html", page) and (house / page).is_file()
+    assert git("status", "--porcelain") == "" and not (house / "dvc.lock").exists() and not (house / ".work/smoke").exists()
+    work = params.load(house / ".work" / Path(page).parts[2] / "params.yaml")
+    assert (work["data"]["smoke"]["source"], work["data"]["smoke"]["pretraining"] if "pretraining" in work["data"]["smoke"] else "embedded") == (str(mine), "embedded")
+    assert (work["finetune"]["smoke"]["seed"], work["data"]["smoke"]["vocabulary"]) == (7, 99)
+
+    again = ("smoke", f"--data={mine}", "--set", "finetune.seed=7", "--set", "data.vocabulary=99")
+    assert repro(*again).returncode == 0 and trained() == []
+    (mine / "a.txt").write_text("another")
+    assert repro(*again).returncode == 0 and trained() == str(mine).split()          # the stage data, and what came of it is the same
+    assert repro("smoke").returncode == 0 and trained() == ["embedded", *rows]       # and the embedded run is another one
+    assert profile.main(["report", "smoke", f"--data={mine}"]) == 0
+
+
+def test_a_relative_folder_is_one_and_the_same(house, mine, monkeypatch):
+    monkeypatch.chdir(mine.parent)
+    assert profile.options([f"--data={mine.name}", "--text", "./" + mine.name, "data"]) == ({"data": str(mine), "text": str(mine)}, ["data"])
+    monkeypatch.setenv("HOME", str(mine.parent))
+    assert profile.options([f"--data=~/{mine.name}"])[0] == {"data": str(mine)}
+
+
+def test_two_folders_of_one_name_do_not_share_a_run(house, tmp_path):
+    places = []
+    for parent in ("a", "b"):
+        (tmp_path / parent / "ä ö").mkdir(parents=True)
+        places.append(profile.folder(house, "laptop", profile.options(["--data", str(tmp_path / parent / "ä ö")])[0]))
+    assert places[0] != places[1] and {place.parent for place in places} == {house / ".work"}
+    assert profile.folder(house, "laptop", {"data": "hub"}) == house / ".work" / "laptop-hub"
+    assert profile.folder(house, "laptop", {"text": "/x"}) == house / ".work" / "laptop-embedded"
+
+
+def test_a_relative_remote_is_the_roots_wherever_the_run_is(house):
+    (house / ".dvc" / "config.local").write_text("[core]\n    remote = store\n['remote \"store\"']\n    url = ../../storage\n['remote \"web\"']\n    url = https://x.invalid/y\n")
+    assert repro("smoke").returncode == 0
+    listed = subprocess.run([sys.executable, "-m", "dvc", "remote", "list"], cwd=house / ".work/smoke", text=True, capture_output=True).stdout
+    assert re.search(rf"^store\s+{re.escape(str(house.parent / 'storage'))}\b", listed, re.M) and "https://x.invalid/y" in listed
+
+
+@pytest.mark.parametrize("said, place", [("~/cache", "~/cache"), ("/x/cache # shared", "/x/cache"), ("../kept", "kept"), (None, ".dvc/cache")])
+def test_the_cache_is_where_dvc_has_it(house, monkeypatch, said, place):
+    monkeypatch.setenv("HOME", str(house.parent))
+    if said:
+        (house / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {said}\n")
+    assert profile.cache_folder(house) == (house / Path(place).expanduser()).resolve()
+
+
+def test_a_configuration_that_cannot_be_read_is_named(house, capsys):
+    (house / ".dvc" / "config.local").write_text("nonsense\n[cache\n")
+    assert profile.main(["repro", "smoke"]) == 1
+    said = capsys.readouterr().err
+    assert "config.local" in said and said.count("\n") == 1
+
+
+def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
+    replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
+    replace(house / "params.yaml", "  smoke:  {books: [512]", f"  smoke:  {{source: '{mine}', books: [512]")
+    assert repro("smoke").returncode == 0 and trained()[:3] == str(mine).split()
+    (mine / "a.txt").write_text("another")
+    assert repro("smoke").returncode == 0 and trained() == str(mine).split()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data=hub", "--set=data.source=mine"], "data.laptop.source: 'mine' is none of embedded, hub, longembed and an absolute path"),
+    (["--data=hub", "--set=data.pretraining=longembed"], "data.laptop.pretraining: 'longembed' is none of embedded, hub and an absolute path"),
+    (["--data=nowhere"], "DATA=nowhere: "),
+    (["--data=hubb"], "did you mean 'hub'?"),
+    (["--text=longembed"], "TEXT=longembed: "),
+    (["--data="], "--data: says nothing; it wants a folder, hub, longembed"),
+    (["--text"], "--text: says nothing; it wants a folder, hub"),
+    (["--data=hub", "--set=finetune"], "SET=finetune: wants section.key=value"),
+    (["--data=hub", "--set=finetun.seed=1"], "SET=finetun.seed=1: unknown section 'finetun'; did you mean 'finetune'?"),
+    (["--data=hub", "--set=finetune.allow_test_trainin=true"], "finetune.laptop: unknown key 'allow_test_trainin'; did you mean 'allow_test_training'?"),
+    (["--data=hub", "--set=finetune.allow_test_training=ys"], "finetune.laptop.allow_test_training: wants true or false"),
+    (["smoek", "--data=hub"], "unknown profile or stage 'smoek'"),
+])
+def test_a_wrong_collection_or_setting_is_refused_before_anything_runs(house, arguments, message, capsys):
+    assert profile.main(["repro", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (house / ".work").exists()
+
+
 STAGES = {"data": None, "finetune": "retrievers", "report": None}
 
 
@@ -140,6 +251,8 @@ STAGES = {"data": None, "finetune": "retrievers", "report": None}
     (["finetune@cold"], ("laptop", ["finetune@cold"])),
     (["data"], ("laptop", ["data"])),
     (["--dry"], ("laptop", ["--dry"])),
+    (["--glob", "finetune@reads*"], ("laptop", ["--glob", "finetune@reads*"])),
+    (["dvc.yaml:data"], ("laptop", ["dvc.yaml:data"])),
 ])
 def test_the_first_argument_is_a_profile_unless_it_is_a_stage_or_an_option(arguments, expected):
     assert profile.split(arguments, params.load(ROOT / "params.yaml"), STAGES) == expected

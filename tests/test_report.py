@@ -5,6 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,7 +64,19 @@ def test_outside_of_a_notebook_a_figure_is_its_caption(house, capsys):
 def test_a_note_says_which_lengths_stand_for_the_papers(house):
     here = params.load()["lengths"]["smoke"]
     assert report.note("smoke") == f"Profile smoke: {here[128]}, {here[2048]}, {here[8192]} and {here[32768]} tokens stand for the paper's 128, 2,048, 8,192 and 32,768."
-    assert report.note("paper") == "Profile paper, the paper's own lengths."
+    assert report.note("gpu") == "Profile gpu, the paper's own lengths."
+    assert report.note("paper") == "Profile paper on LoCoV1, the paper's own lengths."
+
+
+@pytest.mark.parametrize("name, shown", [("qmsum", "qmsum"), ("_hidden", " _hidden"), ("cost in $ and $", r"cost in \$ and \$"), ("x" * 40, "x" * 31 + "…")])
+def test_a_name_from_outside_is_drawn_as_it_is(name, shown):
+    assert report.label(name) == shown
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], label=report.label(name))
+    ax.legend()
+    fig.canvas.draw()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [shown]
+    plt.close(fig)
 
 
 # ------------------------------------------------------------------ tables
@@ -160,13 +173,13 @@ def test_scores_are_one_line_per_row_reads_and_task(retrievers):
 
 
 def test_without_results_there_are_columns_and_no_lines(house):
-    assert report.scores("smoke").shape == (0, 10) and report.per_query("smoke").shape == (0, 5)
+    assert report.scores("smoke").shape == (0, 11) and report.per_query("smoke").shape == (0, 6)
     assert list(report.curves("smoke", ["pretrain-x"]).columns) == ["name", "step", "tokens", "loss", "lr", "accuracy"]
 
 
 def queries(row: str, values: dict[str, list[float]], reads: str = "all") -> None:
     """runs/<row>/per_query.parquet with the queries q0, q1, … of each task."""
-    lines = [{"task": task, "reads": reads, "qid": f"q{i}", "ndcg@10": value} for task, own in values.items() for i, value in enumerate(own)]
+    lines = [{"task": task, "source": "", "reads": reads, "qid": f"q{i}", "ndcg@10": value} for task, own in values.items() for i, value in enumerate(own)]
     place = params.data("smoke") / "runs" / row
     place.mkdir(parents=True)
     pd.DataFrame(lines).to_parquet(place / "per_query.parquet")
@@ -175,7 +188,7 @@ def queries(row: str, values: dict[str, list[float]], reads: str = "all") -> Non
 def test_queries_come_row_by_row_and_rows_without_a_run_have_none(retrievers):
     first, second = retrievers[:2]
     queries(second, {"qmsum": [0.5, 1.0]})
-    assert report.per_query("smoke").values.tolist() == [[second, "qmsum", "all", "q0", 0.5], [second, "qmsum", "all", "q1", 1.0]]
+    assert report.per_query("smoke").values.tolist() == [[second, "qmsum", "", "all", "q0", 0.5], [second, "qmsum", "", "all", "q1", 1.0]]
     assert report.per_query("smoke", [first]).empty
 
 
