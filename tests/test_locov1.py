@@ -115,12 +115,9 @@ def test_numbers_beside_a_gap_are_ids_too(tmp_path):
     assert locov1.load("fables", tmp_path).qrels == {"70": {"8": 1}, "71": {"7": 1}}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["pid", "qid"])
-@pytest.mark.parametrize("id", [" 7", "a b", "a\tb", "", "\u00a0", True, 0.5])
+@pytest.mark.parametrize("layout, id", [*((layout, id) for layout in LAYOUTS for id in (" 7", "a b", "a\tb", "", "\u00a0")), ("jsonl", True), ("jsonl", 0.5)])
 def test_an_id_that_no_run_file_can_hold_is_refused_when_it_is_read(write, tmp_path, layout, kind, id):
-    if layout == "parquet" and not isinstance(id, str):
-        pytest.skip("a parquet column has one type")
     documents = changed(DOCUMENTS, pid=id) if kind == "pid" else DOCUMENTS
     queries = changed(QUERIES, answer_pids=["d2"]) if kind == "pid" else changed(QUERIES, qid=id)
     queries = [row | {"answer_pids": ["d2"]} if row["qid"] == "q2" else row for row in queries]
