@@ -45,7 +45,7 @@ export DATA TEXT SET
 COLLECTION = $(if $(DATA),"--data=$$DATA") $(if $(TEXT),"--text=$$TEXT") $(if $(SET),"--set=$$SET")
 
 repro: environment
-	@$(BIN)/python -m lib.profile repro $(PROFILE) $(COLLECTION) $(ARGS)
+	@$(BIN)/python -m lib.pipeline.profile repro $(PROFILE) $(COLLECTION) $(ARGS)
 
 test: environment
 	@$(BIN)/python -m pytest $(ARGS)
@@ -62,7 +62,7 @@ lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
 
 report: environment
-	@$(BIN)/python -m lib.profile report $(PROFILE) $(COLLECTION)
+	@$(BIN)/python -m lib.pipeline.profile report $(PROFILE) $(COLLECTION)
 
 # Locked, so that two first runs at once build it once; the system frees the lock of a make that was killed.
 environment:

@@ -3,11 +3,12 @@
     python tests/bench_encoder.py [--threads 2] [--out folder] [length …]       128 to 32,768 tokens; 65,536 and 131,072 where they are named
     python tests/bench_encoder.py --documents 60 [--width 768 --layers 12]      a collection of 100 to 32,768 tokens a document, and a query of 10 tokens
 
-The definition is the authors' arithmetic in eager float32 (lib/race.py), the twin BERT-base in bfloat16 with SDPA. From 8,192 tokens
+The definition is the authors' arithmetic in eager float32 (lib/efficiency/race.py), the twin BERT-base in bfloat16 with SDPA. From 8,192 tokens
 on one layer of these two (and of the model's own forward) is timed and counted for twelve. `of_products` and `of_bandwidth`:
 shares of what the machine's matrix products and memory allow, measured in turn with the others. Weights are random: speed does
 not depend on them. With --out the table and its figure are written, as encoder.csv and encoder.svg.
 """
+
 import argparse
 import logging
 import resource
@@ -18,16 +19,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import race, report
-from lib.encoder import Encoder
-from lib.engine import Engine
-from lib.model import M2BertConfig, M2BertForRetrieval
+from lib.benchmark.encoder import Encoder
+from lib.efficiency import race
+from lib.kernels.engine import Engine
+from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
+from lib.report import results
 
 LENGTHS = [128, 512, 2048, 8192, 32768]
 
 
 def shape(length: int, width: int = 768, layers: int = 12) -> M2BertConfig:
-    return M2BertConfig(max_position_embeddings=length, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, initialization="identity")
+    return M2BertConfig(
+        max_position_embeddings=length,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        initialization="identity",
+    )
 
 
 def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
@@ -36,19 +44,52 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
         entries[name]["until"] = 32768
     turns = race.race(entries, lengths, repeats=3, threads=threads, budget_s=20)
     found = race.table(turns, entries)
-    shown = found[["length_tokens", "model", "layers", "turns", "tokens_s", "over_definition", "over_twin", "of_products", "of_bandwidth", "peak_gib"]].copy()
-    for column, digits in (("tokens_s", 0), ("over_definition", 1), ("over_twin", 1), ("of_products", 2), ("of_bandwidth", 2), ("peak_gib", 1)):
+    shown = found[
+        [
+            "length_tokens",
+            "model",
+            "layers",
+            "turns",
+            "tokens_s",
+            "over_definition",
+            "over_twin",
+            "of_products",
+            "of_bandwidth",
+            "peak_gib",
+        ]
+    ].copy()
+    for column, digits in (
+        ("tokens_s", 0),
+        ("over_definition", 1),
+        ("over_twin", 1),
+        ("of_products", 2),
+        ("of_bandwidth", 2),
+        ("peak_gib", 1),
+    ):
         shown[column] = shown[column].round(digits)
-    print(report.markdown(shown, f"80M shape, one text, {threads} threads; medians of interleaved turns."))
-    print({name: round(float(np.median([turn[name] for turn in turns if turn["model"] == race.LIMITS])), 1) for name in ("gflops_float32", "gflops_bfloat16", "gb_s")})
+    print(
+        results.markdown(
+            shown, f"80M shape, one text, {threads} threads; medians of interleaved turns."
+        )
+    )
+    print(
+        {
+            name: round(
+                float(np.median([turn[name] for turn in turns if turn["model"] == race.LIMITS])), 1
+            )
+            for name in ("gflops_float32", "gflops_bfloat16", "gb_s")
+        }
+    )
     if out:
         out.mkdir(parents=True, exist_ok=True)
         found.to_csv(out / "encoder.csv", index=False, float_format="%.5g")
-        report.style()
+        results.style()
         race.figure(found, turns).savefig(out / "encoder.svg", metadata={"Date": None})
 
 
-def collection(documents: int, width: int, layers: int, threads: int, precision: str = "bfloat16") -> None:
+def collection(
+    documents: int, width: int, layers: int, threads: int, precision: str = "bfloat16"
+) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = M2BertForRetrieval(shape(32768, width, layers)).eval()
@@ -59,23 +100,37 @@ def collection(documents: int, width: int, layers: int, threads: int, precision:
     encoder, generator = Encoder(model, Tokenizer(), precision=precision), np.random.default_rng(0)
     lengths = np.exp(generator.uniform(np.log(100), np.log(32768), documents)).astype(int)
     ids = [generator.integers(5, 30000, n).tolist() for n in lengths]
+
     def seconds(work) -> float:
         started = time.perf_counter()
         work()
         return time.perf_counter() - started
+
     own = Engine(model, getattr(torch, precision))
     for some in (own, encoder.engine):
         some(ids[:3])
     alone = sum(seconds(lambda: own([ids[i]])) for i in np.argsort(-lengths, kind="stable"))
     own.tables.clear()
     together = seconds(lambda: encoder.embed(ids, 32, show_progress=False))
-    print(f"{documents} documents, {lengths.sum():,} tokens, width {width}, {layers} layers, {precision}, {threads} threads: {together:.1f} s together, {alone:.1f} s one by one "
-          f"({together / alone:.2f}); {lengths.sum() / together:,.0f} tokens/s")
-    short, long = [generator.integers(5, 30000, 10).tolist()], [generator.integers(5, 30000, 32768).tolist()]
+    print(
+        f"{documents} documents, {lengths.sum():,} tokens, width {width}, {layers} layers, {precision}, {threads} threads: {together:.1f} s together, {alone:.1f} s one by one "
+        f"({together / alone:.2f}); {lengths.sum() / together:,.0f} tokens/s"
+    )
+    short, long = (
+        [generator.integers(5, 30000, 10).tolist()],
+        [generator.integers(5, 30000, 32768).tolist()],
+    )
     encoder.engine(short), encoder.engine(long)
-    query, padded = np.median([seconds(lambda: encoder.engine(short)) for _ in range(20)]), np.median([seconds(lambda: encoder.engine(long)) for _ in range(3)])
-    print(f"a query of 10 tokens: {1000 * query:.1f} ms; 32,768 tokens, which padding would make of it: {padded:.2f} s ({padded / query:,.0f} times)")
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 2**30:.1f} GiB")
+    query, padded = (
+        np.median([seconds(lambda: encoder.engine(short)) for _ in range(20)]),
+        np.median([seconds(lambda: encoder.engine(long)) for _ in range(3)]),
+    )
+    print(
+        f"a query of 10 tokens: {1000 * query:.1f} ms; 32,768 tokens, which padding would make of it: {padded:.2f} s ({padded / query:,.0f} times)"
+    )
+    print(
+        f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 2**30:.1f} GiB"
+    )
 
 
 if __name__ == "__main__":

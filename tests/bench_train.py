@@ -1,4 +1,4 @@
-"""A training step, five ways in one interleaved run: straightforward eager, and this library in torch alone and with lib/mixer.cpp, in float32 and in bfloat16.
+"""A training step, five ways in one interleaved run: straightforward eager, and this library in torch alone and with lib/kernels/mixer.cpp, in float32 and in bfloat16.
 
     python tests/bench_train.py [--width 256 --layers 4 --threads 2] [length …]
 
@@ -6,6 +6,7 @@ Masked-language steps of 8,192 tokens. "eager" is the original's way: FFTs of tw
 optimizer that goes tensor by tensor, float32. bfloat16 is of matrix products (`train.products`). One JSON line a length: seconds
 of a step and ratios to eager, medians.
 """
+
 import argparse
 import json
 import statistics
@@ -14,9 +15,10 @@ import time
 import torch
 from torch.nn import functional as F
 
-from lib import native, train
-from lib.model import M2BertConfig, M2BertForMaskedLM
-from lib.race import by_definition
+from lib.efficiency.race import by_definition
+from lib.kernels import cpu
+from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM
+from lib.training import train
 
 TOKENS, VOCABULARY = 8192, 8192
 KINDS = ("eager", "torch_float32", "torch_bfloat16", "native_float32", "native_bfloat16")
@@ -25,16 +27,28 @@ KINDS = ("eager", "torch_float32", "torch_bfloat16", "native_float32", "native_b
 def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
     """A function that makes one step."""
     torch.manual_seed(0)
-    config = M2BertConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width, max_position_embeddings=length)
+    config = M2BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=4 * width,
+        max_position_embeddings=length,
+    )
     model = M2BertForMaskedLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False) if kind == "eager" else train.optimizer(model, 1e-4, 0.01)
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
+        if kind == "eager"
+        else train.optimizer(model, 1e-4, 0.01)
+    )
     ids = torch.randint(5, VOCABULARY, (max(1, TOKENS // length), length))
     labels = ids.masked_fill(torch.rand(ids.shape) > 0.3, -100)
     context = train.products(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
 
     def loss():
         if kind == "eager":
-            logits = model.decoder(model.layernorm(F.gelu(model.dense(model.model(ids).last_hidden_state))))
+            logits = model.decoder(
+                model.layernorm(F.gelu(model.dense(model.model(ids).last_hidden_state)))
+            )
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         with context:
             return model(ids, labels=labels).loss
@@ -44,27 +58,34 @@ def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
         loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
     return step
 
 
 def measure(length: int, width: int, layers: int, repeats: int = 5) -> dict:
-    kernel = native.kernel
+    kernel = cpu.kernel
     steps = {kind: step_of(kind, length, width, layers) for kind in KINDS}
     taken: dict = {kind: [] for kind in steps}
     try:
         for repeat in range(repeats + 1):
             for kind, step in steps.items():
-                native.kernel = kernel if kind.startswith("native") else lambda: None
+                cpu.kernel = kernel if kind.startswith("native") else lambda: None
                 with by_definition(kind == "eager"):
                     started = time.perf_counter()
                     step()
-                    if repeat:                                             # the first warms up
+                    if repeat:  # the first warms up
                         taken[kind].append(time.perf_counter() - started)
     finally:
-        native.kernel = kernel
+        cpu.kernel = kernel
     seconds = {kind: statistics.median(values) for kind, values in taken.items()}
-    return {"length_tokens": length, "width": width, "layers": layers, "threads": torch.get_num_threads(), **{f"{kind}_s": round(value, 3) for kind, value in seconds.items()},
-            **{f"{kind}_ratio": round(seconds["eager"] / seconds[kind], 2) for kind in KINDS[1:]}}
+    return {
+        "length_tokens": length,
+        "width": width,
+        "layers": layers,
+        "threads": torch.get_num_threads(),
+        **{f"{kind}_s": round(value, 3) for kind, value in seconds.items()},
+        **{f"{kind}_ratio": round(seconds["eager"] / seconds[kind], 2) for kind in KINDS[1:]},
+    }
 
 
 if __name__ == "__main__":

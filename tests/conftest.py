@@ -1,4 +1,5 @@
 """What several test files share: tests read small and run on two cores."""
+
 import builtins
 import importlib
 import json
@@ -17,20 +18,43 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import lib
-from lib import monarch_conv, monarch_mlp
-from lib.model import M2BertConfig, M2BertForRetrieval
+from lib.kernels import gpu, gpu_mlp
+from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["red", "green", "blue", "fox", "hen", "owl", "runs", "sleeps", "the", "by", "night", "day", "un", "##believ", "##able", "##s"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "fox",
+    "hen",
+    "owl",
+    "runs",
+    "sleeps",
+    "the",
+    "by",
+    "night",
+    "day",
+    "un",
+    "##believ",
+    "##able",
+    "##s",
+]
 
 
 @pytest.fixture
 def golden():
     """golden(name): the arrays of tests/golden/<name>.npz as tensors."""
+
     def arrays(name: str) -> dict[str, torch.Tensor]:
         with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
-            return {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind != "U"}
+            return {
+                key: torch.from_numpy(file[key])
+                for key in file.files
+                if file[key].dtype.kind != "U"
+            }
+
     return arrays
 
 
@@ -41,8 +65,14 @@ def tokenizer():
     pieces = SPECIAL + WORDS + list(letters) + ["##" + letter for letter in letters]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     model = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    model.normalizer, model.pre_tokenizer, model.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    model.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    model.normalizer, model.pre_tokenizer, model.decoder = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+    )
+    model.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
     return PreTrainedTokenizerFast(tokenizer_object=model, **names)
 
@@ -50,15 +80,24 @@ def tokenizer():
 @pytest.fixture
 def tiny(tokenizer):
     """tiny(architecture, **changes): a model of width 16 off its initial values, where much is zero."""
+
     def build(architecture=M2BertForRetrieval, **changes):
         torch.manual_seed(0)
-        sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, intermediate_size=32,
-                     max_position_embeddings=32, filter_order=8, pooling="mean")
+        sizes = dict(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            filter_order=8,
+            pooling="mean",
+        )
         model = architecture(M2BertConfig(**(sizes | changes))).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
+
     return build
 
 
@@ -66,7 +105,9 @@ def tiny(tokenizer):
 def house(tmp_path, monkeypatch):
     """A repository folder with the project's design, and the working directory in it."""
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -77,26 +118,76 @@ def task_files():
 
     For beir, answer_pids may be {pid: grade}, a document may have a title, and a query without answers is in queries.jsonl alone.
     """
+
     def lines(path: Path, rows) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        path.write_bytes(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        )
 
-    def write(folder: Path, documents: list[dict], queries: list[dict], evidence: list[dict] | None = None, layout: str = "parquet", split: str = "test") -> Path:
+    def write(
+        folder: Path,
+        documents: list[dict],
+        queries: list[dict],
+        evidence: list[dict] | None = None,
+        layout: str = "parquet",
+        split: str = "test",
+    ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        kinds = {kind: rows for kind, rows in (("documents", documents), ("queries", queries), ("evidence", evidence)) if rows is not None}
+        kinds = {
+            kind: rows
+            for kind, rows in (
+                ("documents", documents),
+                ("queries", queries),
+                ("evidence", evidence),
+            )
+            if rows is not None
+        }
         if layout == "beir":
-            lines(folder / "corpus.jsonl", [{"_id": row["pid"], "title": row.get("title", ""), "text": row["passage"], "metadata": {}} for row in documents])
-            lines(folder / "queries.jsonl", [{"_id": row["qid"], "text": row["query"]} for row in queries])
-            judged = [(row["qid"], pid, gain) for row in queries for pid, gain in (row["answer_pids"] if isinstance(row["answer_pids"], dict) else dict.fromkeys(row["answer_pids"], 1)).items()]
+            lines(
+                folder / "corpus.jsonl",
+                [
+                    {
+                        "_id": row["pid"],
+                        "title": row.get("title", ""),
+                        "text": row["passage"],
+                        "metadata": {},
+                    }
+                    for row in documents
+                ],
+            )
+            lines(
+                folder / "queries.jsonl",
+                [{"_id": row["qid"], "text": row["query"]} for row in queries],
+            )
+            judged = [
+                (row["qid"], pid, gain)
+                for row in queries
+                for pid, gain in (
+                    row["answer_pids"]
+                    if isinstance(row["answer_pids"], dict)
+                    else dict.fromkeys(row["answer_pids"], 1)
+                ).items()
+            ]
             (folder / "qrels").mkdir(exist_ok=True)
-            (folder / "qrels" / f"{split}.tsv").write_text("".join("\t".join(map(str, line)) + "\n" for line in [("query-id", "corpus-id", "score"), *judged]), encoding="utf-8")
+            (folder / "qrels" / f"{split}.tsv").write_text(
+                "".join(
+                    "\t".join(map(str, line)) + "\n"
+                    for line in [("query-id", "corpus-id", "score"), *judged]
+                ),
+                encoding="utf-8",
+            )
         for kind, rows in kinds.items():
             if layout == "parquet":
                 pq.write_table(pa.Table.from_pylist(rows), folder / f"{kind}-{split}.parquet")
             elif layout == "jsonl":
                 for name in {row["dataset"] for row in rows}:
-                    lines(folder / kind / f"{name}_{split}.jsonl", [row for row in rows if row["dataset"] == name])
+                    lines(
+                        folder / kind / f"{name}_{split}.jsonl",
+                        [row for row in rows if row["dataset"] == name],
+                    )
         return folder
+
     return write
 
 
@@ -119,11 +210,13 @@ def no_network(monkeypatch, tmp_path):
     """No name resolves and nothing is cached; the lists of names asked for and of seconds waited."""
     import datasets
     import huggingface_hub
+
     asked, waited = [], []
 
     def getaddrinfo(host, *args, **options):
         asked.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -134,17 +227,24 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """lib/monarch_kernels.py as Python, for one file of tests alone."""
+    """lib/kernels/triton_kernels.py as Python, for one file of tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("LOCO_NATIVE", "1")
-        patch.delitem(sys.modules, "lib.monarch_kernels", raising=False)
-        kernels, runtime = importlib.import_module("lib.monarch_kernels"), importlib.import_module("triton.runtime.interpreter")
-        scope = runtime._patch_lang(kernels.mix.fn)                        # it would go through the whole language at each call of a function
-        patch.setattr(runtime, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        patch.delitem(sys.modules, "lib.kernels.triton_kernels", raising=False)
+        kernels, runtime = (
+            importlib.import_module("lib.kernels.triton_kernels"),
+            importlib.import_module("triton.runtime.interpreter"),
+        )
+        scope = runtime._patch_lang(
+            kernels.mix.fn
+        )  # it would go through the whole language at each call of a function
+        patch.setattr(
+            runtime, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None)
+        )
         yield
         scope.restore()
-    sys.modules.pop("lib.monarch_kernels", None)
-    del lib.monarch_kernels
-    monarch_conv.works.cache_clear()
-    monarch_mlp.program.cache_clear()
+    sys.modules.pop("lib.kernels.triton_kernels", None)
+    del lib.kernels.triton_kernels
+    gpu.works.cache_clear()
+    gpu_mlp.program.cache_clear()

@@ -1,4 +1,5 @@
 """The README's commands exist, its links lead somewhere, and its numbers are those of the committed run."""
+
 import csv
 import re
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import checkpoint, params
+from lib.model import checkpoint
+from lib.pipeline import params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,13 +16,23 @@ MAP = ROOT / "data" / "report" / "laptop" / "tables" / "paper_map.csv"
 
 
 def table(text: str) -> list[dict[str, str]]:
-    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    head, _, *body = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()
+    ]
     return [dict(zip(head, row)) for row in body]
 
 
 def test_every_make_command_has_its_target_and_every_row_exists():
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1].split()
-    assert {name for name in re.findall(r"make (\w+)", README)} >= {"repro", "test", "report", "lab", "help"}
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[
+        1
+    ].split()
+    assert {name for name in re.findall(r"make (\w+)", README)} >= {
+        "repro",
+        "test",
+        "report",
+        "lab",
+        "help",
+    }
     for name in re.findall(r"`make (\w+)|^make (\w+)", README, re.M):
         assert "".join(name) in targets
     design = params.load(ROOT / "params.yaml")
@@ -37,9 +49,16 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_notebook_and_module_has_its_place():
-    assert {int(number) for number in re.findall(r"\b(\d\d) (?:start|the|pre|fine|eval|eff|all)", README)} | {7, 8, 9} == set(range(13))
+    assert {
+        int(number)
+        for number in re.findall(r"\b(\d\d) (?:start|the|pre|fine|eval|eff|all)", README)
+    } | {7, 8, 9} == set(range(13))
     assert "07-09" in README
-    named = set(re.findall(r"`(\w+)`", next(line for line in README.splitlines() if line.startswith("| [`lib/`]"))))
+    named = set(
+        re.findall(
+            r"`(\w+)`", next(line for line in README.splitlines() if line.startswith("| [`lib/`]"))
+        )
+    )
     assert named == {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
 
 
@@ -49,25 +68,44 @@ def test_the_map_is_the_committed_runs():
     assert len(shown) >= 10
     for line in shown:
         own = stored[line["claim"]]
-        assert {key: line[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")} == {key: own[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")}
+        assert {
+            key: line[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")
+        } == {key: own[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")}
 
 
 def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkeypatch):
     """The README's own code, on a file and a tokenizer that are here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    torch.save({name.removeprefix("param/"): value for name, value in golden("tiny_base").items() if name.startswith("param/bert.")}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {
+            name.removeprefix("param/"): value
+            for name, value in golden("tiny_base").items()
+            if name.startswith("param/bert.")
+        },
+        tmp_path / "pytorch_model.bin",
+    )
     tokenizer.save_pretrained(tmp_path)
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_published" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.S)
+        if "load_published" in block
+    )
     for name in (checkpoint.PUBLISHED[0], "bert-base-uncased"):
         assert code.count(name) == 1
         code = code.replace(name, str(tmp_path))
     names: dict = {}
     exec(code, names)
     assert names["vectors"].shape == (2, 32) and names["vectors"].dtype == "float32"
-    listed = [f"{head}{length}{tail}" for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", README) for length in lengths.split(",")]
+    listed = [
+        f"{head}{length}{tail}"
+        for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", README)
+        for length in lengths.split(",")
+    ]
     assert sorted(listed) == sorted(checkpoint.PUBLISHED)
 
 
 @pytest.mark.parametrize("mark", ["@", "TODO", "TBD"])
 def test_nothing_is_left_to_fill_in(mark):
-    assert not re.findall(rf"(?<![\w`]){mark}[A-Z_]*@?", re.sub(r"`[^`]*`", "", README).replace("```", ""))
+    assert not re.findall(
+        rf"(?<![\w`]){mark}[A-Z_]*@?", re.sub(r"`[^`]*`", "", README).replace("```", "")
+    )

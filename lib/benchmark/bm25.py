@@ -1,0 +1,247 @@
+"""BM25, the yardstick that reads words: no training, no vectors, any language.
+
+bm25(documents, queries)         a run, of the whole text or of its first tokens
+Bm25(first_tokens, tokenizer)    the same as a ranker of tasks, beside encoders
+words(text)                      what counts as a word
+first_words(text, n)             the text up to its n-th token
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import add
+
+import numpy as np
+import regex
+
+from lib.benchmark.encoder import CHARACTERS_PER_TOKEN, beginning, encodable
+
+# The most frequent English function words; other languages lose nothing but these.
+STOP_WORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split()
+)
+
+# Scripts that put no space between words; ー and the marks of kana belong to several of them.
+UNSPACED = "ー" + "".join(
+    rf"\p{{{script}}}"
+    for script in (
+        "Han",
+        "Hiragana",
+        "Katakana",
+        "Thai",
+        "Lao",
+        "Myanmar",
+        "Khmer",
+        "Tai_Le",
+        "New_Tai_Lue",
+        "Tai_Tham",
+        "Tai_Viet",
+        "Javanese",
+        "Balinese",
+    )
+)
+# Seen by nobody, so they neither part a word nor change it: soft hyphen, joiners, variation
+# selectors. All but the zero-width space, which writers of those scripts put between words.
+IGNORABLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]+", regex.V1)
+ASCII_WORD = re.compile(r"\w+", re.ASCII)
+# Between ASCII's separators; whatever is beyond ASCII is looked at only then.
+CHUNK = re.compile(r"[0-9A-Z_a-z\x80-\U0010ffff]+")
+# What may be a word, as it stands in a text: letters and digits of all kinds, their marks, what is
+# ignored, and signs that are letters in another form: radicals (⼭, often in PDFs), squares (㎏, ㌔).
+SIGNS = r"\u2e9f\u2ef3\u2f00-\u2fd5\u3200-\u33ff"
+RUN = regex.compile(
+    rf"[\w\p{{N}}\p{{M}}\p{{Default_Ignorable_Code_Point}}{SIGNS}--\u200b]+", regex.V1
+)
+# The same once folded: a mark belongs to what stands before it, so no word begins with one.
+WORD = regex.compile(r"[\w\p{N}--\p{M}][\w\p{N}\p{M}]*", regex.V1)
+UNSPACED_LETTER = rf"[{UNSPACED}--\p{{M}}]"
+UNSPACED_FIRST = regex.compile(UNSPACED_LETTER, regex.V1)
+UNSPACED_PLAIN = regex.compile(rf"{UNSPACED_LETTER}+", regex.V1)
+PARTS = regex.compile(
+    rf"(?:{UNSPACED_LETTER}\p{{M}}*)+|(?:[^{UNSPACED}\p{{M}}]\p{{M}}*)+", regex.V1
+)
+# A grapheme cluster; of a few marks (Burmese aa and visarga) Unicode makes clusters of their own.
+CLUSTER = regex.compile(r"\X\p{M}*")
+LONGEST_KEPT = 32  # characters of a chunk whose words are kept for its next time
+
+
+def words(text: str) -> list[str]:
+    """Folded Unicode words without function words; of scripts without spaces, every two neighbouring letters.
+
+    A letter is one with its marks (a grapheme cluster). How a word is encoded makes no difference:
+    é in one character or two, upper or lower case, full or half width, with a soft hyphen or without.
+    """
+    if text.isascii():
+        return [word for word in ASCII_WORD.findall(text.lower()) if word not in STOP_WORDS]
+    return [
+        part
+        for chunk in CHUNK.findall(text)
+        for part in ((chunk.lower(),) if chunk.isascii() else parts_of(chunk))
+        if part not in STOP_WORDS
+    ]
+
+
+def parts_of(chunk: str) -> tuple[str, ...]:
+    """The words of a text without white space; function words too."""
+    return kept_parts(chunk) if len(chunk) <= LONGEST_KEPT else folded_parts(chunk)
+
+
+def folded_parts(chunk: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for run in RUN.findall(chunk):
+        if run.isascii():
+            found.append(run.lower())
+        elif UNSPACED_PLAIN.fullmatch(run) and unicodedata.is_normalized("NFKC", run):
+            found += pairs(run)  # most Chinese: nothing to fold
+        else:
+            # Folded one by one and not as a text, so that Linux™ stays Linux. ﷺ folds to several words.
+            for word in WORD.findall(folded(run)):
+                for part in PARTS.findall(word):
+                    found += pairs(CLUSTER.findall(part)) if UNSPACED_FIRST.match(part) else [part]
+    return tuple(found)
+
+
+kept_parts = lru_cache(2**15)(folded_parts)
+
+
+def pairs(letters: Sequence[str]) -> list[str]:
+    """Every two neighbours as one; of a single letter, that."""
+    return list(map(add, letters, letters[1:])) or list(letters)
+
+
+def folded(run: str) -> str:
+    """One spelling of all that differ in encoding, case, width or ignored characters.
+
+        NFKC(fold(NFKC(fold(NFD(x))))): Unicode's compatibility caseless match (chapter 3, D146)
+
+    But the vowel am of Thai and Lao stays one letter, as it is written, where NFKC makes a mark and a letter of it.
+    """
+    run = unicodedata.normalize("NFD", IGNORABLE.sub("", run)).casefold()
+    run = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", run).casefold())
+    return run.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
+
+
+def first_words(text: str, n: int, tokenizer=None) -> str:
+    """The text up to its n-th token: BM25's own words (function words count), or the pieces of a given tokenizer."""
+    if tokenizer is None:
+        end, count = None, 0
+        for match in RUN.finditer(text):
+            found = len(parts_of(match[0]))
+            if count and count + found > n:
+                break
+            end, count = match.end() if found else end, count + found
+            if count >= n:
+                break
+        return text[:end] if end is not None else text
+    text, characters = encodable(text), CHARACTERS_PER_TOKEN * n
+    while True:
+        part = beginning(text, characters)
+        offsets = tokenizer(
+            part,
+            truncation=True,
+            max_length=n,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+        )["offset_mapping"]
+        if len(offsets) == n or len(part) == len(text):
+            return part[: offsets[-1][1]] if offsets else ""
+        characters *= 4
+
+
+def bm25(
+    documents: dict[str, str],
+    queries: dict[str, str],
+    first_tokens: int | None = None,
+    tokenizer=None,
+    k: int = 1000,
+) -> dict[str, dict[str, float]]:
+    """The run of Okapi BM25 (Lucene's form, k1 = 1.2, b = 0.75) over `words`: folded, function words left out.
+
+    Args:
+        first_tokens: read only so many tokens of each document; queries are never cut.
+        tokenizer: whose pieces `first_tokens` counts; None: BM25's own words.
+
+    Returns:
+        run[qid][pid] = score, matching documents only.
+
+    Raises:
+        ValueError: no documents, an empty query (named), or first_tokens or k below 1.
+        TypeError: a query or document is no string (named).
+    """
+    import bm25s
+
+    if not documents:
+        raise ValueError("no documents to search")
+    if k < 1 or first_tokens is not None and first_tokens < 1:
+        raise ValueError(f"k={k}, first_tokens={first_tokens}: both count from 1")
+    for name, texts in (("query", queries), ("document", documents)):
+        for id, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name} {id} is {type(text).__name__}, not str")
+    for qid, query in queries.items():
+        if not query.strip():
+            raise ValueError(f"query {qid} is empty")
+    if first_tokens is not None:
+        documents = {
+            pid: first_words(text, first_tokens, tokenizer) for pid, text in documents.items()
+        }
+    columns = sorted(documents, reverse=True)
+    vocabulary: dict[str, int] = {}
+    corpus = [
+        [vocabulary.setdefault(word, len(vocabulary)) for word in words(documents[pid])]
+        for pid in columns
+    ]
+    if not vocabulary:
+        return {qid: {} for qid in queries}
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    index.index((corpus, vocabulary), show_progress=False)
+    run = {}
+    for qid, query in queries.items():
+        known = [vocabulary[word] for word in words(query) if word in vocabulary]
+        if not known:
+            run[qid] = {}
+            continue
+        scores = index.get_scores(known)
+        best = np.argsort(-scores, kind="stable")[: min(k, len(columns))]
+        run[qid] = {columns[i]: float(scores[i]) for i in best if scores[i] > 0}
+    return run
+
+
+class Bm25:
+    """BM25 as `retrieve.rank` takes it.
+
+    Args:
+        first_tokens: read only so many of each document; None: everything.
+        tokenizer: whose pieces these are; None: words.
+
+    Attributes:
+        longer: for each document of the last task, whether it had more.
+    """
+
+    def __init__(self, first_tokens: int | None = None, tokenizer=None):
+        self.reads, self.tokenizer, self.longer = first_tokens, tokenizer, []
+
+    def reading(self, first_tokens: int) -> "Bm25":
+        """The same, reading at most so many tokens."""
+        return Bm25(min(first_tokens, self.reads or first_tokens), self.tokenizer)
+
+    def run(
+        self, documents: dict[str, str], queries: dict[str, str], k: int
+    ) -> dict[str, dict[str, float]]:
+        read = (
+            documents
+            if self.reads is None
+            else {
+                pid: first_words(text, self.reads, self.tokenizer)
+                for pid, text in documents.items()
+            }
+        )
+        self.longer = [self.more(text, len(read[pid].rstrip())) for pid, text in documents.items()]
+        return bm25(read, queries, k=k)
+
+    def more(self, text: str, end: int) -> bool:
+        """Whether anything stands after the first `end` characters: a word, or for a tokenizer any character."""
+        if self.tokenizer is None:
+            return any(parts_of(match[0]) for match in RUN.finditer(text, end))
+        return end < len(encodable(text).rstrip())

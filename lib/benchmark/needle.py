@@ -1,0 +1,71 @@
+"""Needles in haystacks: does it matter where in a document the answer stands?
+
+    haystacks(tasks, tokenizer, …)      {place: task}: the same needles and the same hay, the needle on another place each time
+
+A document is 40 passages, and one of them answers its query: the one on place p, counted from 0. The other 39 were
+drawn once for each document, so that from one p to the next nothing changes but the order. An encoder that reads all
+of a document and uses it evenly finds as much at every p.
+
+Source: the paper's Table 15, which does this with passages of Natural Questions. Ours are the passages in which the
+tasks' answers stand.
+"""
+
+import numpy as np
+
+from lib.benchmark.bm25 import first_words
+from lib.benchmark.locov1 import Task
+
+PLACES = (0, 5, 10, 15, 16, 17, 18, 20, 25, 30, 35, 39)  # the paper's
+PASSAGES = 40
+
+
+def haystacks(
+    tasks: list[Task], tokenizer, passage_tokens: int, needles: int, seed: int = 0
+) -> dict[int, Task]:
+    """For each place a task of `needles` queries and as many documents.
+
+    Args:
+        tasks: whose queries with known evidence are asked, those of several tasks alike.
+        passage_tokens: of each passage the first so many tokens are taken.
+
+    Returns:
+        Tasks named `needle_<place>`; none where the tasks know too few passages: one for each needle and 39 others.
+    """
+    passages: dict[str, str] = {}
+    for task in sorted(tasks, key=lambda task: task.name):
+        for qid, (pid, start, end) in sorted(task.evidence.items()):
+            text = task.documents[pid]
+            passage = " ".join(
+                first_words(
+                    text[round(start * len(text)) : round(end * len(text))],
+                    passage_tokens,
+                    tokenizer,
+                ).split()
+            )
+            if passage:
+                passages.setdefault(passage, task.queries[qid])
+    order = np.random.default_rng(seed).permutation(len(passages))
+    texts = [list(passages)[i] for i in order]
+    asked: dict[str, str] = {}  # one passage a query
+    for text in texts:
+        if len(asked) < needles and passages[text] not in asked.values():
+            asked[text] = passages[text]
+    hay = [text for text in texts if text not in asked]
+    if not needles or len(asked) < needles or len(hay) < PASSAGES - 1:
+        return {}
+    draws = [
+        np.random.default_rng([seed, i]).choice(len(hay), PASSAGES - 1, replace=False)
+        for i in range(needles)
+    ]
+    queries = {f"needle_{i}": query for i, query in enumerate(asked.values())}
+    qrels = {f"needle_{i}": {f"hay_{i}": 1} for i in range(needles)}
+    found = {}
+    for place in PLACES:
+        documents = {
+            f"hay_{i}": "\n".join(
+                [*(hay[j] for j in draw[:place]), needle, *(hay[j] for j in draw[place:])]
+            )
+            for i, (needle, draw) in enumerate(zip(asked, draws))
+        }
+        found[place] = Task(f"needle_{place}", "test", documents, queries, qrels)
+    return found

@@ -1,0 +1,182 @@
+"""What reading a text costs, counted on paper.
+
+A clock measures one implementation on one machine (lib/efficiency/race.py); a count says
+what any of them has to do. Here for M2-BERT and for its Transformer twin: a BERT
+of the same width, depth and intermediate size.
+
+    twin(config)                     the twin's configuration
+    m2bert_flops(config, length)     operations of one forward pass, part by part
+    transformer_flops(config, length)
+    m2bert_activations(config, length), transformer_activations(config, length)
+    parameters(config)               weights, by building the model without memory
+    cost(config, length, …)          products, all operations, and bytes of a text: what a roofline needs
+
+Conventions: a multiply-add is 2 operations; a real FFT of n points is
+2.5 n log₂ n (half of the textbook 5 n log₂ n of a complex one); norms,
+activations, gates and look-ups are left out, linear in the length and small.
+Axes: B texts, L tokens, D width, I intermediate width, K blocks, O filter width, E filter inputs.
+"""
+
+import math
+
+import torch
+from transformers import BertConfig, BertModel
+
+from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
+from lib.operators.long_conv import fft_length
+
+
+def twin(config: M2BertConfig) -> BertConfig:
+    """The Transformer of the same width, depth, intermediate size, vocabulary and length; heads of 64 channels."""
+    return BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=max(1, config.hidden_size // 64),
+        max_position_embeddings=config.max_position_embeddings,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )
+
+
+def build(config) -> torch.nn.Module:
+    """A model with random weights: M2-BERT or BERT, by the kind of configuration."""
+    return (M2BertForRetrieval if isinstance(config, M2BertConfig) else BertModel)(config).eval()
+
+
+def parameters(config) -> int:
+    """How many weights the encoder has, pooler included."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in build(config).parameters())
+
+
+# ------------------------------------------------------------------ counts
+
+
+def convolution_flops(length: int, filters: int = 1) -> float:
+    """One channel of one text: into the spectrum, times the kernel's spectrum, and back; L² became L log L.
+
+    filters · (2 · 2.5 n log₂ n + 6 (n/2 + 1)),   n ≥ 2L - 1
+    """
+    n = fft_length(2 * length - 1)
+    return filters * (5 * n * math.log2(n) + 6 * (n // 2 + 1))
+
+
+def attention_flops(length: int) -> float:
+    """One channel of one text: Q Kᵀ and the weighted sum of V, 2 L² each. Flash or not: the same operations."""
+    return 4.0 * length**2
+
+
+def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str, float]:
+    """Operations per text.
+
+    projections   8 L D²                                in (D -> 3D) and out
+    short_conv    18 L D                                width 3 on 3D channels
+    long_conv     D · convolution_flops                 gated and residual
+    kernels       4 · 2 L (E O + 2 O² + O D) / B  + …   the filters' MLPs and spectra: once a forward pass, shared by its B texts
+    mlp           6 L D I / K                           block-diagonal, gated
+    pooler        2 D²
+    """
+    L, D, I, K = length, config.hidden_size, config.intermediate_size, config.mlp_blocks
+    filters = 2 if config.residual_long_conv else 1
+    directions = 2 if config.bidirectional else 1
+    O, E, n = config.filter_order, config.filter_emb_dim, fft_length(2 * length - 1)
+    taps = 2 * L * (E * O + 2 * O**2 + O * D)
+    layer = {
+        "projections": 8 * L * D**2,
+        "short_conv": 18 * L * D,
+        "long_conv": D * convolution_flops(L, filters),
+        "kernels": filters * (directions * taps + D * 2.5 * n * math.log2(n)) / batch,
+        "mlp": 6 * L * D * I / K,
+    }
+    return {part: config.num_hidden_layers * float(count) for part, count in layer.items()} | {
+        "pooler": 2.0 * D**2
+    }
+
+
+def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
+    """Operations per text.
+
+    projections   8 L D²        queries, keys, values, output
+    attention     4 L² D        the only part that grows faster than the text
+    mlp           4 L D I       dense
+    pooler        2 D²
+    """
+    L, D, I = length, config.hidden_size, config.intermediate_size
+    layer = {"projections": 8 * L * D**2, "attention": D * attention_flops(L), "mlp": 4 * L * D * I}
+    return {part: config.num_hidden_layers * float(count) for part, count in layer.items()} | {
+        "pooler": 2.0 * D**2
+    }
+
+
+def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> float:
+    """Numbers that one layer keeps for its backward pass, per text.
+
+    Per token and channel: the mixer's input, three projections before and after the short convolution, each
+    convolution's input as a spectrum of 2 (n/L ≈ 2 real numbers), the gated one's output at its full FFT size,
+    and the inputs of the output projection, of the MLP, and of its norm. Per token: 4 I in the gated MLP.
+    The kernels and their MLPs are shared by the batch. This is what autograd keeps in torch; lib/kernels/mixer.cpp keeps less.
+    """
+    L, D, I = length, config.hidden_size, config.intermediate_size
+    filters, directions = (
+        (2 if config.residual_long_conv else 1),
+        (2 if config.bidirectional else 1),
+    )
+    n = fft_length(2 * L - 1)
+    per_text = L * (10 * D + 4 * I) + n * D * (filters + 1)
+    shared = filters * (directions * L * (9 * config.filter_order + D) + L * D + n * D)
+    return float(per_text + shared / batch)
+
+
+def transformer_activations(config: BertConfig, length: int, flash: bool = False) -> float:
+    """Numbers that one layer keeps for its backward pass, per text: L (9 D + 2 I), and heads · L² attention weights.
+
+    Flash attention recomputes the weights instead of keeping them: its L² is time, not memory.
+    """
+    L, D, I = length, config.hidden_size, config.intermediate_size
+    return float(L * (9 * D + 2 * I) + (0 if flash else config.num_attention_heads * L**2))
+
+
+def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: int = 1) -> float:
+    """Bytes to and from memory per text of one forward pass, if what lies between two steps of a layer is written once and read once.
+
+    projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D            numbers a token and layer
+    weights 4 D² + 3 D I / K, once for B texts; spectra 2 D (n/2 + 1) complex numbers, once a text, n ≥ 2L - 1 a power of two
+    """
+    D, I, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+    n = 1 << max(0, 2 * length - 2).bit_length()
+    return float(
+        itemsize
+        * config.num_hidden_layers
+        * (13 * length * D + (4 * D**2 + 3 * D * I / K) / batch + 4 * D * (n // 2 + 1))
+    )
+
+
+def transformer_traffic(
+    config: BertConfig, length: int, itemsize: int = 4, batch: int = 1
+) -> float:
+    """The same for a Transformer whose attention weights never leave the cache.
+
+    queries, keys, values D + 3D, attention 3D + D, output D + D, MLP D + I, I + D      numbers a token and layer
+    weights 4 D² + 2 D I, once for B texts
+    """
+    D, I = config.hidden_size, config.intermediate_size
+    return float(
+        itemsize
+        * config.num_hidden_layers
+        * (length * (12 * D + 2 * I) + (4 * D**2 + 2 * D * I) / batch)
+    )
+
+
+def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, float, float]:
+    """Per text: operations in matrix products, operations in all, bytes. The kernels of M2-BERT are taken as made: they do not depend on the text."""
+    if isinstance(config, M2BertConfig):
+        parts = m2bert_flops(config, length, batch)
+        return (
+            parts["projections"] + parts["mlp"],
+            sum(parts.values()) - parts["kernels"],
+            m2bert_traffic(config, length, itemsize, batch),
+        )
+    total = sum(transformer_flops(config, length).values())
+    return total, total, transformer_traffic(config, length, itemsize, batch)

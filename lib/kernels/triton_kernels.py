@@ -1,0 +1,782 @@
+"""The kernels of lib/kernels/gpu.py and lib/kernels/gpu_mlp.py, in Triton: what a GPU runs, program by program. Imported when there is one.
+
+    mix, mix_gradient                     texts of up to 4,096 tokens: one program does a channel of a text, or of all texts
+    columns, rows, finish                 longer ones: stage 1 on blocks of columns, stage 2 row by row, and back
+    rows_gradient, finish_gradient        the same for gradients
+    short_gradient                        the backward pass of the short convolution, after either
+    gated_mlp                             what follows the mixer: a tile of tokens through the whole MLP
+
+A text lies in a tile (M, R), token n in row n // R and column n % R. Its odd-frequency spectrum, k = k1 + 2M k2, k1 < M:
+
+    stage 1    Z[k1, n2] = Σ_n1 e^{-2πi n1 (k1 + ½) / 2M} x[n1, n2]                      M x M, real in, complex out
+    turn       Z[k1, n2] e^{-2πi n2 (k1 + ½) / N},  N = 2MR
+    stage 2    X[k1, k2] = Σ_n2 Z[k1, n2] e^{-2πi n2 k2 / R}                             R x R, or R1 x R1 and R2 x R2 with a turn between
+
+Every table is cos and -sin of its angle; stage 1 has both transposed, too. `real` tokens of a text count; what follows reads as zero. No atomics: sums have an order.
+DOT is the type of a product's operands, EMULATED the interpreter, whose products of bfloat16 are none.
+
+Axes: B texts, D channels, L tokens, (M, R) the tile of H = M R ≥ L, R = R1 R2.
+"""
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------ products
+
+
+@triton.jit
+def matrix(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(table + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
+    """x in TYPE, to nearest, ties to even; the interpreter would cut off."""
+    if EMULATED and TYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr):
+    a, b = narrow(a, DOT, EMULATED), narrow(b, DOT, EMULATED)
+    if EMULATED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def times(ar, ai, br, bi):
+    return ar * br - ai * bi, ar * bi + ai * br
+
+
+@triton.jit
+def conj_times(ar, ai, br, bi):
+    """conj(a) b."""
+    return ar * br + ai * bi, ar * bi - ai * br
+
+
+@triton.jit
+def spread(
+    x, stage, M: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr
+):
+    """Stage 1 of a real tile (M, …)."""
+    return dot(matrix(stage, M, M), x, DOT, PRECISION, EMULATED), dot(
+        matrix(stage + M * M, M, M), x, DOT, PRECISION, EMULATED
+    )
+
+
+@triton.jit
+def gather(
+    re,
+    im,
+    stage,
+    M: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Its adjoint, the real part of stage 1 backwards: the tokens of a tile (M, …)."""
+    return dot(matrix(stage + 2 * M * M, M, M), re, DOT, PRECISION, EMULATED) + dot(
+        matrix(stage + 3 * M * M, M, M), im, DOT, PRECISION, EMULATED
+    )
+
+
+@triton.jit
+def across(
+    re,
+    im,
+    table,
+    R: tl.constexpr,
+    BACK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """A complex DFT along the rows, (…, R); BACK: the inverse, without its 1/R."""
+    cos, sin = matrix(table, R, R), matrix(table + R * R, R, R)
+    a, b = dot(im, sin, DOT, PRECISION, EMULATED), dot(re, sin, DOT, PRECISION, EMULATED)
+    if BACK:
+        a, b = -a, -b
+    return dot(re, cos, DOT, PRECISION, EMULATED) - a, dot(im, cos, DOT, PRECISION, EMULATED) + b
+
+
+@triton.jit
+def down(
+    re,
+    im,
+    table,
+    R: tl.constexpr,
+    BACK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """A complex DFT along the columns, (R, …)."""
+    cos, sin = matrix(table, R, R), matrix(table + R * R, R, R)
+    a, b = dot(sin, im, DOT, PRECISION, EMULATED), dot(sin, re, DOT, PRECISION, EMULATED)
+    if BACK:
+        a, b = -a, -b
+    return dot(cos, re, DOT, PRECISION, EMULATED) - a, dot(cos, im, DOT, PRECISION, EMULATED) + b
+
+
+@triton.jit
+def forward(
+    x,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """The spectrum of a text in one tile."""
+    re, im = spread(x, stage, M, DOT, PRECISION, EMULATED)
+    re, im = times(re, im, matrix(turn, M, R), matrix(turn + M * R, M, R))
+    return across(re, im, second, R, False, DOT, PRECISION, EMULATED)
+
+
+@triton.jit
+def backward(
+    re,
+    im,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """The first half of N / 2 times the signal with that spectrum."""
+    re, im = across(re, im, second, R, True, DOT, PRECISION, EMULATED)
+    re, im = conj_times(matrix(turn, M, R), matrix(turn + M * R, M, R), re, im)
+    return gather(re, im, stage, M, DOT, PRECISION, EMULATED)
+
+
+# ------------------------------------------------------------------ what goes in
+
+
+@triton.jit
+def short(p, weight, bias, shift, real, b, c, t, C, L):
+    """Channel c of C of the short convolution of p + shift at the positions t."""
+    row, offset = p + (tl.cast(b, tl.int64) * C + c) * L, tl.load(shift + c).to(tl.float32)
+    found = tl.load(bias + c).to(tl.float32)
+    for tap in tl.static_range(3):
+        place = t + (tap - 2)
+        inside = (place >= 0) & (place < real)
+        found += tl.load(weight + 3 * c + tap).to(tl.float32) * tl.where(
+            inside, tl.load(row + place, mask=inside, other=0.0).to(tl.float32) + offset, 0.0
+        )
+    return found
+
+
+@triton.jit
+def signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, KIND: tl.constexpr):
+    """One of the four real signals that are transformed, at the positions t of text b, channel d.
+
+    gated: x1 v; given: u, both of real tokens alone. gated_gradient: dy x2; given_gradient: dy.
+    """
+    row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
+    if KIND == "gated":
+        x = tl.where(
+            t < real,
+            short(p, weight, bias, shift, real, b, d, t, C, L)
+            * short(p, weight, bias, shift, real, b, 2 * D + d, t, C, L),
+            0.0,
+        )
+    elif KIND == "given":
+        x = tl.load(u + row + t, mask=t < real, other=0.0).to(tl.float32)
+    elif KIND == "gated_gradient":
+        x = tl.load(dy + row + t, mask=t < L, other=0.0).to(tl.float32) * short(
+            p, weight, bias, shift, real, b, D + d, t, C, L
+        )
+    else:
+        x = tl.load(dy + row + t, mask=t < L, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def put_gradient(
+    found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, D, L, GATED: tl.constexpr
+):
+    """From the gradient of a signal at the positions t: ds of x1, x2 and v before the short convolution, or du."""
+    row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
+    inside = t < L
+    found = tl.where(t < real, found, 0.0)
+    if GATED:
+        to = ds + (tl.cast(b, tl.int64) * C + d) * L
+        gap = D.to(tl.int64) * L
+        tl.store(
+            to + t,
+            (found * short(p, weight, bias, shift, real, b, 2 * D + d, t, C, L)).to(
+                ds.dtype.element_ty
+            ),
+            mask=inside,
+        )
+        tl.store(
+            to + 2 * gap + t,
+            (found * short(p, weight, bias, shift, real, b, d, t, C, L)).to(ds.dtype.element_ty),
+            mask=inside,
+        )
+        passed = tl.load(dy + row + t, mask=inside, other=0.0).to(tl.float32) * tl.load(
+            c1 + row + t, mask=inside, other=0.0
+        ).to(tl.float32)
+        tl.store(to + gap + t, passed.to(ds.dtype.element_ty), mask=inside)
+    else:
+        tl.store(du + row + t, found.to(du.dtype.element_ty), mask=inside)
+
+
+# ------------------------------------------------------------------ one pass
+
+
+@triton.jit
+def convolved(
+    x,
+    spectrum,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    re, im = forward(x, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+    re, im = times(re, im, matrix(spectrum, M, R), matrix(spectrum + M * R, M, R))
+    return backward(re, im, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+
+
+@triton.jit(do_not_specialize=["D"])
+def mix(
+    p,
+    u,
+    y,
+    c1,
+    reals,
+    weight,
+    bias,
+    shift,
+    spectra,
+    stage,
+    turn,
+    second,
+    D,
+    L,
+    RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """y = x2 conv(x1 v) + conv(u) of one channel of one text. KEEP: conv(x1 v) too, for the backward pass."""
+    b, d = tl.program_id(0), tl.program_id(1)
+    real = tl.load(reals + b)
+    t = tl.arange(0, M)[:, None] * R + tl.arange(0, R)[None, :]
+    row = (tl.cast(b, tl.int64) * D + d) * L
+    spectrum = spectra + d.to(tl.int64) * (2 * M * R)
+    x = signal(p, u, u, weight, bias, shift, real, b, d, t, D, L, "gated")
+    found = convolved(x, spectrum, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+    if KEEP:
+        tl.store(c1 + row + t, found.to(c1.dtype.element_ty), mask=t < L)
+    found *= short(p, weight, bias, shift, real, b, D + d, t, 3 * D, L)
+    if RESIDUAL:
+        x = signal(p, u, u, weight, bias, shift, real, b, d, t, D, L, "given")
+        found += convolved(
+            x,
+            spectrum + D.to(tl.int64) * (2 * M * R),
+            stage,
+            turn,
+            second,
+            M,
+            R,
+            DOT,
+            PRECISION,
+            EMULATED,
+        )
+    tl.store(y + row + t, found.to(y.dtype.element_ty), mask=t < L)
+
+
+@triton.jit(do_not_specialize=["B", "D"])
+def mix_gradient(
+    p,
+    u,
+    dy,
+    c1,
+    ds,
+    du,
+    reals,
+    weight,
+    bias,
+    shift,
+    spectra,
+    dspectra,
+    stage,
+    turn,
+    second,
+    B,
+    D,
+    L,
+    GATED: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """One channel of one of the two convolutions, all texts: dx = conv(dc; conj K), dK = Σ_b conj(X) dC."""
+    d = tl.program_id(0)
+    t = tl.arange(0, M)[:, None] * R + tl.arange(0, R)[None, :]
+    SIGNAL: tl.constexpr = "gated" if GATED else "given"
+    GRADIENT: tl.constexpr = "gated_gradient" if GATED else "given_gradient"
+    base = d.to(tl.int64) * (2 * M * R)
+    total_re, total_im = tl.full((M, R), 0.0, tl.float32), tl.full((M, R), 0.0, tl.float32)
+    for b in range(B):
+        real = tl.load(reals + b)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, SIGNAL)
+        xr, xi = forward(x, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, GRADIENT)
+        re, im = forward(x, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+        xr, xi = conj_times(xr, xi, re, im)
+        total_re += xr
+        total_im += xi
+        re, im = conj_times(
+            matrix(spectra + base, M, R), matrix(spectra + base + M * R, M, R), re, im
+        )
+        found = backward(re, im, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+        put_gradient(found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, D, L, GATED)
+    tl.store(dspectra + base + t, total_re)
+    tl.store(dspectra + base + M * R + t, total_im)
+
+
+# ------------------------------------------------------------------ three passes
+
+
+@triton.jit(do_not_specialize=["D"])
+def columns(
+    p,
+    u,
+    dy,
+    planes,
+    half,
+    reals,
+    weight,
+    bias,
+    shift,
+    stage,
+    turn,
+    D,
+    L,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Stage 1 and turn of BLOCK columns of a signal -> planes (2, B, D, M, R), the imaginary one `half` numbers after the real one."""
+    d, b = tl.program_id(1), tl.program_id(2)
+    real = tl.load(reals + b)
+    place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    x = signal(p, u, dy, weight, bias, shift, real, b, d, place, D, L, KIND)
+    re, im = spread(x, stage, M, DOT, PRECISION, EMULATED)
+    re, im = times(re, im, tl.load(turn + place), tl.load(turn + M * R + place))
+    to = planes + (tl.cast(b, tl.int64) * D + d) * (M * R)
+    tl.store(to + place, narrow(re, planes.dtype.element_ty, EMULATED))
+    tl.store(to + half + place, narrow(im, planes.dtype.element_ty, EMULATED))
+
+
+@triton.jit
+def row_forward(
+    planes,
+    half,
+    tile,
+    first,
+    between,
+    last,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Stage 2 of a row of R1 R2 numbers: n2 = m1 R2 + m2, k2 = q1 + R1 q2."""
+    re, im = down(
+        tl.load(planes + tile).to(tl.float32),
+        tl.load(planes + half + tile).to(tl.float32),
+        first,
+        R1,
+        False,
+        DOT,
+        PRECISION,
+        EMULATED,
+    )
+    re, im = times(re, im, matrix(between, R1, R2), matrix(between + R1 * R2, R1, R2))
+    return across(re, im, last, R2, False, DOT, PRECISION, EMULATED)
+
+
+@triton.jit
+def row_backward(
+    re,
+    im,
+    planes,
+    half,
+    tile,
+    first,
+    between,
+    last,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    re, im = across(re, im, last, R2, True, DOT, PRECISION, EMULATED)
+    re, im = conj_times(matrix(between, R1, R2), matrix(between + R1 * R2, R1, R2), re, im)
+    re, im = down(re, im, first, R1, True, DOT, PRECISION, EMULATED)
+    tl.store(planes + tile, narrow(re, planes.dtype.element_ty, EMULATED))
+    tl.store(planes + half + tile, narrow(im, planes.dtype.element_ty, EMULATED))
+
+
+@triton.jit(do_not_specialize=["D"])
+def rows(
+    planes,
+    half,
+    spectra,
+    first,
+    between,
+    last,
+    D,
+    M: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Row k1 of a channel of a text: stage 2, times the kernel's spectrum, and back, in place."""
+    b, k1, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    R: tl.constexpr = R1 * R2
+    tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
+    planes += (tl.cast(b, tl.int64) * D + d) * (M * R) + k1 * R
+    spectrum = spectra + d.to(tl.int64) * (2 * M * R) + k1 * R
+    re, im = row_forward(planes, half, tile, first, between, last, R1, R2, DOT, PRECISION, EMULATED)
+    re, im = times(re, im, tl.load(spectrum + tile), tl.load(spectrum + M * R + tile))
+    row_backward(re, im, planes, half, tile, first, between, last, R1, R2, DOT, PRECISION, EMULATED)
+
+
+@triton.jit(do_not_specialize=["B", "D"])
+def rows_gradient(
+    planes,
+    gradient,
+    half,
+    spectra,
+    dspectra,
+    first,
+    between,
+    last,
+    B,
+    D,
+    M: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Row k1 of a channel, all texts: dK = Σ_b conj(X) dC, and conj(K) dC takes the place of dC in `gradient`."""
+    k1, d = tl.program_id(0), tl.program_id(1)
+    R: tl.constexpr = R1 * R2
+    tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
+    own = d.to(tl.int64) * (2 * M * R) + k1 * R
+    total_re, total_im = tl.full((R1, R2), 0.0, tl.float32), tl.full((R1, R2), 0.0, tl.float32)
+    for b in range(B):
+        at = (tl.cast(b, tl.int64) * D + d) * (M * R) + k1 * R
+        xr, xi = row_forward(
+            planes + at, half, tile, first, between, last, R1, R2, DOT, PRECISION, EMULATED
+        )
+        re, im = row_forward(
+            gradient + at, half, tile, first, between, last, R1, R2, DOT, PRECISION, EMULATED
+        )
+        xr, xi = conj_times(xr, xi, re, im)
+        total_re += xr
+        total_im += xi
+        re, im = conj_times(
+            tl.load(spectra + own + tile), tl.load(spectra + own + M * R + tile), re, im
+        )
+        row_backward(
+            re,
+            im,
+            gradient + at,
+            half,
+            tile,
+            first,
+            between,
+            last,
+            R1,
+            R2,
+            DOT,
+            PRECISION,
+            EMULATED,
+        )
+    tl.store(dspectra + own + tile, total_re)
+    tl.store(dspectra + own + M * R + tile, total_im)
+
+
+@triton.jit
+def column_backward(
+    planes,
+    half,
+    place,
+    stage,
+    turn,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    re, im = conj_times(
+        tl.load(turn + place),
+        tl.load(turn + M * R + place),
+        tl.load(planes + place).to(tl.float32),
+        tl.load(planes + half + place).to(tl.float32),
+    )
+    return gather(re, im, stage, M, DOT, PRECISION, EMULATED)
+
+
+@triton.jit(do_not_specialize=["D"])
+def finish(
+    planes,
+    more,
+    half,
+    p,
+    y,
+    c1,
+    reals,
+    weight,
+    bias,
+    shift,
+    stage,
+    turn,
+    D,
+    L,
+    RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """BLOCK columns of both signals backwards, the gate, their sum."""
+    d, b = tl.program_id(1), tl.program_id(2)
+    place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    at, row = (tl.cast(b, tl.int64) * D + d) * (M * R), (tl.cast(b, tl.int64) * D + d) * L
+    found = column_backward(planes + at, half, place, stage, turn, M, R, DOT, PRECISION, EMULATED)
+    if KEEP:
+        tl.store(c1 + row + place, found.to(c1.dtype.element_ty), mask=place < L)
+    found *= short(p, weight, bias, shift, tl.load(reals + b), b, D + d, place, 3 * D, L)
+    if RESIDUAL:
+        found += column_backward(
+            more + at, half, place, stage, turn, M, R, DOT, PRECISION, EMULATED
+        )
+    tl.store(y + row + place, found.to(y.dtype.element_ty), mask=place < L)
+
+
+@triton.jit(do_not_specialize=["D"])
+def finish_gradient(
+    planes,
+    half,
+    p,
+    dy,
+    c1,
+    ds,
+    du,
+    reals,
+    weight,
+    bias,
+    shift,
+    stage,
+    turn,
+    D,
+    L,
+    GATED: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    d, b = tl.program_id(1), tl.program_id(2)
+    place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    found = column_backward(
+        planes + (tl.cast(b, tl.int64) * D + d) * (M * R),
+        half,
+        place,
+        stage,
+        turn,
+        M,
+        R,
+        DOT,
+        PRECISION,
+        EMULATED,
+    )
+    put_gradient(
+        found, p, dy, c1, ds, du, weight, bias, shift, tl.load(reals + b), b, d, place, D, L, GATED
+    )
+
+
+# ------------------------------------------------------------------ the short convolution, backwards
+
+
+@triton.jit(do_not_specialize=["B", "C"])
+def short_gradient(p, ds, dp, reals, weight, shift, sums, B, C, L, BLOCK: tl.constexpr):
+    """Channel c of all texts: dp, and of dweight (3 taps), dbias and dshift BLOCK partial sums each, (C, 5, BLOCK)."""
+    c = tl.program_id(0)
+    w0, w1, w2 = (
+        tl.load(weight + 3 * c).to(tl.float32),
+        tl.load(weight + 3 * c + 1).to(tl.float32),
+        tl.load(weight + 3 * c + 2).to(tl.float32),
+    )
+    offset = tl.load(shift + c).to(tl.float32)
+    zero = tl.full((BLOCK,), 0.0, tl.float32)
+    s0, s1, s2, s3, s4 = zero, zero, zero, zero, zero
+    for b in range(B):
+        real, row = tl.load(reals + b), (tl.cast(b, tl.int64) * C + c) * L
+        for start in range(0, L, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            now = tl.load(ds + row + t, mask=t < L, other=0.0).to(tl.float32)
+            one = tl.load(ds + row + t + 1, mask=t + 1 < L, other=0.0).to(tl.float32)
+            two = tl.load(ds + row + t + 2, mask=t + 2 < L, other=0.0).to(tl.float32)
+            x = tl.where(
+                t < real,
+                tl.load(p + row + t, mask=t < real, other=0.0).to(tl.float32) + offset,
+                0.0,
+            )
+            found = tl.where(t < real, w2 * now + w1 * one + w0 * two, 0.0)
+            tl.store(dp + row + t, found.to(dp.dtype.element_ty), mask=t < L)
+            s0 += two * x
+            s1 += one * x
+            s2 += now * x
+            s3 += now
+            s4 += found
+    to = sums + c.to(tl.int64) * (5 * BLOCK) + tl.arange(0, BLOCK)
+    tl.store(to, s0)
+    tl.store(to + BLOCK, s1)
+    tl.store(to + 2 * BLOCK, s2)
+    tl.store(to + 3 * BLOCK, s3)
+    tl.store(to + 4 * BLOCK, s4)
+
+
+# ------------------------------------------------------------------ the MLP
+
+
+@triton.jit
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def weights(table, first, rows, columns, COLUMNS: tl.constexpr, ROW: tl.constexpr):
+    """Rows `first` + rows of a matrix with COLUMNS columns, transposed: (columns, rows). Beyond COLUMNS, and beyond `ROW` rows, zero."""
+    return tl.load(
+        table + (first + rows)[None, :] * COLUMNS + columns[:, None],
+        mask=(rows < ROW)[None, :] & (columns < COLUMNS)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def gated_mlp(
+    h,
+    out,
+    gated,
+    wo,
+    bias,
+    scale,
+    shift,
+    T,
+    eps,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """out = LayerNorm(h + W_o(GELU(a) b) + bias), (a, b) = W_g h, of TOKENS tokens, (T, D). W ≥ D/K: channels of a block, filled up to a power of two.
+
+    Blocks k and k + K/2 of W_g, (K, 2I/K, D/K), are gate and value of what blocks 2k and 2k + 1 of W_o, (K, D/K, I/K), read. What lies between the
+    two products stays in registers, STEP numbers of it at a time.
+    """
+    F: tl.constexpr = D // K
+    H: tl.constexpr = I // K
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row, lane, step = tl.cast(token, tl.int64)[:, None] * D, tl.arange(0, W), tl.arange(0, STEP)
+    inside = (token < T)[:, None] & (lane < F)[None, :]
+    total = tl.full((TOKENS,), 0.0, tl.float32)
+    for k in range(K // 2):
+        x = tl.load(h + row + k * F + lane[None, :], mask=inside, other=0.0)
+        v = tl.load(h + row + (k + K // 2) * F + lane[None, :], mask=inside, other=0.0)
+        for side in range(2):
+            block, found = 2 * k + side, tl.full((TOKENS, W), 0.0, tl.float32)
+            for j in range(0, H, STEP):
+                place = j + step  # of what one block of W_o reads
+                a = dot(
+                    x,
+                    weights(gated, k * 2 * H + side * H, place, lane, F, H),
+                    DOT,
+                    PRECISION,
+                    EMULATED,
+                )
+                b = dot(
+                    v,
+                    weights(gated, (k + K // 2) * 2 * H + side * H, place, lane, F, H),
+                    DOT,
+                    PRECISION,
+                    EMULATED,
+                )
+                m = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476)) * b
+                found += dot(m, weights(wo, block * F, lane, place, H, F), DOT, PRECISION, EMULATED)
+            at = block * F + lane
+            found += tl.load(bias + at, mask=lane < F, other=0.0).to(tl.float32)[None, :] + tl.load(
+                h + row + at[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
+            found = tl.where(inside, found, 0.0)
+            total += tl.reduce(found, 1, add)
+            tl.store(
+                out + row + at[None, :], narrow(found, out.dtype.element_ty, EMULATED), mask=inside
+            )
+    tl.debug_barrier()  # what other threads of this program wrote is read now
+    mean = (total / D)[:, None]
+    spread_out = tl.full((TOKENS,), 0.0, tl.float32)
+    for k in range(K):
+        x = tl.load(out + row + k * F + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+        spread_out += tl.reduce(tl.where(inside, (x - mean) * (x - mean), 0.0), 1, add)
+    inverse = (1.0 / tl.sqrt(spread_out / D + eps))[:, None]
+    for k in range(K):
+        at = k * F + lane
+        x = tl.load(out + row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        own, more = (
+            tl.load(scale + at, mask=lane < F, other=0.0).to(tl.float32)[None, :],
+            tl.load(shift + at, mask=lane < F, other=0.0).to(tl.float32)[None, :],
+        )
+        tl.store(
+            out + row + at[None, :],
+            narrow((x - mean) * inverse * own + more, out.dtype.element_ty, EMULATED),
+            mask=inside,
+        )

@@ -1,0 +1,176 @@
+"""Structured matrices: a dense layer's work for a fraction of its weights.
+
+A dense layer of width D costs D² weights. A Monarch matrix of order 2 is a
+product of two block-diagonal matrices with a transposition between them, and
+costs 2 D √D. M2-BERT's MLPs use the simplest member of the family, a single
+block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
+
+    block_diagonal(x, weight)      what the model runs
+    block_diagonal_dense(weight)   the same matrix written out, zeros included
+    monarch_dense(left, right)     the full Monarch product, to look at and to test
+    GatedBlocks                    a gated MLP of two such layers, trained without copies
+
+Source: Fu et al. 2023 (Monarch Mixer, arXiv 2310.12109) and Saad-Falcon et al.
+        2024 (arXiv 2402.07440v3); layout of the weights as in the published files.
+Axes:   K blocks, I input width, O output width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lib.kernels import cpu
+
+
+def block_diagonal_dense(weight: Tensor) -> Tensor:
+    """The block-diagonal matrix in full: (K, O/K, I/K) -> (O, I). The definition."""
+    return torch.block_diag(*weight)
+
+
+def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
+    """y = blockdiag(W_0 … W_{K-1}) x, without forming the zeros.
+
+    Args:
+        x: (…, I). Where K does not divide I, x is padded with zeros to K · ceil(I/K).
+        weight: (K, ceil(O/K), ceil(I/K)).
+
+    Returns:
+        (…, K · ceil(O/K)); the caller cuts it to O.
+
+    Raises:
+        ValueError: x is wider than the blocks together, or a whole block narrower.
+    """
+    blocks, _, fan_in = weight.shape
+    missing = blocks * fan_in - x.shape[-1]
+    if not 0 <= missing < blocks:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit {blocks} blocks of {fan_in}")
+    if missing:
+        x = F.pad(x, (0, missing))
+    flat = x.reshape(-1, blocks, fan_in).transpose(0, 1)  # (K, n, I/K)
+    y = torch.bmm(flat, weight.transpose(1, 2))  # (K, n, O/K)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)  # (…, O)
+
+
+def monarch_dense(left: Tensor, right: Tensor) -> Tensor:
+    """M = P L P R for n = K²: two block-diagonal factors around the transposition P.
+
+    P sends index (i, j) of a K x K grid to (j, i), so R mixes within the rows
+    and L within the columns: after both, every output has seen every input.
+
+    Args:
+        left, right: (K, K, K), the blocks of L and R.
+
+    Returns:
+        (K², K²).
+
+    Raises:
+        ValueError: the factors are not K blocks of K x K each.
+    """
+    n = left.shape[0]
+    if left.shape != (n, n, n) or right.shape != (n, n, n):
+        raise ValueError(
+            f"two stacks of K blocks of K x K: got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    transpose = (
+        torch.eye(n * n, dtype=left.dtype, device=left.device)
+        .reshape(n, n, -1)
+        .transpose(0, 1)
+        .reshape(n * n, -1)
+    )
+    return transpose @ block_diagonal_dense(left) @ transpose @ block_diagonal_dense(right)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear layer whose weight is K blocks on a diagonal: K times fewer weights.
+
+    Initialised as the published models are: U(-s, s) with s = √(K / d_in), which
+    is the dense layer's Kaiming bound scaled up by √K because K times fewer
+    inputs add up; the bias U(-1/√d_out, 1/√d_out).
+    """
+
+    def __init__(self, d_in: int, d_out: int, blocks: int = 4, bias: bool = True):
+        super().__init__()
+        if not 1 <= blocks <= min(d_in, d_out):
+            raise ValueError(
+                f"{blocks} blocks for {d_in} inputs and {d_out} outputs: between 1 and the smaller of the two"
+            )
+        self.d_in, self.d_out = d_in, d_out
+        self.weight = nn.Parameter(
+            torch.empty(blocks, math.ceil(d_out / blocks), math.ceil(d_in / blocks))
+        )
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(self.weight.shape[0] / self.d_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(self.d_out), 1 / math.sqrt(self.d_out))
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, d_in)
+        y = block_diagonal(x, self.weight)[..., : self.d_out]  # (…, d_out)
+        return y if self.bias is None else y + self.bias
+
+
+def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
+    """Whether blocks k and k + K/2 of `gated` are gate and value of what blocks 2k and 2k + 1 of `out` read, with nothing left over."""
+    K = len(gated.weight)
+    return (
+        K == len(out.weight)
+        and K % 2 == 0
+        and gated.d_out == 2 * out.d_in
+        and not any(n % K for layer in (gated, out) for n in (layer.d_in, layer.d_out))
+    )
+
+
+class GatedBlocks(torch.autograd.Function):
+    """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
+
+    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the kernel of lib/kernels/mixer.cpp. float32; or, under
+    autocast, y and all products in bfloat16, the weights' gradients too before they become float32. Kept for the backward pass are x, a and b.
+    """
+
+    @staticmethod
+    def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
+        return (
+            paired(gated, out) and gated.weight.shape[1] % 16 == 0 and cpu.trains(x, gated.weight)
+        )
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
+        dtype = cpu.number_type(x)
+        with torch.autocast("cpu", enabled=False):
+            x, gated, out = x.to(dtype).contiguous(), gated.to(dtype), out.to(dtype)
+            parts = [
+                torch.mm(part, weight.t())
+                for part, weight in zip(x.chunk(len(gated), dim=1), gated)
+            ]
+            y, half = torch.empty_like(x), len(gated) // 2
+            for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
+                for side, m in enumerate(cpu.glu(a, b).chunk(2, dim=1)):
+                    torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
+        ctx.save_for_backward(x, gated, out, *parts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, gated, out, *parts = ctx.saved_tensors
+        dy, K = dy.contiguous(), len(gated)
+        dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
+        xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
+        with torch.autocast("cpu", enabled=False):
+            for k in range(K // 2):
+                dm = torch.empty_like(parts[k])
+                for side, part in enumerate(dm.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
+                m, da, db = cpu.glu_gradient(parts[k], parts[k + K // 2], dm)
+                for side, part in enumerate(m.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side].t(), part, out=dout[2 * k + side])
+                for block, grad in ((k, da), (k + K // 2, db)):
+                    torch.mm(grad.t(), xs[block], out=dgated[block])
+                    torch.mm(grad, gated[block], out=dxs[block])
+        return dx, dgated.float(), dout.float()

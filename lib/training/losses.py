@@ -1,0 +1,136 @@
+"""Losses that turn a pretrained encoder into a retriever.
+
+At 32k tokens a GPU holds one or two documents, so the in-batch negatives that
+MNRL ranks against are gone. OPL scores each (query, document) pair by itself.
+
+    multiple_negatives_ranking_loss(q, d)         compares every query with every document
+    orthogonal_projection_loss(q, d, y)           compares each query with its own document
+    prototype_loss(q, d, teacher_q, teacher_d)    copies a short-context teacher
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section on fine-tuning.
+Axes:   B pairs in the batch, N candidate documents, D embedding width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
+    """Move relevant pairs to cosine 1 and irrelevant pairs to cosine 0.
+
+        OPL(q, d, y) = mean_b (cos(q_b, d_b) - y_b)²
+
+    A pair's gradient does not depend on its batch mates, so batch size 1 is
+    a legitimate setting rather than a degenerate one.
+
+    Args:
+        q: query embeddings, (B, D), any norm.
+        d: document embeddings, (B, D), any norm.
+        y: 1.0 where the document answers the query, else 0.0, (B,).
+
+    Returns:
+        Scalar in [0, 4].
+
+    Raises:
+        ValueError: no pair, or the three inputs disagree about B or D.
+    """
+    if not len(q) == len(d) == len(y) or y.ndim != 1:
+        raise ValueError(
+            f"one label per pair: got {len(q)} queries, {len(d)} documents, labels of shape {tuple(y.shape)}"
+        )
+    check_widths(q, d)
+    return F.mse_loss(F.cosine_similarity(q, d), y.to(q.dtype))
+
+
+def multiple_negatives_ranking_loss(
+    q: Tensor,
+    d: Tensor,
+    negatives: Tensor | None = None,
+    scale: float = 20.0,
+    targets: Tensor | None = None,
+    relevant: Tensor | None = None,
+) -> Tensor:
+    """Rank each query's own document above those that do not answer it.
+
+        s_bj = scale · cos(q_b, c_j),  c = d followed by the negatives
+        C_b  = {j : j = target_b or not relevant_bj}
+        MNRL = mean_b -log ( exp s_b,target_b / Σ_{j ∈ C_b} exp s_bj )
+
+    A query with nothing to rank, in a batch of one pair or where all other
+    documents answer it too, adds 0 to the mean, and its gradient is 0.
+
+    Args:
+        q: query embeddings, (B, D), any norm.
+        d: document embeddings, (N, D); d_b answers q_b unless `targets` says otherwise.
+        negatives: documents that answer none of the queries, (M, D).
+        scale: inverse temperature.
+        targets: which document answers each query, (B,), when queries share documents.
+        relevant: documents that answer a query besides its target, (B, N + M) bool: left out of
+            its softmax. A target is never left out, whatever is said of it here.
+
+    Raises:
+        ValueError: no query, a query without a document, widths that differ, or `relevant` of another shape or type.
+    """
+    check_widths(q, d, *([] if negatives is None else [negatives]))
+    if targets is None:
+        if len(q) != len(d):
+            raise ValueError(
+                f"one document per query: got {len(q)} queries, {len(d)} documents; pass `targets` where queries share them"
+            )
+        targets = torch.arange(len(q), device=q.device)
+    elif targets.shape != (len(q),) or targets.min() < 0 or targets.max() >= len(d):
+        raise ValueError(
+            f"one target per query, each one of {len(d)} documents: got {targets.tolist()} for {len(q)} queries"
+        )
+    candidates = d if negatives is None else torch.cat([d, negatives])  # (N + M, D)
+    scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
+    if relevant is not None:
+        if relevant.shape != scores.shape or relevant.dtype != torch.bool:
+            raise ValueError(
+                f"relevant says of {len(q)} queries and {len(candidates)} documents which answer which, True or False: "
+                f"got {relevant.dtype} of shape {tuple(relevant.shape)}"
+            )
+        scores = scores.masked_fill(relevant.scatter(1, targets[:, None], False), -torch.inf)
+    return F.cross_entropy(scores, targets)
+
+
+def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -> Tensor:
+    """Keep a long-context student where a short-context teacher already is.
+
+        PL = mean_b [1 - cos(teacher(q_b), student(q_b))] + [1 - cos(teacher(d_b), student(d_b))]
+
+    The paper prints the sum of the cosines; what is minimised is their distance
+    from 1. The teacher reads the first 128 tokens only. No gradient reaches it.
+
+    Args:
+        q, d: the student's embeddings, (B, D), any norm.
+        teacher_q, teacher_d: the teacher's for the same texts, (B, D).
+
+    Returns:
+        Scalar in [0, 4].
+
+    Raises:
+        ValueError: no pair, or student and teacher disagree about B or D.
+    """
+    if q.shape != teacher_q.shape or d.shape != teacher_d.shape:
+        raise ValueError(
+            f"student and teacher embed the same texts into one space: got {tuple(q.shape)} and "
+            f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} for documents"
+        )
+    check_widths(q, d)
+    near_q = F.cosine_similarity(q, teacher_q.detach())
+    near_d = F.cosine_similarity(d, teacher_d.detach())
+    return (1 - near_q).mean() + (1 - near_d).mean()
+
+
+def check_widths(q: Tensor, *others: Tensor) -> None:
+    """A shape that broadcasts by accident is a wrong loss without a warning."""
+    if (
+        q.ndim != 2
+        or not len(q)
+        or any(other.ndim != 2 or other.shape[1] != q.shape[1] for other in others)
+    ):
+        raise ValueError(
+            f"embeddings are (B, D) with B ≥ 1 and one D: got {', '.join(str(tuple(x.shape)) for x in (q, *others))}"
+        )

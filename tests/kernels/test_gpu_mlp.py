@@ -1,0 +1,129 @@
+"""The GPU's MLP is the definition, in Triton's interpreter where there is no GPU."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from lib.kernels import gpu, gpu_mlp
+from lib.kernels.gpu_mlp import TOKENS, mlp, mlp_direct
+from lib.model.m2bert import MLP, M2BertConfig, M2BertForRetrieval
+
+pytest.importorskip(
+    "triton", reason="Triton is not installed: `make triton` gets it and runs these tests"
+)
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+def layer(width=64, inner=128, blocks=4, seed=0) -> MLP:
+    torch.manual_seed(seed)
+    made = MLP(M2BertConfig(hidden_size=width, intermediate_size=inner, mlp_blocks=blocks)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def given(made: MLP) -> tuple:
+    norm = made.layernorm
+    return made.gated_layers.weight, made.wo.weight, made.wo.bias, norm.weight, norm.bias, norm.eps
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63, 64, 65, 133])
+@pytest.mark.parametrize(
+    "width, inner, blocks",
+    [(64, 128, 4), (8, 16, 4), (36, 60, 2), (96, 200, 4), (48, 36, 6), (160, 80, 2)],
+)
+@torch.no_grad()
+def test_it_is_the_definition(tokens, width, inner, blocks):
+    """In float64; widths that are no powers of two, and gates that no step divides."""
+    made, h = (
+        layer(width, inner, blocks),
+        torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) + 3,
+    )
+    expected = copy.deepcopy(made).double().each(h.double())
+    for program in TOKENS:
+        torch.testing.assert_close(
+            mlp(h, *given(made), program).double(), expected, rtol=0, atol=1e-5
+        )
+    torch.testing.assert_close(
+        mlp_direct(h.double(), *given(copy.deepcopy(made).double())), expected, rtol=0, atol=1e-10
+    )
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_as_torchs_own():
+    made, h = layer(96, 384, 4), torch.randn(50, 96).bfloat16()
+    narrow = copy.deepcopy(made).bfloat16()
+    exact = copy.deepcopy(narrow).double().each(h.double())
+    ours, torchs = (
+        float((found.double() - exact).norm() / exact.norm())
+        for found in (mlp(h, *given(narrow)), narrow.each(h))
+    )
+    assert ours < 1.2 * torchs < 0.01
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_uses_it_without_gradients_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu_mlp, "mlp", lambda *some: calls.append(some[0].dtype) or mlp(*some))
+    monkeypatch.setattr(
+        gpu, "works", lambda *some: False
+    )  # the mixer has its own tests, and takes its time
+    torch.manual_seed(0)
+    built = M2BertForRetrieval(
+        M2BertConfig(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=64,
+            max_position_embeddings=40,
+            filter_order=8,
+            pooling="mean",
+        )
+    ).eval()
+    ids = torch.randint(5, 100, (2, 30))
+    exact = built(ids).pooler_output
+    assert calls == []  # float32
+    built.bfloat16()
+    assert gpu_mlp.program(32, 64, 4, torch.bfloat16, ids.device) == TOKENS[0]
+    calls.clear()
+    assert (
+        torch.cosine_similarity(built(ids).pooler_output.float(), exact).min() > 0.999
+        and calls == [torch.bfloat16] * 2
+    )
+    calls.clear()
+    built.train()(ids)
+    built.eval()
+    with torch.enable_grad():
+        built(ids).pooler_output.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        built(ids)
+    monkeypatch.setenv("LOCO_NATIVE", "0")
+    built(ids)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_kernel_that_errs_leaves_torch_and_says_so_once(monkeypatch, caplog):
+    made = layer(32, 64).bfloat16()
+    h = torch.randn(1, 9, 32).bfloat16()
+    monkeypatch.setattr(gpu_mlp, "mlp", lambda *some: mlp(*some) * 1.1)
+    gpu_mlp.program.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(made(h), made.each(h))
+    assert ["y is wrong" in record.message for record in caplog.records] == [True] * len(TOKENS)
+    gpu_mlp.program.cache_clear()
+
+
+def test_what_does_not_belong_together_is_refused():
+    made, h = layer(32, 64), torch.randn(5, 32)
+    gated, wo, *rest = given(made)
+    with pytest.raises(TypeError, match="all of float32 or all of bfloat16: h is torch.bfloat16"):
+        mlp(h.bfloat16(), gated, wo, *rest)
+    for wrong in ((gated[:3], wo), (gated, wo[:3]), (gated.mT, wo), (gated[:, :8], wo)):
+        with pytest.raises(ValueError, match=r"for h \(5, 32\), an even number K of blocks"):
+            mlp(h, *wrong, *rest)
+    assert mlp(h[:0], gated, wo, *rest).shape == (0, 32)

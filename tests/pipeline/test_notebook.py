@@ -1,0 +1,530 @@
+"""Notebooks run to the same bytes, fail in one line, and leave no process behind."""
+
+import ast
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lib.pipeline import notebook
+from lib.pipeline.notebook import NotebookError
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMETERS = 'profile = "smoke"\nrow = "opl"\nout = "data/scratch"'
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository folder, with a space and an umlaut in its path, and the working directory in it."""
+    root = tmp_path / "höuse of notebooks"
+    root.mkdir()
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    (root / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    monkeypatch.chdir(root)
+    return root
+
+
+def save(path: Path, *cells: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_markdown_cell("# 09 · A question?"),
+                new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+                *map(new_code_cell, cells),
+            ]
+        ),
+        path,
+    )
+    return path
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.pipeline.notebook", *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def alive(pid: int) -> bool:
+    """Running, and not merely waiting to be collected by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def soon(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return condition()
+
+
+# ------------------------------------------------------------------ strip
+
+
+def test_strip_gives_the_same_bytes_whatever_jupyter_left_in_the_notebook(tmp_path):
+    path = save(tmp_path / "notebooks" / "00_a.ipynb", "1 + 1")
+    (clean,) = notebook.strip(tmp_path / "notebooks", tmp_path / "source")
+    before = clean.read_bytes()
+
+    saved = nbformat.read(path, as_version=4)  # as JupyterLab saves it after a run
+    saved.metadata = {
+        "kernelspec": {"display_name": "my env", "name": "mine", "language": "python"},
+        "language_info": {"name": "python", "version": "3.13.1"},
+        "widgets": {},
+    }
+    saved.cells[2].outputs = [new_output("stream", text="2")]
+    saved.cells[2].execution_count = 7
+    saved.cells[2].metadata = {
+        "execution": {"iopub.execute_input": "2026-01-01"},
+        "collapsed": True,
+        "trusted": True,
+    }
+    nbformat.write(saved, path)
+    notebook.strip(tmp_path / "notebooks", tmp_path / "source")
+    assert clean.read_bytes() == before
+    notebook.strip(tmp_path / "source", tmp_path / "source")
+    assert clean.read_bytes() == before
+    assert nbformat.read(clean, as_version=4).cells[1].metadata == {"tags": ["parameters"]}
+    nbformat.validate(nbformat.read(clean, as_version=4))
+
+
+def test_cells_copied_with_their_id_get_one_of_their_own(tmp_path):
+    path = save(tmp_path / "notebooks" / "00_a.ipynb", "1", "1")
+    twice = json.loads(path.read_text())
+    for cell in twice["cells"][2:]:
+        cell["id"] = "same"
+    path.write_text(json.dumps(twice))
+    (clean,) = notebook.strip(path.parent, path.parent)
+    ids = [cell["id"] for cell in json.loads(clean.read_text())["cells"]]
+    assert len(set(ids)) == len(ids) and "same" in ids
+
+
+def test_a_copy_goes_when_its_notebook_goes_and_a_broken_notebook_changes_nothing(tmp_path):
+    save(tmp_path / "notebooks" / "00_a.ipynb")
+    gone = save(tmp_path / "notebooks" / "01_b.ipynb")
+    notebook.strip(tmp_path / "notebooks", tmp_path / "source")
+    gone.unlink()
+    notebook.strip(tmp_path / "notebooks", tmp_path / "source")
+    assert [path.name for path in (tmp_path / "source").iterdir()] == ["00_a.ipynb"]
+
+    for text in ("", "{", "[]", '{"cells": 3}'):
+        gone.write_text(text)
+        with pytest.raises(NotebookError, match="01_b.ipynb: is not a notebook") as error:
+            notebook.strip(tmp_path / "notebooks", tmp_path / "source")
+        assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "source").iterdir()] == ["00_a.ipynb"]
+    with pytest.raises(NotebookError, match="is not a folder"):
+        notebook.strip(tmp_path / "nowhere", tmp_path / "source")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_notebooks_are_stripped_and_say_who_they_are(path):
+    text = path.read_text(encoding="utf-8")
+    assert text == notebook.dumps(notebook.plain(notebook.bare(notebook.read(path)))), (
+        "run `python -m lib.pipeline.notebook strip --in-place notebooks`"
+    )
+    cells = json.loads(text)["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    identity = {
+        target.id: ast.literal_eval(line.value)
+        for cell in cells
+        if "parameters" in cell["metadata"].get("tags", [])
+        for line in ast.parse("".join(cell["source"])).body
+        for target in getattr(line, "targets", None) or [line.target]
+    }
+    assert (
+        identity.keys() <= {"profile", "row", "out"}
+        and identity["profile"] == "smoke"
+        and identity["out"] == "data/scratch"
+    )
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            compile("".join(cell["source"]), f"{path.name} {cell['id']}", "exec")
+
+
+# ------------------------------------------------------------------ run
+
+NOISY = """\
+import os, random, sys, time, warnings
+print(os.getcwd(), sys.executable, object())
+for part in range(3):
+    print(part, end=" ")
+    sys.stdout.flush()
+    time.sleep(random.random() / 5)                # where the stream is cut
+    print("on", "stderr:", os.environ["HOME"], file=sys.stderr)
+print("\\n1 %", end="\\r"); print("100 %")
+warnings.warn("with a " + "path in it")
+print(hash("the same"), os.environ["MALLOC_MMAP_MAX_"], os.environ["MALLOC_TRIM_THRESHOLD_"])
+lambda: 0
+"""
+FIGURE = """\
+import matplotlib.pyplot as plt
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+plt.rcParams["svg.hashsalt"] = "fixed"
+set_matplotlib_formats("svg")
+plt.plot([1, 2])
+plt.show()
+"""
+
+
+def test_two_runs_give_the_same_bytes_and_keep_the_figure(house):
+    source = save(house / "source" / "09_a.ipynb", NOISY, FIGURE, "f'{profile} {row} {out}'")
+    (house / "executed").mkdir()
+    (house / "executed" / "a.failed.ipynb").write_text("of a run that failed; this one will not")
+    given = ["--timing", "timings", "profile=laptop", 'row=it\'s "$HOME"', "out=data"]
+    first = command("run", source, "executed/a.ipynb", *given)
+    second = command(
+        "run",
+        source,
+        "executed/b.ipynb",
+        *given,
+        env={
+            "TZ": "Asia/Tokyo",
+            "LC_ALL": "C",
+            "HOME": "/proc/nowhere",
+            "PYTHONHASHSEED": "77",
+            "MPLBACKEND": "agg",
+            "COLUMNS": "40",
+        },
+    )
+    for process in (first, second):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "on stderr" in err and re.search(r"\d s, \d.*GiB", out)  # shown, but not kept
+    a, b = ((house / "executed" / f"{name}.ipynb").read_text(encoding="utf-8") for name in "ab")
+    assert a == b
+    for trace in ("on stderr", "with a path", str(house), str(ROOT), "0x7", "papermill", "2026"):
+        assert trace not in a, trace
+    executed = nbformat.reads(a, as_version=4)
+    nbformat.validate(executed)
+    noisy, figure, identity = executed.cells[3:6]
+    assert noisy.outputs[0].text.splitlines()[1:3] == ["0 1 2 ", "100 %"] and noisy.outputs[
+        0
+    ].text.endswith(f" 0 {16 * 2**30}\n")
+    assert "image/svg+xml" in figure.outputs[0].data
+    assert identity.outputs[0].data["text/plain"] == repr('laptop it\'s "$HOME" data')
+
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter().from_notebook_node(executed)
+    assert "data:image/svg+xml" in page and "100 %" in page
+    cost = json.loads((house / "timings" / "stages" / "a.json").read_text())
+    assert cost["stage"] == "a" and 0 < cost["seconds"] < 120 and 0.02 < cost["peak_gib"] < 2
+    assert not list((house / "executed").glob(".*")) and not list(
+        (house / "executed").glob("*failed*")
+    )
+
+
+def test_a_failing_cell_is_one_line_and_the_notebook_so_far_is_kept(house):
+    source = save(
+        house / "source" / "09_a.ipynb",
+        "from lib.pipeline.params import ParamsError\nprint('reached')",
+        "raise ParamsError('unknown row\\n in \"opll\"')",
+        "print('never')",
+    )
+    (house / "executed").mkdir()
+    (house / "executed" / "a.ipynb").write_text("of an earlier run")
+    process = command("run", source, "executed/a.ipynb", "row=opll")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(
+        '09_a (row=opll): ParamsError: unknown row in "opll", in cell 4 ('
+    ) and line.endswith("all of it in executed/a.failed.ipynb")
+    kept = (house / "executed" / "a.failed.ipynb").read_text(encoding="utf-8")
+    assert "reached" in kept and "Traceback" in kept and str(house) not in kept
+    assert (house / "executed" / "a.ipynb").read_text() == "of an earlier run"
+
+
+def test_a_kernel_killed_by_the_system_is_told_from_a_mistake(house):
+    source = save(
+        house / "source" / "09_a.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = command("run", source, "executed/a.ipynb")
+    _, err = process.communicate(timeout=60)
+    (line,) = err.splitlines()
+    assert process.returncode == 1 and "killed by the system" in line and "out of memory" in line
+    assert (house / "executed" / "a.failed.ipynb").is_file() and not (
+        house / "executed" / "a.ipynb"
+    ).exists()
+
+
+ENDLESS = "import os, sys, time\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
+
+
+def kernel_of(process: subprocess.Popen) -> int:
+    """Wait for the line that the kernel prints on its stderr: it comes through while the cell still runs."""
+    for line in process.stderr:
+        if line.startswith("kernel "):
+            return int(line.split()[1])
+    raise AssertionError(f"ended with {process.wait()}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_kernel_outlives_its_run(house):
+    source = save(house / "source" / "09_a.ipynb", ENDLESS)
+    runs = {
+        name: command("run", source, f"executed/{name}.ipynb")
+        for name in ("SIGINT", "SIGTERM", "SIGKILL")
+    }
+    shell = subprocess.Popen(
+        [
+            "sh",
+            "-c",
+            '"$@"; true',
+            "sh",
+            sys.executable,
+            "-m",
+            "lib.pipeline.notebook",
+            "run",
+            str(source),
+            "executed/shell.ipynb",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    kernels = {name: kernel_of(process) for name, process in (runs | {"shell": shell}).items()}
+    assert all(map(alive, kernels.values()))
+    for name, process in runs.items():
+        process.send_signal(getattr(signal, name))
+    shell.kill()  # as DVC is killed: the run itself gets no signal
+    for name, pid in kernels.items():
+        assert soon(lambda: not alive(pid), 3 if name != "shell" else 5), (
+            f"{name}: the kernel runs on"
+        )
+    for name in ("SIGINT", "SIGTERM"):
+        _, err = runs[name].communicate(timeout=30)
+        assert runs[name].returncode == 130 and f"stopped by {name} in cell" in err.splitlines()[-1]
+        assert (house / "executed" / f"{name}.failed.ipynb").is_file()
+    assert all(path.name.endswith(".failed.ipynb") for path in (house / "executed").iterdir())
+    runs["SIGKILL"].wait(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("cell", "given", "message"),
+    [
+        (PARAMETERS, {"rwo": "opl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
+        (
+            "profile = 'smoke'\nsteps = 3",
+            {"steps": "many"},
+            "steps wants a value like 3, got 'many'",
+        ),
+        ("profile = 'smoke'\nsteps = 3", {"steps": "3.5"}, "steps wants a value like 3, got '3.5'"),
+        ("profile = 'smoke'\nsteps = (3", {"profile": "laptop"}, "may only hold lines such as"),
+        ("steps = 3", {"steps": "True"}, "steps wants a value like 3, got 'True'"),
+        ("rate = 0.5", {"rate": "True"}, "rate wants a value like 0.5, got 'True'"),
+        ("rate = 0.5", {"rate": "fast"}, "rate wants a value like 0.5, got 'fast'"),
+        ("rate = 0.5", {"rate": "1" + "0" * 400}, "too large"),
+        ("again = False", {"again": "1"}, "again wants a value like False, got '1'"),
+        ("again = False", {"again": "yes"}, "again wants a value like False, got 'yes'"),
+        ("lengths = [128]", {"lengths": "128"}, "lengths wants a value like [128], got '128'"),
+        (
+            "lengths = [128]",
+            {"lengths": "{[]: 1}"},
+            "lengths wants a value like [128], got '{[]: 1}'",
+        ),
+        ("lengths = [128]", {"lengths": "(" * 500}, "lengths wants a value like [128]"),
+        ("steps: int = 3", {"steps": "many"}, "steps wants a value like 3, got 'many'"),
+        ("steps: int", {"steps": "many"}, "steps wants int, got 'many'"),
+        ("steps: int | None = None", {"steps": "many"}, "steps wants int | None, got 'many'"),
+        ("row: str = 'opl'", {"rwo": "mnrl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
+        (
+            "lengths = (128, 512)",
+            {"lengths": "(128,)"},
+            "papermill writes text, numbers, True, False, None, lists, and dicts",
+        ),
+        (
+            "names = {}",
+            {"names": "{1: 'opl'}"},
+            "papermill writes text, numbers, True, False, None, lists, and dicts",
+        ),
+        ("x = [0]\nx[0] = 3\nif x:\n    y = 3", {"y": "4"}, "unknown parameter 'y'"),
+    ],
+)
+def test_a_parameter_the_notebook_does_not_declare_is_refused(cell, given, message):
+    page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
+    with pytest.raises(NotebookError, match=re.escape(message)):
+        notebook.parameters(page, given, "09_a.ipynb")
+
+
+def test_parameters_take_the_type_of_their_default():
+    page = new_notebook(
+        cells=[new_code_cell("row = '8'\nsteps = 3\nrate = 0.5", metadata={"tags": ["parameters"]})]
+    )
+    assert notebook.parameters(page, {"row": "128", "steps": "4", "rate": "1e-3"}, "a") == {
+        "row": "128",
+        "steps": 4,
+        "rate": 1e-3,
+    }
+    assert type(notebook.parameters(page, {"rate": "1"}, "a")["rate"]) is float
+    with pytest.raises(NotebookError, match="0 cells are tagged"):
+        notebook.parameters(new_notebook(), {}, "a")
+
+
+@pytest.mark.parametrize(
+    ("cell", "given", "value"),
+    [
+        ('row: str = "a"', "8", "8"),
+        ("row: 'str' = None", "8", "8"),
+        ("row: str | None = None", "None", None),
+        ("row = 'a'", "None", "None"),
+        ("x: float = 1", "2", 2.0),
+        ("x: float", "-2", -2.0),
+        ("x = 1.0", "-1e-3", -1e-3),
+        ("x = 1.0", "-inf", -math.inf),
+        ("x: int | float = 1", "2", 2),
+        ("x = -1", "-7", -7),
+        ("x: int | None = None", "7", 7),
+        ("x: 'Optional[int]' = None", "7", 7),
+        ("x = None", "7", 7),
+        ("x = None", "-0.5", -0.5),
+        ("x = None", "None", None),
+        ("x = None", "True", True),
+        ("x = None", "[1, 'a']", [1, "a"]),
+        ("x = None", "mixed_2k", "mixed_2k"),
+        ("x = None", "007", "007"),
+        ("x = None", "1,2", "1,2"),
+        ("x = None", "{1: 2}", "{1: 2}"),
+        ("x = False", "True", True),
+        ("x = True", "false", False),
+        ("x: bool = True", "False", False),
+        ("x = [1]", "[]", []),
+        ("x: list[int] = []", "[-1, [2.5, None]]", [-1, [2.5, None]]),
+        ("x = {}", "{'a': {'b': False}}", {"a": {"b": False}}),
+        ("x = 3 * 4", "5", 5),
+        ("x = 3 * 4", "opl", "opl"),
+        ("x: int = 3 * 4", "5", 5),
+        ("import os\nx = os.sep", "[1]", [1]),
+        ("a = x = 3", "5", 5),
+        ("a, x = 1, 2", "5", 5),
+    ],
+)
+def test_values_are_taken_as_papermill_takes_them_and_stand_in_the_cell_as_they_are(
+    cell, given, value
+):
+    """The injected cell, run, gives the name the value that was asked for."""
+    from papermill.translators import PythonTranslator
+
+    page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
+    name = "row" if "row" in cell else "x"
+    found, there = notebook.parameters(page, {name: given}, "a"), {}
+    assert found == {name: value} and type(found[name]) is type(value)
+    exec(PythonTranslator.codify(found), there)
+    assert there[name] == value and type(there[name]) is type(value)
+
+
+def test_annotated_parameters_reach_the_notebook(house):
+    page = new_notebook(
+        cells=[
+            new_markdown_cell("# 09"),
+            new_code_cell(
+                'row: str = "a"\nrate: float = 0.5\ntop = None', metadata={"tags": ["parameters"]}
+            ),
+            new_code_cell("row, rate, top"),
+        ]
+    )
+    (house / "notebooks").mkdir()
+    nbformat.write(page, house / "notebooks" / "09_a.ipynb")
+    notebook_run = command(
+        "run",
+        "notebooks/09_a.ipynb",
+        "executed/a.ipynb",
+        "row=8",
+        "rate=1",
+        "top=[-1, None]",
+        cwd=house,
+    )
+    assert notebook_run.wait(120) == 0, notebook_run.communicate()
+    assert (
+        nbformat.read(house / "executed" / "a.ipynb", as_version=4)
+        .cells[-1]
+        .outputs[0]
+        .data["text/plain"]
+        == "('8', 1.0, [-1, None])"
+    )
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_text_loses_what_belongs_to_one_run(house):
+    assert (
+        notebook.scrub_text(
+            f"<object at 0x7f12ab34cd56> in {house}/data, {Path.home()}/x and {house}"
+        )
+        == "<object at 0x…> in ./data, ~/x and ."
+    )
+    assert (
+        notebook.scrub_text('<table id="T_ab12f"><td id="T_ab12f_row0">')
+        == '<table id="T_00000"><td id="T_00000_row0">'
+    )
+    assert (
+        notebook.scrub_text("mask 0x7f, color #ab12ff, T_total")
+        == "mask 0x7f, color #ab12ff, T_total"
+    )
+    assert notebook.overwritten("a\n 1%\r 2%\r\nb") == "a\n 2%\nb"
+
+
+# ------------------------------------------------------------------ what others met
+
+
+def run_of(house, *cells, **environment):
+    save(house / "a.ipynb", 'profile = "smoke"', *cells)
+    done = command("run", "a.ipynb", "out/a.ipynb", env=os.environ | environment)
+    _, err = done.communicate(timeout=120)
+    return done.returncode, err.strip().splitlines()
+
+
+def test_a_cell_that_ends_the_notebook_is_no_success(house):
+    """The cells behind it have not run, which papermill takes for done."""
+    code, said = run_of(house, "import sys\nsys.exit(0)", "print('behind')")
+    assert (
+        code == 1
+        and "in cell 3 (" in said[-1]
+        and "ended the notebook before its end" in said[-1]
+        and not (house / "out/a.ipynb").exists()
+    )
+
+
+def test_a_magic_that_is_not_there_is_said_in_words(house):
+    code, said = run_of(house, "%nosuchmagic")
+    assert code == 1 and "the cell failed" in said[-1] and "in cell 3" in said[-1]
+
+
+def test_a_temporary_folder_may_have_braces_in_its_name(house, tmp_path):
+    (tmp_path / "t{x}").mkdir()
+    assert run_of(house, "print(1)", TMPDIR=str(tmp_path / "t{x}"))[0] == 0
+
+
+def test_a_draft_that_was_cut_off_does_not_hide_the_reason(house, monkeypatch):
+    def full(notebook, draft, *_):
+        draft.write_text("{")
+        raise OSError(28, "No space left on device")
+
+    save(house / "a.ipynb", 'profile = "smoke"')
+    monkeypatch.setattr(notebook, "execute", full)
+    with pytest.raises(NotebookError, match="No space left on device.*out/a.failed.ipynb"):
+        notebook.run(house / "a.ipynb", house / "out/a.ipynb", {})

@@ -1,0 +1,352 @@
+"""The design is typed, merged in one order, and refused with one clear line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.pipeline import params
+from lib.pipeline.params import ParamsError
+
+ROOT = Path(__file__).parents[2]
+
+
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def changed(*changes: tuple) -> dict:
+    """The committed design, different in a few places: ("finetune.laptop.lr", 3)."""
+    design = params.load(ROOT / "params.yaml")
+    for place, value in changes:
+        *above, last = place.split(".")
+        section = design
+        for key in above:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return design
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """edit(change, …): a repository folder with the changed design, and the working directory in it."""
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+
+    def write(*changes):
+        text = json.dumps(changed(*changes))  # JSON is YAML, but for the numbers that are keys
+        (tmp_path / "params.yaml").write_text(re.sub(r'"(\d+)":', r"\1:", text), encoding="utf-8")
+
+    return write
+
+
+def refused(text: str, *parts: str) -> None:
+    """The message is one line and holds every part."""
+    assert "\n" not in text
+    for part in parts:
+        assert part in text, text
+
+
+def test_the_committed_design_loads_and_every_profile_has_settings_for_every_row():
+    design = params.load(ROOT / "params.yaml")
+    for profile in design["lengths"]:
+        for stage in params.STAGES:
+            assert params.settings(profile, stage).keys() == design[stage]["base"].keys()
+        for table in params.MODELS:
+            stage = "pretrain" if table in params.TRAINED_BY["pretrain"] else "finetune"
+            for row in params.rows(profile, table):
+                assert (
+                    params.settings(profile, stage, row)
+                    and params.settings(profile, "model", row).keys()
+                    == design["model"]["base"].keys()
+                )
+                assert params.length(profile, params.paper_length(row)) > 0
+
+
+def test_a_row_overrides_its_profile_and_a_profile_overrides_base(edit):
+    edit(
+        ("finetune.base.seed", 1),
+        ("finetune.laptop.seed", 2),
+        ("retrievers.opl.seed", 3),
+        ("finetune.base.warmup", 0.25),
+    )
+    assert params.settings("smoke", "finetune")["seed"] == 1
+    assert (
+        params.settings("laptop", "finetune")["seed"]
+        == params.settings("laptop", "finetune", "reads_128")["seed"]
+        == 2
+    )
+    assert params.settings("laptop", "finetune", "opl")["seed"] == 3
+    assert params.settings("laptop", "finetune", "opl")["warmup"] == 0.25
+
+
+def test_a_models_shape_is_that_of_the_row_pretrained_from_scratch(edit):
+    edit(("pretrained.mixed_8k.hidden_size", 48))
+    assert params.settings("laptop", "model", "mixed_8k")["hidden_size"] == 48
+    assert (
+        params.settings("laptop", "model", "opl")["hidden_size"] == 48
+    )  # opl <- warm_32k <- mixed_8k
+    assert "hidden_size" not in params.settings("laptop", "pretrain", "mixed_8k")
+    assert params.settings("laptop", "pretrain", "warm_32k")["pretrained"] == "mixed_8k"
+    assert params.paper_length("opl") == 32768
+
+
+def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
+    edit(
+        (
+            "rows.smoke",
+            {
+                "retrievers": ["opl", "reads_32k"],
+                "pretrained": ["mixed_8k"],
+                "distilled": [],
+                "ablations": ["loss"],
+            },
+        )
+    )
+    assert list(params.rows("smoke", "retrievers")) == ["reads_32k", "opl"]  # the file's order
+    assert params.rows("smoke", "ablations")["loss"]["rows"] == [
+        r for r in params.rows("laptop", "ablations")["loss"]["rows"] if r in ("opl", "reads_32k")
+    ]
+    assert params.rows("gpu", "retrievers") == params.load()["retrievers"]
+    edit(("profile", "smoke"))  # in place, DVC runs every row
+    assert params.rows("smoke", "retrievers") == params.load()["retrievers"]
+
+
+def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
+    edit()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert params.root() == tmp_path
+    assert (
+        params.data("laptop") == tmp_path / "data"
+        and params.data("smoke") == tmp_path / ".work" / "smoke" / "data"
+    )
+    assert (
+        params.output("data/scratch") == tmp_path / "data" / "scratch"
+        and (tmp_path / "data" / "scratch").is_dir()
+    )
+    monkeypatch.chdir("/")
+    with pytest.raises(ParamsError, match="start from the repository"):
+        params.root()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (("finetun", {}), ("finetun", "did you mean 'finetune'")),
+        (("finetune.laptop.leraning_rate", 1.0), ("finetune.laptop", "leraning_rate")),
+        (("pretrain.smoke.tokns", 5), ("pretrain.smoke", "tokns", "did you mean 'tokens'")),
+        (("pretrain.laptp", {}), ("laptp", "did you mean 'laptop'")),
+        (("pretrain.laptop", None), ("pretrain.laptop", "{}")),
+        (("finetune.laptop.lr", "2e-3"), ("finetune.laptop.lr", "a number", "'2e-3'")),
+        (("finetune.laptop.lr", -1.0), ("finetune.laptop.lr", "at least 0")),
+        (("finetune.laptop.documents", 1.5), ("finetune.laptop.documents", "a whole number")),
+        (("finetune.laptop.documents", True), ("finetune.laptop.documents", "true or false")),
+        (("finetune.laptop.documents", 0), ("finetune.laptop.documents", "at least 1")),
+        (
+            ("pretrain.base.mask_rat", 0.3),
+            ("pretrain.base", "mask_rat", "did you mean 'mask_rate'"),
+        ),
+        (("evaluate.base", {"depth": 10}), ("evaluate.base", "'batch_size' is missing")),
+        (("pretrain.base.mask_rate", 1.3), ("pretrain.base.mask_rate", "between 0 and 1")),
+        (("pretrain.base.warmup", float("nan")), ("pretrain.base.warmup", "out of range")),
+        (("data.laptop.books", [512, "1024"]), ("data.laptop.books[1]", "'1024'")),
+        (("data.laptop.books", 512), ("data.laptop.books", "a list")),
+        (("compute.laptop.threads", 0), ("compute.laptop.threads", "at least 1")),
+        (("retrievers.opl.loss", "olp"), ("retrievers.opl.loss", "'olp'", "did you mean 'opl'")),
+        (("retrievers.opl.lenght", 128), ("retrievers.opl", "lenght")),
+        (("retrievers.opl", {"loss": "opl"}), ("retrievers.opl", "'pretrained' is missing")),
+        (
+            ("retrievers.opl.pretrained", "warm_32"),
+            ("retrievers.opl.pretrained", "'warm_32'", "did you mean 'warm_32k'"),
+        ),
+        (("retrievers.mixed_8k", {"pretrained": "mixed_8k"}), ("mixed_8k", "the only one")),
+        (("retrievers.Upper; rm", {"pretrained": "mixed_8k"}), ("Upper; rm", "no name")),
+        (("pretrained.mixed_8k.length", 8191), ("pretrained.mixed_8k.length", "8191", "8192")),
+        (("ablations.loss.rows", ["reads_32k", "old"]), ("ablations.loss.rows", "'old'")),
+        (("ablations.loss.notebook", "../evil"), ("ablations.loss.notebook", "../evil")),
+        (
+            ("continued.warm_32k.pretrained", "warm_32k"),
+            ("wait for each other", "warm_32k <- warm_32k"),
+        ),
+        (
+            ("retrievers.reads_128.pretrained", "prototype_32k"),
+            ("wait for each other", "reads_128"),
+        ),
+        (("lengths.laptop", {128: 128}), ("lengths.laptop", "2048")),
+        (("profile", "labtop"), ("profile", "did you mean 'laptop'")),
+        (("published.theirs", {}), ("published.theirs", "'checkpoint' is missing")),
+        (
+            ("published.theirs", {"checkpoint": "a/b", "length": 128}),
+            ("published.theirs", "length", "did you mean 'max_length'"),
+        ),
+        (
+            ("published.theirs", {"checkpoint": "a/b", "max_length": "2k"}),
+            ("published.theirs.max_length", "whole number"),
+        ),
+        (
+            ("published.theirs", {"checkpoint": "a/b", "max_length": -5}),
+            ("published.theirs.max_length", "at least 1"),
+        ),
+        (("published.theirs", {"checkpoint": 7}), ("published.theirs.checkpoint", "wants text")),
+        (("published.opl", {"checkpoint": "a/b"}), ("published.opl", "the only one")),
+        (("published.theirs", {"checkpoint": "a/b"}), ("evaluated", "retrievers and published")),
+        (
+            ("rows.smoke.retrievers", ["reads_129"]),
+            ("rows.smoke.retrievers", "reads_129", "did you mean"),
+        ),
+        (
+            ("yardsticks.theirs", {"modle": "a/b"}),
+            ("yardsticks.theirs", "modle", "did you mean 'model'"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "a/b", "chunk": "sum"}),
+            ("yardsticks.theirs.chunk", "'sum'", "mean, max, best"),
+        ),
+        (("yardsticks.theirs", {"chunk": "mean"}), ("yardsticks.theirs.chunk", "without 'model'")),
+        (
+            ("yardsticks.theirs", {"model": "a/b", "window": 100}),
+            ("yardsticks.theirs.window", "without 'chunk'"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "key": "sk-abc123"}),
+            ("yardsticks.theirs.key", "name of the environment variable"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "query_options": ["a"]}),
+            ("yardsticks.theirs.query_options", "a section"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "url": "http://evil.org/v1"}),
+            ("yardsticks.theirs.url", "https://"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "chunk": "best"}),
+            ("yardsticks.theirs.chunk", "`window`"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "chunk": "best", "first_tokens": 128}),
+            ("yardsticks.theirs", "one of the two"),
+        ),
+        (
+            ("yardsticks.theirs", {"model": "m", "chunk": "best", "window": 10, "stride": 50}),
+            ("yardsticks.theirs.stride", "window=10"),
+        ),
+        (
+            ("evaluate.laptop.also", ["../mirror"]),
+            ("evaluate.laptop.also", "'../mirror'", "absolute path"),
+        ),
+        (("evaluate.laptop.also", [7]), ("evaluate.laptop.also", "7")),
+        (("rows.smok", {}), ("smok", "did you mean 'smoke'")),
+        (("rows.smoke.ablations", ["mixture"]), ("rows.smoke", "mixture", "leave it out")),
+        (("rows.smoke.continued", []), ("rows.smoke", "needs 'warm_32k'", "rows.smoke.continued")),
+    ],
+)
+def test_a_wrong_design_is_refused_by_name(change, parts):
+    with pytest.raises(ParamsError) as error:
+        params.check(changed(change))
+    refused(str(error.value), *parts)
+
+
+def test_the_message_names_the_file(edit):
+    edit(("retrievers.opl.loss", "olp"))
+    with pytest.raises(
+        ParamsError,
+        match=r"^params.yaml: retrievers.opl.loss: unknown value 'olp'; did you mean 'opl'\?$",
+    ):
+        params.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("profile: laptop\nmodel: [1, 2\n", ("line ",)),
+        ("profile: laptop\nprofile: smoke\n", ("line 2", "duplicate")),
+        ("profile: !!python/object/apply:os.system ['touch hacked']\n", ("line 1",)),
+        ("", ("no sections",)),
+        ("- a\n", ("no sections",)),
+    ],
+)
+def test_a_file_that_is_no_design_is_refused_by_line(edit, tmp_path, text, parts):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError) as error:
+        params.load()
+    refused(str(error.value), "params.yaml", *parts)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_1e_3_is_a_number_as_it_is_for_dvc(edit, tmp_path):
+    (tmp_path / "params.yaml").write_text(
+        TEXT.replace("weight_decay: 1.0e-5", "weight_decay: 1e-5"), encoding="utf-8"
+    )
+    assert "weight_decay: 1e-5" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert params.settings("laptop", "pretrain")["weight_decay"] == 1e-5
+
+
+def test_a_reader_cannot_spoil_the_design_for_the_next(edit):
+    edit()
+    params.load()["data"]["base"]["books"].append(1)
+    params.rows("laptop", "ablations")["loss"]["rows"].clear()
+    assert (
+        1 not in params.load()["data"]["base"]["books"]
+        and params.rows("laptop", "ablations")["loss"]["rows"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda: params.settings("labtop", "model"), ("unknown profile 'labtop'", "laptop")),
+        (lambda: params.settings("laptop", "modle"), ("unknown stage 'modle'", "model")),
+        (lambda: params.settings("laptop", "finetune", "olp"), ("'olp'", "did you mean 'opl'")),
+        (lambda: params.settings("laptop", "finetune", "mixed_8k"), ("retrievers", "'mixed_8k'")),
+        (lambda: params.settings("laptop", "evaluate", "opl"), ("'evaluate' has no rows",)),
+        (lambda: params.rows("laptop", "retriever"), ("unknown table 'retriever'", "retrievers")),
+        (lambda: params.length("laptop", 2000), ("2000", "2048")),
+        (lambda: params.home("tiny"), ("unknown profile 'tiny'", "smoke")),
+    ],
+)
+def test_a_wrong_question_is_refused_by_name(edit, call, parts):
+    edit()
+    with pytest.raises(ParamsError) as error:
+        call()
+    refused(str(error.value), *parts)
+
+
+def test_reading_the_design_costs_no_torch():
+    code = "import sys; from lib.pipeline import params; params.load(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_published_row_is_evaluated_like_any_other(house_of):
+    """Added to the committed file as its comment says."""
+    house_of(
+        {
+            "published: &published {}": "published: &published\n  theirs: {checkpoint: hazyresearch/x, max_length: 2048}"
+        }
+    )
+    assert params.rows("laptop", "published") == {
+        "theirs": {"checkpoint": "hazyresearch/x", "max_length": 2048}
+    }
+    assert [*params.rows("laptop", "evaluated")] == [*params.rows("laptop", "retrievers"), "theirs"]
+    assert "theirs" not in params.rows("smoke", "evaluated")  # half a GB is no smoke test
+    with pytest.raises(ParamsError, match="unknown row 'theirs'"):
+        params.paper_length("theirs")
+
+
+@pytest.fixture
+def house_of(tmp_path, monkeypatch):
+    """house_of({old: new}): a folder with the committed params.yaml, each old replaced, and the working directory in it."""
+
+    def build(changes):
+        text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        for old, new in changes.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+        monkeypatch.chdir(tmp_path)
+
+    return build

@@ -1,0 +1,408 @@
+"""A profile runs its rows, beside the others and unseen by git."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from lib.pipeline import params, profile
+from lib.pipeline.params import ParamsError
+
+ROOT = Path(__file__).parents[2]
+TOY = """\
+stages:
+  train:
+    foreach: ${retrievers}
+    do:
+      cmd: echo ${key} >> "$COUNT" && mkdir -p data/models data/report/${profile}/metrics && echo ${key} > data/models/${key} && echo '{"x":1}' > data/report/${profile}/metrics/${key}.json
+      params: ['retrievers.${key}', 'finetune.${profile}']
+      outs: ['data/models/${key}']
+      metrics:
+        - data/report/${profile}/metrics/${key}.json: {cache: false}
+  page:
+    cmd: ls data/report/${profile}/metrics > data/report/${profile}/index.html
+    deps: ['data/report/${profile}/metrics']
+    plots:
+      - data/report/${profile}/index.html: {cache: false}
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository with toy stages, in a folder whose name has a comma, a space and an umlaut."""
+    root = tmp_path / "höuse, copied"
+    (root / ".dvc").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    shutil.copytree(ROOT / "lib", root / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", ".dvc/config", ".dvcignore", ".gitignore"):
+        shutil.copy2(ROOT / name, root / name)
+    (root / "dvc.yaml").write_text(TOY)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return root
+
+
+def repro(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lib.pipeline.profile", "repro", *arguments],
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def trained() -> list[str]:
+    """The rows trained since the last question."""
+    path = Path(os.environ["COUNT"])
+    rows = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return rows
+
+
+def replace(path: Path, before: str, after: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert before in text
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
+
+
+def git(*arguments) -> str:
+    return subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments],
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
+
+
+def test_another_profile_runs_its_rows_in_its_folder_and_git_stays_clean(house):
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    rows = list(params.rows("smoke", "retrievers"))
+    done = repro("smoke")
+    assert done.returncode == 0, done.stderr
+    assert trained() == rows and "data/report/smoke/index.html" in done.stdout
+    assert (house / "data/report/smoke/index.html").read_text().split() == sorted(
+        f"{row}.json" for row in rows
+    )
+    assert git("status", "--porcelain") == "" and not (house / "dvc.lock").exists()
+
+    assert repro("smoke").returncode == 0 and trained() == []  # a second run is a no-op
+    replace(
+        house / "params.yaml",
+        "opl:             {pretrained: warm_32k, loss: opl",
+        "opl:             {seed: 7, pretrained: warm_32k, loss: opl",
+    )
+    assert repro("smoke").returncode == 0 and trained() == ["opl"]
+    replace(house / "params.yaml", "{seed: 7, ", "{")
+    assert repro("smoke").returncode == 0 and trained() == []  # restored from the run cache
+    assert (house / ".dvc" / "cache").is_dir() and not (house / ".work/smoke/.dvc/cache").exists()
+
+
+def test_an_archive_without_git_runs_in_place_one_row_at_a_time(house):
+    subprocess.run(
+        ["git", "init", "-q", ".."], check=True
+    )  # unpacked inside somebody's other repository
+    done = repro("train@opl", HOME="/proc/nowhere", SHELL="/usr/bin/fish")
+    assert done.returncode == 0, done.stderr
+    assert (
+        trained() == ["opl"]
+        and (house / "data/report/laptop/metrics/opl.json").is_file()
+        and (house / "dvc.lock").is_file()
+    )
+    assert repro("smoke", "train@opl").returncode == 0 and trained() == ["opl"]
+    assert not (house / "data/report/smoke/index.html").exists()
+
+
+def test_a_failing_run_leaves_the_last_report_alone(house):
+    report = house / "data/report/smoke/index.html"
+    report.parent.mkdir(parents=True)
+    report.write_text("of an earlier run")
+    replace(house / "dvc.yaml", "cmd: ls", "cmd: false && ls")
+    assert repro("smoke").returncode != 0 and report.read_text() == "of an earlier run"
+
+
+def test_two_runs_of_one_profile_at_once_are_one_too_many(house):
+    (house / ".work/smoke").mkdir(parents=True)
+    with profile.locked(house / ".work/smoke/.lock", ""):
+        done = repro("smoke")
+    assert (
+        done.returncode == 1
+        and done.stderr == "another run at smoke is at work in .work/smoke: wait until it ends\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killing_the_run_kills_the_kernel(house):
+    cells = [
+        new_code_cell('profile = "smoke"', metadata={"tags": ["parameters"]}),
+        new_code_cell(
+            "import os, sys\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
+        ),
+    ]
+    nbformat.write(new_notebook(cells=cells), house / "notebooks" / "a.ipynb")
+    (house / "dvc.yaml").write_text(
+        "stages:\n  endless:\n    cmd: python -m lib.pipeline.notebook run notebooks/a.ipynb data/a.ipynb && echo\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lib.pipeline.profile", "repro", "smoke"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid = next(int(line.split()[1]) for line in run.stderr if line.startswith("kernel "))
+    run.send_signal(signal.SIGKILL)
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+    assert repro("smoke", "--dry").returncode == 0  # and its locks are gone with it
+
+
+# ------------------------------------------------------------------ a collection of one's own
+
+DATA = """\
+  data:
+    cmd: python -c "from lib.pipeline import params; print(params.settings('${profile}', 'data')['source'])" >> "$COUNT" && mkdir -p data && echo > data/corpus
+    deps: [lib/pipeline/params.py]
+    params: ['data.${profile}']
+    outs: [data/corpus]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    folder = tmp_path / "Meine Sammlung, 1"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    return folder
+
+
+def test_another_collection_runs_in_a_folder_of_its_own_and_is_looked_at_again_when_it_changes(
+    house, mine
+):
+    replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    rows = list(params.rows("smoke", "retrievers"))
+    done = repro("smoke", "--data", str(mine), "--set=finetune.seed=7 data.vocabulary=99")
+    assert done.returncode == 0, done.stderr
+    assert trained() == [*str(mine).split(), *rows]
+    page = re.search(r"see (\S+)", done.stdout)[1]
+    assert (
+        re.fullmatch(r"data/report/smoke-meine-sammlung-1-[0-9a-f]{6}/index.html", page)
+        and (house / page).is_file()
+    )
+    assert (
+        git("status", "--porcelain") == ""
+        and not (house / "dvc.lock").exists()
+        and not (house / ".work/smoke").exists()
+    )
+    work = params.load(house / ".work" / Path(page).parts[2] / "params.yaml")
+    assert (
+        work["data"]["smoke"]["source"],
+        work["data"]["smoke"]["pretraining"]
+        if "pretraining" in work["data"]["smoke"]
+        else "embedded",
+    ) == (str(mine), "embedded")
+    assert (work["finetune"]["smoke"]["seed"], work["data"]["smoke"]["vocabulary"]) == (7, 99)
+
+    again = ("smoke", f"--data={mine}", "--set", "finetune.seed=7", "--set", "data.vocabulary=99")
+    assert repro(*again).returncode == 0 and trained() == []
+    (mine / "a.txt").write_text("another")
+    assert (
+        repro(*again).returncode == 0 and trained() == str(mine).split()
+    )  # the stage data, and what came of it is the same
+    assert repro("smoke").returncode == 0 and trained() == [
+        "embedded",
+        *rows,
+    ]  # and the embedded run is another one
+    assert profile.main(["report", "smoke", f"--data={mine}"]) == 0
+
+
+def test_a_relative_folder_is_one_and_the_same(house, mine, monkeypatch):
+    monkeypatch.chdir(mine.parent)
+    assert profile.options([f"--data={mine.name}", "--text", "./" + mine.name, "data"]) == (
+        {"data": str(mine), "text": str(mine)},
+        ["data"],
+    )
+    monkeypatch.setenv("HOME", str(mine.parent))
+    assert profile.options([f"--data=~/{mine.name}"])[0] == {"data": str(mine)}
+
+
+def test_two_folders_of_one_name_do_not_share_a_run(house, tmp_path):
+    places = []
+    for parent in ("a", "b"):
+        (tmp_path / parent / "ä ö").mkdir(parents=True)
+        places.append(
+            profile.folder(
+                house, "laptop", profile.options(["--data", str(tmp_path / parent / "ä ö")])[0]
+            )
+        )
+    assert places[0] != places[1] and {place.parent for place in places} == {house / ".work"}
+    assert profile.folder(house, "laptop", {"data": "hub"}) == house / ".work" / "laptop-hub"
+    assert profile.folder(house, "laptop", {"text": "/x"}) == house / ".work" / "laptop-embedded"
+
+
+def test_a_relative_remote_is_the_roots_wherever_the_run_is(house):
+    (house / ".dvc" / "config.local").write_text(
+        "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../storage\n['remote \"web\"']\n    url = https://x.invalid/y\n"
+    )
+    assert repro("smoke").returncode == 0
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "list"],
+        cwd=house / ".work/smoke",
+        text=True,
+        capture_output=True,
+    ).stdout
+    assert (
+        re.search(rf"^store\s+{re.escape(str(house.parent / 'storage'))}\b", listed, re.M)
+        and "https://x.invalid/y" in listed
+    )
+
+
+@pytest.mark.parametrize(
+    "said, place",
+    [
+        ("~/cache", "~/cache"),
+        ("/x/cache # shared", "/x/cache"),
+        ("../kept", "kept"),
+        (None, ".dvc/cache"),
+    ],
+)
+def test_the_cache_is_where_dvc_has_it(house, monkeypatch, said, place):
+    monkeypatch.setenv("HOME", str(house.parent))
+    if said:
+        (house / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {said}\n")
+    assert profile.cache_folder(house) == (house / Path(place).expanduser()).resolve()
+
+
+def test_a_configuration_that_cannot_be_read_is_named(house, capsys):
+    (house / ".dvc" / "config.local").write_text("nonsense\n[cache\n")
+    assert profile.main(["repro", "smoke"]) == 1
+    said = capsys.readouterr().err
+    assert "config.local" in said and said.count("\n") == 1
+
+
+def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
+    replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
+    replace(
+        house / "params.yaml",
+        "  smoke:  {books: [512]",
+        f"  smoke:  {{source: '{mine}', books: [512]",
+    )
+    assert repro("smoke").returncode == 0 and trained()[:3] == str(mine).split()
+    (mine / "a.txt").write_text("another")
+    assert repro("smoke").returncode == 0 and trained() == str(mine).split()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--data=hub", "--set=data.source=mine"],
+            "data.laptop.source: 'mine' is none of embedded, hub, longembed and an absolute path",
+        ),
+        (
+            ["--data=hub", "--set=data.pretraining=longembed"],
+            "data.laptop.pretraining: 'longembed' is none of embedded, hub and an absolute path",
+        ),
+        (["--data=nowhere"], "DATA=nowhere: "),
+        (["--data=hubb"], "did you mean 'hub'?"),
+        (["--text=longembed"], "TEXT=longembed: "),
+        (["--data="], "--data: says nothing; it wants a folder, hub, longembed"),
+        (["--text"], "--text: says nothing; it wants a folder, hub"),
+        (["--data=hub", "--set=finetune"], "SET=finetune: wants section.key=value"),
+        (
+            ["--data=hub", "--set=finetun.seed=1"],
+            "SET=finetun.seed=1: unknown section 'finetun'; did you mean 'finetune'?",
+        ),
+        (
+            ["--data=hub", "--set=finetune.allow_test_trainin=true"],
+            "finetune.laptop: unknown key 'allow_test_trainin'; did you mean 'allow_test_training'?",
+        ),
+        (
+            ["--data=hub", "--set=finetune.allow_test_training=ys"],
+            "finetune.laptop.allow_test_training: wants true or false",
+        ),
+        (["smoek", "--data=hub"], "unknown profile or stage 'smoek'"),
+    ],
+)
+def test_a_wrong_collection_or_setting_is_refused_before_anything_runs(
+    house, arguments, message, capsys
+):
+    assert profile.main(["repro", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (house / ".work").exists()
+
+
+STAGES = {"data": None, "finetune": "retrievers", "report": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("laptop", [])),
+        (["smoke"], ("smoke", [])),
+        (["smoke", "finetune@opl", "--single-item"], ("smoke", ["finetune@opl", "--single-item"])),
+        (["finetune@cold"], ("laptop", ["finetune@cold"])),
+        (["data"], ("laptop", ["data"])),
+        (["--dry"], ("laptop", ["--dry"])),
+        (["--glob", "finetune@reads*"], ("laptop", ["--glob", "finetune@reads*"])),
+        (["dvc.yaml:data"], ("laptop", ["dvc.yaml:data"])),
+    ],
+)
+def test_the_first_argument_is_a_profile_unless_it_is_a_stage_or_an_option(arguments, expected):
+    assert profile.split(arguments, params.load(ROOT / "params.yaml"), STAGES) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smoek"], "unknown profile or stage 'smoek'; did you mean 'smoke'?"),
+        (["finetun@opl"], "unknown profile or stage 'finetun@opl'"),
+        (["smoke", "finetun@opl"], "unknown stage 'finetun'; did you mean 'finetune'?"),
+        (["finetune@olp"], "unknown row of finetune at laptop 'olp'; did you mean 'opl'?"),
+        (["smoke", "finetune@cold"], "unknown row of finetune at smoke 'cold'"),
+        (["data@opl"], "unknown row of data at laptop 'opl'; there is none"),
+    ],
+)
+def test_an_unknown_profile_stage_or_row_is_refused_before_anything_runs(arguments, message):
+    with pytest.raises(ParamsError) as error:
+        profile.split(arguments, params.load(ROOT / "params.yaml"), STAGES)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_design_stops_the_run_before_its_first_stage(house):
+    replace(house / "params.yaml", "loss: opl,", "loss: olp,")
+    done = repro("smoke")
+    assert done.returncode == 1 and trained() == [] and not (house / ".work").exists()
+    assert (
+        done.stderr
+        == "params.yaml: retrievers.opl.loss: unknown value 'olp'; did you mean 'opl'?\n"
+    )
+
+
+def test_a_report_that_is_not_there_says_how_to_make_it(house, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(profile.webbrowser, "open", opened.append)
+    assert profile.main(["report", "smoke"]) == 1
+    assert capsys.readouterr().err == "no report at smoke yet: make repro PROFILE=smoke\n"
+    (house / "data/report/smoke").mkdir(parents=True)
+    (house / "data/report/smoke/index.html").write_text("")
+    assert (
+        profile.main(["report", "smoke"]) == 0
+        and opened[0].startswith("file://")
+        and opened[0].endswith("smoke/index.html")
+    )
+    assert profile.main(["report", "smoke", "paper"]) == 2

@@ -1,0 +1,508 @@
+"""The report's pages: complete, offline, harmless, and the same bytes for the same results."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from ruamel.yaml import YAML
+
+from lib.pipeline import files, params
+from lib.pipeline.params import ParamsError
+from lib.report import results, site
+
+ROOT = Path(__file__).parents[2]
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+EVIL = (
+    '<script>alert(1)</script><img src="http://evil.example/x.png" onerror="alert(2)"><a href="javascript:alert(3)">go</a>'
+    '<style>@import "http://evil.example/x.css"</style><p onclick="alert(4)">kept</p></div></main>'
+)
+DRAWING = """<?xml version="1.0"?>
+<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
+<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9" onload="alert(5)">
+ <title>ladder</title><desc>Scores &amp; lengths.</desc><script>alert(6)</script><style>@import url(http://evil.example/y.css)</style>
+ <defs><clipPath id="clip"><rect width="9" height="9"/></clipPath><path id="mark" d="M0 0L1 1"/></defs>
+ <g clip-path="url(#clip)" id="unused"><use xlink:href="#mark" x="1"/><use xlink:href="http://evil.example/z.svg#a"/>
+ <rect style="fill: url(http://evil.example/w)" onclick="alert(7)" width="1"/><a href="javascript:alert(8)"><rect/></a></g>
+</svg>"""
+
+
+class Reader(HTMLParser):
+    """What a page asks a browser to do."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.said: list[str] = []
+        self.feed(text)
+        self.ids = [own["id"] for _, own in self.tags if "id" in own]
+        self.links = [own["href"] for tag, own in self.tags if tag == "a" and "href" in own]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository folder whose path has a space and an umlaut, and the working directory in it."""
+    root = tmp_path / "höuse of pages"
+    root.mkdir()
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    (root / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    monkeypatch.chdir(root)
+    return root
+
+
+def save(path: Path, title: str, *cells) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}"), *cells]), path)
+
+
+@pytest.fixture
+def results(house):
+    """Two executed notebooks, figures, tables and timings at smoke; the data folder."""
+    data = params.data("smoke")
+    save(
+        data / "executed" / "lesson-losses.ipynb",
+        "04 · How do you teach *ranking*?",
+        new_code_cell('profile = "laptop"', metadata={"tags": ["parameters"]}),
+        new_code_cell(
+            '# Parameters\nprofile = "smoke"\nrow = "losses"\n',
+            metadata={"tags": ["injected-parameters"]},
+        ),
+        new_markdown_cell(
+            "A cosine $c(q, d)$, a price of `$5`, and\n\n$$\\frac{a_1}{b} < 1$$\n\n```text\n$x$ stays\n```\n\n"
+            "[05](05_finetune.ipynb) [paper](https://arxiv.org/abs/2402.07440) [bad](javascript:alert(1)) ![x](http://evil.example/p.png)\n\n"
+            + EVIL
+        ),
+        new_code_cell(
+            "loss(q, d)  # <b>",
+            outputs=[
+                new_output("stream", text="\x1b[31m3 < 4\x1b[0m\n"),
+                new_output(
+                    "display_data",
+                    data={
+                        "text/html": f"<div><style>p {{}}</style><table><tr><td align='right'>7</td></tr></table>{EVIL}"
+                    },
+                ),
+                new_output("display_data", data={"image/svg+xml": DRAWING}),
+                new_output("display_data", data={"image/svg+xml": DRAWING}),
+                new_output(
+                    "display_data", data={"image/svg+xml": "<svg", "text/plain": "no picture"}
+                ),
+                new_output("display_data", data={"image/png": PNG, "text/plain": "a dot"}),
+                new_output(
+                    "error",
+                    ename="ValueError",
+                    evalue="x",
+                    traceback=["\x1b[31mValueError\x1b[0m: <x>"],
+                ),
+            ],
+        ),
+    )
+    save(
+        data / "executed" / "finetune-opl.ipynb",
+        "05 · How does an encoder become a retriever?",
+        new_markdown_cell("Back to [04](04_losses.ipynb), on to [99](99_nothing.ipynb)."),
+    )
+    place = results.source("smoke")
+    for name in ("length_ladder", "training", "lesson_losses"):
+        files.write(place / "figures" / f"{name}.svg", DRAWING)
+    results.save_table(
+        pd.DataFrame(
+            {
+                "claim": ["a|b <script>alert(9)</script>"],
+                "ours": ["+2.0 [-1.1, +5.2]"],
+                "n": [12_000],
+                "verdict": ["reproduces"],
+            }
+        ),
+        "paper_map",
+        data,
+        "smoke",
+        "Claims.",
+    )
+    results.save_table(pd.DataFrame(), "ablation_loss", data, "smoke", "Nothing yet.")
+    files.write(place / "tables" / "extra.csv", "x,y\n1,0.5\n")
+    results.metric({"scores": {}}, "evaluate", "opl", data, "smoke")
+    for stage, seconds in (("finetune-opl", 1234.5), ("lesson-losses", 617.25)):
+        files.write(
+            place / "timings" / "stages" / f"{stage}.json",
+            json.dumps({"stage": stage, "seconds": seconds, "peak_gib": 3.25}),
+        )
+    save(
+        place / "timings" / "efficiency.ipynb",
+        "10 · Faster?",
+        new_markdown_cell("See [05](05_finetune.ipynb)."),
+    )
+    return data
+
+
+def built() -> dict[str, str]:
+    """The pages by their place in the report."""
+    place = site.build("smoke").parent
+    return {
+        path.relative_to(place).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(place.rglob("*.html"))
+    }
+
+
+def broken(capsys) -> str:
+    """The one line with which the command failed."""
+    assert site.main(["smoke"]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+# ------------------------------------------------------------------ offline and harmless
+
+
+def test_no_page_asks_for_anything_outside_or_runs_anything(results):
+    pages = built()
+    assert set(pages) == {
+        "index.html",
+        "notebooks/finetune-opl.html",
+        "notebooks/lesson-losses.html",
+        "timings/index.html",
+        "timings/efficiency.html",
+    }
+    for text in pages.values():
+        for tag, own in Reader(text).tags:
+            assert tag not in (
+                "script",
+                "link",
+                "iframe",
+                "object",
+                "embed",
+                "base",
+                "form",
+                "foreignobject",
+            )
+            assert not [key for key in own if key.startswith("on")]
+            for key in ("src", "href", "xlink:href", "style", "fill", "clip-path"):
+                value = own.get(key) or ""
+                assert tag == "a" and key == "href" or "//" not in value, (tag, value)
+                assert "javascript" not in value.lower()
+        assert "default-src 'none'" in text
+        assert str(results.parents[1]) not in text
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        EVIL,
+        "<SCRIPT\n>x</SCRIPT>",
+        "<scr<script>ipt>x</script>",
+        "<svg><script>x</script></svg>",
+        "<div class='\" onclick=\"x'>",
+        "<img src=x onerror=x//",
+        "<!--><script>x</script>-->",
+        "<math><style><img onerror=x></style></math>",
+        "<p style='background: url(//x)'>",
+        "<details open ontoggle=x>",
+    ],
+)
+def test_html_of_an_output_comes_out_with_known_tags_and_attributes_only(attack):
+    reader = Reader(site.sanitized(attack))
+    assert {tag for tag, _ in reader.tags} <= site.HTML_TAGS
+    assert {key for _, own in reader.tags for key in own} <= {
+        "align",
+        "scope",
+        "colspan",
+        "rowspan",
+        "class",
+    }
+
+
+def test_html_of_an_output_is_closed_and_keeps_its_table():
+    html = site.sanitized("<div><table><tbody><tr><td colspan=2>3 &lt; 4</div></section></main>")
+    assert html == '<div><table><tbody><tr><td colspan="2">3 &lt; 4</td></tr></tbody></table></div>'
+    assert site.sanitized("<style>td {}</style><font>a</font> &amp; b") == "a &amp; b"
+
+
+def test_a_drawing_keeps_its_shapes_and_its_references_to_itself():
+    picture, caption = site.drawn(DRAWING, "figure-a b")
+    assert caption == "Scores & lengths."
+    reader = Reader(picture)
+    assert reader.ids == [
+        "figure-a-b-title",
+        "figure-a-b-desc",
+        "figure-a-b-clip",
+        "figure-a-b-mark",
+    ]
+    assert 'clip-path="url(#figure-a-b-clip)"' in picture and 'href="#figure-a-b-mark"' in picture
+    assert reader.tags[0][1]["aria-labelledby"] == "figure-a-b-title figure-a-b-desc"
+    for word in ("evil", "alert", "script", "DOCTYPE", "unused"):
+        assert word not in picture
+    with pytest.raises(ValueError, match="entities"):
+        site.drawn('<!DOCTYPE svg [<!ENTITY a "aa">]><svg>&a;</svg>', "x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["url(http://x)", "fill: url( 'http://x')", "fill: u\\72l(//x)", "url(x.svg#a)", "@import 'x'"],
+)
+def test_a_drawing_loses_attributes_that_would_fetch_something(value):
+    picture, _ = site.drawn(
+        f'<svg xmlns="http://www.w3.org/2000/svg"><rect fill="{value}" style="{value}"/></svg>', "x"
+    )
+    assert picture.endswith("><rect/></svg>")
+
+
+# ------------------------------------------------------------------ the index
+
+
+def test_every_id_is_unique_and_every_link_arrives(results):
+    pages = built()
+    ids = {name: Reader(text).ids for name, text in pages.items()}
+    for name, text in pages.items():
+        assert len(ids[name]) == len(set(ids[name])), name
+        for link in Reader(text).links:
+            if not link.startswith("https://"):
+                path, _, anchor = link.partition("#")
+                target = (
+                    os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+                )
+                assert target in pages and (not anchor or anchor in ids[target]), f"{name}: {link}"
+
+
+def test_sections_come_in_the_order_of_the_questions_and_nothing_is_lost(results):
+    index = built()["index.html"]
+    ablations = [f"ablation-{name}" for name in params.rows("smoke", "ablations")]
+    order = [own["id"] for tag, own in Reader(index).tags if tag == "section"]
+    assert order == [
+        "claims",
+        "length",
+        "where",
+        *ablations,
+        "training",
+        "data",
+        "efficiency",
+        "lessons",
+        "cells",
+        "notebooks",
+        "more",
+    ]
+    lessons, _, more = index.partition('<section id="lessons">')[2].partition('<section id="more">')
+    assert (
+        "figure-lesson_losses-title" in lessons and '<td class="number">0.5</td>' in more
+    )  # tables/extra.csv
+
+
+def test_a_table_has_a_caption_scopes_and_numbers_on_the_right(results):
+    index = built()["index.html"]
+    assert "<caption>Claims. Profile smoke:" in index
+    assert (
+        '<th scope="row">a|b &lt;script&gt;alert(9)&lt;/script&gt;</th><td class="number">+2.0 [-1.1, +5.2]</td><td class="number">12,000</td><td class="yes">reproduces</td>'
+        in index
+    )
+    assert '<th scope="col" class="number">n</th>' in index
+
+
+def test_what_was_not_run_is_named_with_its_command(results):
+    said = " ".join("".join(Reader(built()["index.html"]).said).split())
+    for name, command in (
+        ("figure retrievers", "figures"),
+        ("table table_locov1", "figures"),
+        ("figure ablation_loss", "ablation@loss"),
+        ("table data", "data"),
+        ("figure efficiency_counts", "efficiency"),
+    ):
+        assert f"The {name}: not run (dvc repro {command})." in said
+    assert "Nothing yet." in said and "Nothing of it: not run." in said  # a table without a column
+    rows = len(params.rows("smoke", "retrievers")) + len(params.rows("smoke", "yardsticks"))
+    assert f"1 of {rows} rows are scored; not run: " in said
+
+
+def test_measured_times_have_a_page_of_their_own(results):
+    pages = built()
+    measured = pages.pop("timings/index.html")
+    assert (
+        "1,234.5" in measured
+        and "617.2" in measured
+        and "30.9 min" in measured
+        and "3.25" in measured
+    )  # (1234.5 + 617.25) / 60
+    for text in pages.values():
+        assert not re.search(r"1,?234\.5|617\.2|30\.9", text)
+
+
+def test_the_same_results_give_the_same_bytes_whatever_the_time(results):
+    before = built()
+    files.write(
+        results.source("smoke") / "timings" / "stages" / "finetune-opl.json",
+        json.dumps({"stage": "finetune-opl", "seconds": 7.0, "peak_gib": 1.0}),
+    )
+    after = built()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"timings/index.html"}
+    assert not list(results.source("smoke").rglob(".*"))
+
+
+def test_without_any_result_all_is_not_run(house):
+    pages = built()
+    assert set(pages) == {"index.html", "timings/index.html", "timings/efficiency.html"}
+    assert (
+        "not run" in pages["timings/index.html"] and "not run" in pages["timings/efficiency.html"]
+    )
+    assert pages["index.html"].count('class="missing"') >= 10
+
+
+def test_a_notebook_that_is_gone_loses_its_page(results):
+    assert "notebooks/finetune-opl.html" in built()
+    (results / "executed" / "finetune-opl.ipynb").unlink()
+    assert "notebooks/finetune-opl.html" not in built()
+
+
+# ------------------------------------------------------------------ notebooks
+
+
+def test_a_notebook_shows_its_parameters_code_and_outputs(results):
+    text = built()["notebooks/lesson-losses.html"]
+    assert "<title>04 · How do you teach ranking? (lesson-losses)</title>" in text
+    assert "<dt>profile</dt><dd>smoke</dd>" in text and "laptop" not in text
+    assert '<span class="n">loss</span>' in text and "&lt;b&gt;" in text
+    assert (
+        '<pre class="output">3 &lt; 4</pre>' in text
+        and '<pre class="error">ValueError: &lt;x&gt;</pre>' in text
+    )
+    assert '<td align="right">7</td>' in text and "<p>kept</p>" in text
+    assert f'<img alt="a dot" src="data:image/png;base64,{PNG}">' in text
+    assert '<pre class="output">no picture</pre>' in text  # an SVG that is none
+    assert text.count("<svg ") == 2
+
+
+def test_links_lead_to_notebooks_and_to_the_web_and_nowhere_else(results):
+    reader = Reader(built()["notebooks/lesson-losses.html"])
+    assert set(reader.links) == {
+        "../index.html#notebooks",
+        "../index.html#notebook-05_finetune",
+        "https://arxiv.org/abs/2402.07440",
+        "finetune-opl.html",
+    }
+    assert "99" in "".join(
+        Reader(built()["notebooks/finetune-opl.html"]).said
+    )  # no such notebook: text remains
+
+
+def test_formulas_become_mathml_and_code_stays_code(results):
+    text = built()["notebooks/lesson-losses.html"]
+    assert text.count("<math ") == 2 and '<math display="block">' in text and "<mfrac>" in text
+    assert "<code>$5</code>" in text and "$x$ stays" in text
+
+
+@pytest.mark.parametrize(
+    "source, shown",
+    [
+        ("costs $5 and $10", "costs $5 and $10"),
+        (r"\$a\$", "$a$"),
+        ("``a $x$ b``", "<code>a $x$ b</code>"),
+        ("~~~text\n$x$\n~~~", "$x$"),
+        (r"$\nosuchcommand{x}$", r"<code>\nosuchcommand{x}</code>"),
+        (r"$\text{<b onclick=x>}$", r"<code>\text{&lt;b onclick=x&gt;}</code>"),
+        ("$a & b$", "<code>a &amp; b</code>"),
+    ],
+)
+def test_what_is_no_formula_is_shown_as_typed(source, shown):
+    html = site.markdown(source, set())
+    assert shown in html and "<math" not in html
+
+
+def test_a_formula_over_several_lines_is_not_taken_for_markdown():
+    html = site.markdown("Let $a_1 * b_1 * c$ and\n\n$$x\n- y_1\n= *z*$$", set())
+    assert (
+        html.count("<math") == 2 and "<em>" not in html and "<li>" not in html and "<h" not in html
+    )
+    link = site.formula(r"\href{javascript:alert(1)}{x}", "inline")
+    assert "javascript" not in link
+
+
+# ------------------------------------------------------------------ what can go wrong
+
+
+@pytest.mark.parametrize(
+    "name, content, way_out",
+    [
+        ("executed/finetune-opl.ipynb", "{", "`dvc repro finetune@opl`"),
+        ("executed/mine.ipynb", "{}", "delete it"),
+        ("executed/finetune-gone.ipynb", "{}", "delete it"),
+        ("report/smoke/figures/ablation_loss.svg", "<svg>", "`dvc repro ablation@loss`"),
+        ("report/smoke/figures/mine.svg", "<html/>", "delete it"),
+        ("report/smoke/tables/rows.md", "no table", "`dvc repro figures`"),
+        ("report/smoke/tables/data.md", "c\n\n| a | b |\n|---|---|\n| 1 |\n", "`dvc repro data`"),
+        ("report/smoke/metrics/evaluate/opl.json", "{", "`dvc repro evaluate@opl`"),
+        ("report/smoke/timings/stages/data.json", "[]", "`dvc repro --force data`"),
+        ("report/smoke/timings/efficiency.ipynb", "\0", "`dvc repro --force efficiency`"),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_the_last_report_stays(
+    results, capsys, name, content, way_out
+):
+    before = built()
+    (results / name).write_text(content, encoding="utf-8")
+    (results / "executed" / "lesson-losses.ipynb").unlink()  # the next report would be another one
+    line = broken(capsys)
+    assert name in line and way_out in line
+    place = results.source("smoke")
+    assert {
+        path.relative_to(place).as_posix(): path.read_text(encoding="utf-8")
+        for path in place.rglob("*.html")
+    } == before
+    assert not list(place.rglob(".*"))
+
+
+def test_a_report_that_cannot_be_written_is_one_line(results, capsys):
+    (results.source("smoke") / "index.html").mkdir(parents=True)
+    assert "index.html" in broken(capsys)
+
+
+def test_an_unknown_profile_is_one_line_with_the_nearest_name(house, capsys):
+    assert site.main(["smokee"]) == 1
+    assert capsys.readouterr().err == "unknown profile 'smokee'; did you mean 'smoke'?\n"
+    with pytest.raises(ParamsError):
+        site.build("nothing")
+    assert site.main([]) == 2
+
+
+def test_python_m_lib_page_writes_the_pages(results):
+    done = subprocess.run(
+        [sys.executable, "-m", "lib.report.site", "smoke"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip().endswith("data/report/smoke/index.html")
+    assert (results.source("smoke") / "notebooks" / "finetune-opl.html").is_file()
+
+
+def test_the_stages_are_those_of_the_pipeline(house):
+    """The notebook and the rows of every stage, and who writes which figure and table, as dvc.yaml has them."""
+    pipeline = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    runs = {
+        stage: body for stage, body in pipeline.items() if "lib.pipeline.notebook run" in str(body)
+    }
+    assert list(runs) == list(site.STAGES)
+    for stage, body in runs.items():
+        source, table = site.STAGES[stage]
+        assert (f"${{{table}}}" if table else None) == body.get("foreach")
+        assert f"data/source/{source or '${item.notebook}'}.ipynb" in body.get("do", body)["cmd"]
+        for plot in body.get("do", body).get("plots", []):
+            row = next(iter(params.load()[table])) if table else ""
+            path = Path(next(iter(plot)).replace("${key}", row))
+            if path.parent.name != "curves":
+                assert site.writer(path) == (f"{stage}@{row}" if table else stage)
