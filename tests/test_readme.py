@@ -1,95 +1,246 @@
-"""The README's commands exist, its links lead somewhere, and its numbers are those of the committed run."""
+"""README.md and docs/: commands exist, links lead somewhere, code runs, numbers are the run's.
 
+Tables between `<!-- name: made from file … -->` and `<!-- /name -->` are made from that file:
+
+    python tests/test_readme.py        writes them anew, after a run
+"""
+
+import ast
 import csv
+import importlib
+import os
 import re
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 
+from lib.benchmark import metrics, search
 from lib.model import checkpoint
 from lib.pipeline import params
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAP = ROOT / "data" / "report" / "laptop" / "tables" / "paper_map.csv"
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES[ROOT / "README.md"]
+TEXT = "\n".join(PAGES.values())
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
-def table(text: str) -> list[dict[str, str]]:
-    head, _, *body = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()
-    ]
-    return [dict(zip(head, row)) for row in body]
+def code_with(word: str) -> str:
+    return next(block for block in PYTHON if word in block)
+
+
+# ---------------------------------------------------------------- tables made from files
+
+HEADLINES = ("Table 13", "Table 3", "Table 6", "Table 7", "Table 8", "Table 5")
+
+
+def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
+    """A table whose last `right` columns are numbers."""
+    rule = ["---"] * (len(header) - right) + ["--:"] * right
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *rows])
+
+
+def records(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def all_claims(path: Path) -> str:
+    shown = [{k: v for k, v in row.items() if not k.startswith("tried")} for row in records(path)]
+    return markdown(list(shown[0]), [list(row.values()) for row in shown])
+
+
+def six_claims(path: Path) -> str:
+    """The first claim of each table that the paper's summary rests on."""
+    header = ["claim", "paper", "on", "ours", "the paper's", "verdict"]
+    rows = records(path)
+    first = [next(row for row in rows if row["paper"] == table) for table in HEADLINES]
+    return markdown(header, [[row[column] for column in header] for row in first])
+
+
+def encoder_speed(path: Path, threads: int) -> str:
+    """Tokens per second at each length; factors over the definition, the engine's over the twin."""
+    by_length: dict[str, dict[str, dict]] = {}
+    for row in records(path):
+        by_length.setdefault(row["length_tokens"], {})[row["model"]] = row
+    cells = [speed_cells(int(length), models) for length, models in by_length.items()]
+    if threads == 1:
+        cells = [{k: v for k, v in row.items() if k not in ONLY_TWO_THREADS} for row in cells]
+    return markdown(list(cells[0]), [list(row.values()) for row in cells], right=len(cells[0]))
+
+
+ONLY_TWO_THREADS = ("model", "bandwidth", "peak GiB, float32 and bfloat16")
+
+
+def speed_cells(length: int, models: dict[str, dict]) -> dict[str, str]:
+    def rate(name: str, factor: str = "", of: str = "") -> str:
+        if name not in models:
+            return "–"
+        value = models[of or name].get(factor) if factor else None
+        return f"{float(models[name]['tokens_s']):,.0f}" + (
+            f" ({float(value):.1f} ×)" if value else ""
+        )
+
+    fast = models["engine, bfloat16"]
+    engines = [models["engine, float32"], fast]
+    return {
+        "tokens": f"{length:,}",
+        "definition": rate("definition, float32"),
+        "model": rate("model, float32"),
+        "engine, float32": rate("engine, float32", "over_definition"),
+        "engine, bfloat16": rate("engine, bfloat16", "over_definition"),
+        "BERT-base, bfloat16 (engine over it)": rate(
+            "Transformer twin, bfloat16", "over_twin", "engine, bfloat16"
+        ),
+        "limit": f"{100 * float(fast['of_products']):.0f} %",
+        "bandwidth": f"{100 * float(fast['of_bandwidth']):.0f} %",
+        "peak GiB, float32 and bfloat16": ", ".join(
+            f"{float(engine['peak_gib']):.1f}" for engine in engines
+        ),
+    }
+
+
+MAKERS = {
+    "claims": six_claims,
+    "map": all_claims,
+    "encoder": partial(encoder_speed, threads=2),
+    "encoder_one_thread": partial(encoder_speed, threads=1),
+}
+TABLE = re.compile(r"(<!-- (\w+): made from (\S+) .*?-->\n)(.*?)(<!-- /\2 -->)", re.S)
+
+
+def made(match: re.Match) -> str:
+    """The table between two markers, from the file that the first one names."""
+    return match[1] + MAKERS[match[2]](ROOT / match[3]) + match[5]
+
+
+def test_the_tables_are_made_from_the_committed_files():
+    found = {match[2]: match for match in TABLE.finditer(TEXT)}
+    assert found.keys() == MAKERS.keys()
+    for name, match in found.items():
+        assert match[0] == made(match), f"{name}: python tests/test_readme.py writes it anew"
+    assert found["map"][4].count("\n") > 12 and found["claims"][4].count("\n") == 8
+
+
+def test_the_figures_caption_is_the_committed_runs():
+    path = ROOT / next(match[3] for match in TABLE.finditer(TEXT) if match[2] == "map")
+    ours = {
+        row["on"]: row["ours"] for row in records(path) if row["rows"] == "reads_32k − reads_128"
+    }
+    caption = " ".join(README.split("\n\n")[3].split())
+    assert caption.index(ours["deep"]) < caption.index(ours["shallow"])
+
+
+# ---------------------------------------------------------------- size, commands, links
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 100 and len(README.encode()) <= 6_000
 
 
 def test_every_make_command_has_its_target_and_every_row_exists():
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[
-        1
-    ].split()
-    assert {name for name in re.findall(r"make (\w+)", README)} >= {
-        "repro",
-        "test",
-        "report",
-        "lab",
-        "help",
-    }
-    for name in re.findall(r"`make (\w+)|^make (\w+)", README, re.M):
-        assert "".join(name) in targets
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    named = {"".join(name) for name in re.findall(r"`make ([a-z]+)|^make ([a-z]+)", TEXT, re.M)}
+    assert named >= {"repro", "test", "report", "lab", "help"}
+    assert named <= set(targets)
     design = params.load(ROOT / "params.yaml")
-    for profile in re.findall(r"PROFILE=(\w+)", README):
+    for profile in re.findall(r"PROFILE=(\w+)", TEXT):
         assert profile in design["lengths"]
-    for row in re.findall(r"ARGS=\w+@(\w+)", README):
-        assert row in {name for kind in params.TABLES for name in design[kind]}
+    for row in re.findall(r"ARGS=\w+@(\w+)", TEXT):
+        assert row in {name for table in params.TABLES for name in design[table]}
 
 
-def test_every_link_leads_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
-    assert len(links) > 10
-    assert not [link for link in links if not (ROOT / link).exists()]
+def anchors(text: str) -> set[str]:
+    """The headings of a page as the repository's page links them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_notebook_and_module_has_its_place():
-    assert {
-        int(number)
-        for number in re.findall(r"\b(\d\d) (?:start|the|pre|fine|eval|eff|all)", README)
-    } | {7, 8, 9} == set(range(13))
-    assert "07-09" in README
-    named = set(
-        re.findall(
-            r"`(\w+)`", next(line for line in README.splitlines() if line.startswith("| [`lib/`]"))
-        )
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_and_image_leads_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not heading or heading in anchors(PAGES[target]), link
+
+
+def test_every_page_is_reached_from_the_readme():
+    assert {path.name for path in PAGES} - {"README.md"} == set(
+        re.findall(r"\(docs/(\w+\.md)\)", README)
     )
-    assert named == {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
 
 
-def test_the_map_is_the_committed_runs():
-    stored = {line["claim"]: line for line in csv.DictReader(MAP.open(encoding="utf-8"))}
-    shown = table(README.split("tests/test_readme.py -->")[1].split("<!-- /map -->")[0])
-    assert len(shown) >= 10
-    for line in shown:
-        own = stored[line["claim"]]
-        assert {
-            key: line[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")
-        } == {key: own[key] for key in ("paper", "rows", "on", "ours", "the paper's", "verdict")}
+def test_every_notebook_room_and_module_has_its_place():
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r"notebooks/(\d\d_\w+\.ipynb)", TEXT)) == notebooks
+    rooms = {path.parent for path in (ROOT / "lib").glob("*/*.py")}
+    assert set(re.findall(r"^\| \[`lib/(\w+)`\]", README, re.M)) == {room.name for room in rooms}
+    extend = PAGES[ROOT / "docs" / "extend.md"]
+    for room in rooms:
+        line = next(
+            line for line in extend.splitlines() if line.startswith(f"| [`lib/{room.name}`]")
+        )
+        named = set(re.findall(r"`(\w+)`", line.split("|")[2]))
+        assert named == {path.stem for path in room.glob("*.py")} - {"__init__"}, room.name
+
+
+def test_every_path_in_code_marks_exists():
+    for path in set(re.findall(r"`((?:lib|tests|docs|notebooks)/[\w/]+\.\w+)", TEXT)):
+        assert (ROOT / path).is_file(), path
+
+
+# ---------------------------------------------------------------- code
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.split("\n")[0])
+def test_every_python_block_imports_and_names_what_exists(block):
+    modules = {}
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.split(".")[0]
+                modules[alias.asname or name] = pytest.importorskip(
+                    alias.name
+                ) and importlib.import_module(name)
+        elif isinstance(node, ast.ImportFrom):
+            module = (
+                importlib.import_module(node.module)
+                if node.module.startswith("lib")
+                else pytest.importorskip(node.module)
+            )
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                modules[alias.asname or alias.name] = getattr(module, alias.name)
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id not in modules or hasattr(modules[node.value.id], node.attr), (
+                node.attr
+            )
 
 
 def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkeypatch):
-    """The README's own code, on a file and a tokenizer that are here."""
+    """The page's own code, on a file and a tokenizer that are here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    torch.save(
-        {
-            name.removeprefix("param/"): value
-            for name, value in golden("tiny_base").items()
-            if name.startswith("param/bert.")
-        },
-        tmp_path / "pytorch_model.bin",
-    )
+    weights = {
+        name.removeprefix("param/"): value
+        for name, value in golden("tiny_base").items()
+        if name.startswith("param/bert.")
+    }
+    torch.save(weights, tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
-    code = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", README, re.S)
-        if "load_published" in block
-    )
+    code = code_with("load_published")
     for name in (checkpoint.PUBLISHED[0], "bert-base-uncased"):
         assert code.count(name) == 1
         code = code.replace(name, str(tmp_path))
@@ -98,14 +249,50 @@ def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkey
     assert names["vectors"].shape == (2, 32) and names["vectors"].dtype == "float32"
     listed = [
         f"{head}{length}{tail}"
-        for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", README)
+        for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", TEXT)
         for length in lengths.split(",")
     ]
     assert sorted(listed) == sorted(checkpoint.PUBLISHED)
 
 
+def test_the_lines_for_an_approximate_index_find_most_of_what_exact_search_finds(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    vectors = np.random.default_rng(1).standard_normal((1_500, 16)).astype(np.float32)
+    np.save("documents.npy", vectors)
+    np.save("queries.npy", vectors[:2] + 0.1)
+    names: dict = {}
+    exec(code_with("index_factory"), names)
+    ids = [str(row) for row in range(len(vectors))]
+    exact = search.search(np.load("queries.npy"), vectors, names["qids"], ids, k=10)
+    judged = {qid: {pid: 1 for pid in ranking} for qid, ranking in exact.items()}
+    assert metrics.recall(names["run"], judged, k=10) > 0.5
+    for qid, ranking in names["run"].items():
+        assert {pid: exact[qid][pid] for pid in ranking if pid in exact[qid]} == {
+            pid: score for pid, score in ranking.items() if pid in exact[qid]
+        }
+
+
+def test_the_rows_for_other_peoples_models_are_rows(tmp_path):
+    block = re.search(r"```yaml\n(.*?)```", PAGES[ROOT / "docs" / "extend.md"], re.S)[1]
+    yaml = YAML()
+    design = yaml.load(ROOT / "params.yaml")
+    for table, rows in yaml.load(block).items():
+        design[table] |= rows
+    yaml.dump(design, tmp_path / "params.yaml")
+    assert params.load(tmp_path / "params.yaml")
+
+
 @pytest.mark.parametrize("mark", ["@", "TODO", "TBD"])
 def test_nothing_is_left_to_fill_in(mark):
-    assert not re.findall(
-        rf"(?<![\w`]){mark}[A-Z_]*@?", re.sub(r"`[^`]*`", "", README).replace("```", "")
-    )
+    prose = re.sub(r"`[^`]*`", "", re.sub(r"```.*?```", "", TEXT, flags=re.S))
+    assert not re.findall(rf"(?<![\w`]){mark}[A-Z_]*@?", prose)
+
+
+if __name__ == "__main__":
+    for page, text in PAGES.items():
+        if (fresh := TABLE.sub(made, text)) != text:
+            page.write_text(fresh, encoding="utf-8", newline="\n")
+            print(os.path.relpath(page))

@@ -1,4 +1,4 @@
-"""BM25, the yardstick that reads words: no training, no vectors, any language.
+"""BM25, the baseline that reads words: no training, no vectors, any language.
 
 bm25(documents, queries)         a run, of the whole text or of its first tokens
 Bm25(first_tokens, tokenizer)    the same as a ranker of tasks, beside encoders
@@ -15,7 +15,7 @@ from operator import add
 import numpy as np
 import regex
 
-from lib.benchmark.encoder import CHARACTERS_PER_TOKEN, beginning, encodable
+from lib.model.tokens import CHARACTERS_PER_TOKEN, beginning, encodable
 
 # The most frequent English function words; other languages lose nothing but these.
 STOP_WORDS = frozenset(

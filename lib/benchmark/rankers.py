@@ -1,10 +1,10 @@
 """What ranks documents for a row of params.yaml: an encoder trained here, the authors', somebody else's, or BM25.
 
-    of(profile, row)                    the ranker of any row of retrievers, published or yardsticks, for `retrieve.rank`
+    of(profile, row)                    the ranker of any row of retrievers, published or baselines, for `retrieve.rank`
     ranker.reading(128)                 the same, reading no more than the first tokens
     Foreign(documents, queries, …)      an encoder made elsewhere: its first tokens, or all in windows
 
-Rows of `yardsticks`, by their keys:
+Rows of `baselines`, by their keys:
 
     {}                                                                      BM25
     {model: BAAI/bge-large-en-v1.5}                                         sentence-transformers: a hub id,
@@ -35,15 +35,14 @@ from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import (
     CHUNKS,
     Encoder,
-    bar,
     by_windows,
     checked_stride,
-    encodable,
     unit,
-    windows,
 )
 from lib.benchmark.hosted import Hosted, RefusedText, Remembered
+from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
+from lib.pipeline.progress import bar
 
 BATCH = 512  # texts given to a foreign model at a time
 
@@ -63,10 +62,10 @@ def of(profile: str, row: str, source: str | Path | None = None, device: str = "
     """
     design = params.load()
     tables = {
-        name: table for table in ("retrievers", "published", "yardsticks") for name in design[table]
+        name: table for table in ("retrievers", "published", "baselines") for name in design[table]
     }
-    params.known(row, tables, "row of retrievers, published or yardsticks")
-    if tables[row] != "yardsticks":
+    params.known(row, tables, "row of retrievers, published or baselines")
+    if tables[row] != "baselines":
         from lib.model import checkpoint
         from lib.model.m2bert import M2BertForRetrieval
 
@@ -74,11 +73,9 @@ def of(profile: str, row: str, source: str | Path | None = None, device: str = "
             params.data(profile) / "models" / row, M2BertForRetrieval
         )
         return Encoder(model.to(device), tokenizer, truncate=True)
-    own = design["yardsticks"][row]
+    own = design["baselines"][row]
     if "model" in own and "url" not in own:
         return sentence_transformer(own, device)
-    from lib.corpus.build import load_tokenizer
-
     tokenizer = load_tokenizer(source or params.data(profile) / "corpus")
     if "url" in own:
         return hosted(own, tokenizer, params.data(profile) / "embeddings")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lib.benchmark import locov1
 from lib.benchmark.locov1 import Task
+from lib.benchmark.task import CorpusError
 from lib.corpus import build
-from lib.corpus.build import CorpusError
 from lib.pipeline import params
 from lib.report import results
 
@@ -131,7 +131,7 @@ def filled(texts: list[str], tokenizer, length: int) -> int:
 
 def baselines(profile: str) -> Iterator[str]:
     """Rows of other people's models: what they need is installed, and their key is set."""
-    for row, own in params.rows(profile, "yardsticks").items():
+    for row, own in params.rows(profile, "baselines").items():
         wanted = (
             ("openai", "lmdb")
             if "url" in own

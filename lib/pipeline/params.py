@@ -36,7 +36,7 @@ TABLES = (
     "retrievers",
     "published",
     "evaluated",
-    "yardsticks",
+    "baselines",
     "ablations",
     "lessons",
 )
@@ -55,14 +55,14 @@ OWN_KEYS = {
     "distilled": {"pretrained": str, "teacher": str},
     "retrievers": {"pretrained": str},
     "published": {"checkpoint": str},
-    "yardsticks": {},
+    "baselines": {},
     "ablations": {"notebook": str, "rows": list},
     "lessons": {"notebook": str},
 }
 # The same, where it may be left out.
 OPTIONAL = {
     "published": {"tokenizer": str, "max_length": int},
-    "yardsticks": {
+    "baselines": {
         "first_tokens": int,
         "model": str,
         "revision": str,
@@ -78,7 +78,7 @@ OPTIONAL = {
         "document_options": dict,
     },
 }
-# Keys of a yardstick that say nothing without another one.
+# Keys of a baseline that say nothing without another one.
 NEEDS = {
     "revision": "model",
     "chunk": "model",
@@ -98,7 +98,7 @@ REFERENCES = {
     ("distilled", "pretrained"): ("pretrained", "continued"),
     ("distilled", "teacher"): ("retrievers",),
     ("retrievers", "pretrained"): ("pretrained", "continued", "distilled"),
-    ("ablations", "rows"): ("retrievers", "yardsticks"),
+    ("ablations", "rows"): ("retrievers", "baselines"),
 }
 CHOICES = {
     ("compute", "device"): ("auto", "cpu", "cuda", "mps"),
@@ -108,7 +108,7 @@ CHOICES = {
     ("pretrain", "mixture"): ("short", "long", "mixed"),
     ("pretrain", "extend_filters"): ("stretch", "tile", "extrapolate"),
     ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
-    ("yardsticks", "chunk"): ("mean", "max", "best"),
+    ("baselines", "chunk"): ("mean", "max", "best"),
 }
 SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"}  # of something: at most 1
 AT_LEAST_ONE = {
@@ -272,7 +272,7 @@ def select(design: dict, profile: str) -> dict[str, dict]:
         for table in TABLES
     }
     tables["evaluated"] = {**tables["retrievers"], **tables["published"]}
-    run = tables["evaluated"].keys() | tables["yardsticks"].keys()
+    run = tables["evaluated"].keys() | tables["baselines"].keys()
     tables["ablations"] = {
         name: {**own, "rows": [row for row in own["rows"] if row in run]}
         for name, own in tables["ablations"].items()
@@ -465,7 +465,7 @@ def kind(value) -> str:
 
 
 def check_rows(design: dict) -> None:
-    """Names unique over all models and yardsticks, keys of each row known and typed."""
+    """Names unique over all models and baselines, keys of each row known and typed."""
     seen: dict[str, str] = {}
     for table in TABLES:
         if table == "evaluated":
@@ -499,7 +499,7 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
         if key in OPTIONAL.get(table, {}):
             check_value(where, table, key, value, {key: OPTIONAL[table][key]()})
             continue
-        if (table, key) == ("yardsticks", "form"):
+        if (table, key) == ("baselines", "form"):
             raise ParamsError(
                 f"{where}.form: endpoints are asked in OpenAI's form, leave the key out; Cohere's address for that is https://api.cohere.ai/compatibility/v1"
             )
@@ -509,7 +509,7 @@ def check_row(design: dict, table: str, where: str, own: dict) -> None:
         raise ParamsError(
             f"{where}.length: {own['length']} is none of the paper's {', '.join(map(str, PAPER_LENGTHS))}; what they are in a profile stands in `lengths`"
         )
-    if table == "yardsticks":
+    if table == "baselines":
         for key, other in NEEDS.items():
             if key in own and other not in own:
                 raise ParamsError(f"{where}.{key}: says nothing without {other!r}")

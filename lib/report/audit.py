@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from lib.benchmark import locov1, metrics
+from lib.benchmark import locov1, statistics
 from lib.pipeline import params
 from lib.report import comparison, results
 
@@ -34,7 +34,7 @@ OTHERS = {
     "OpenAI Ada": "text-embedding-ada-002",
     "Voyage-001": "voyage-01",
     "Cohere v3": "embed-english-v3",
-}  # by what the `model` of a yardstick contains
+}  # by what the `model` of a baseline contains
 
 
 # ------------------------------------------------------------------ ours
@@ -79,7 +79,7 @@ class Measured:
     def on_own(self, row: str) -> tuple | None:
         """On the profile's own tasks, their queries together and each query averaged over the row's seeds."""
         some = comparison.seeds_mean(self.values[self.values["task"].isin(self.own)], row)
-        return tuple(100 * np.array(metrics.interval(some.to_numpy()))) if len(some) else None
+        return tuple(100 * np.array(statistics.interval(some.to_numpy()))) if len(some) else None
 
     def on_average(self, row: str, names: list[str]) -> tuple | None:
         """The mean over real tasks, and its interval over the queries within each."""
@@ -89,7 +89,7 @@ class Measured:
         each = [some.loc[some["task"] == self.real[name].name, "ndcg@10"] for name in names]
         draws = 100 * np.mean(
             [
-                metrics.resampled(values.to_numpy(), metrics.RESAMPLES, i)
+                statistics.resampled(values.to_numpy(), statistics.RESAMPLES, i)
                 for i, values in enumerate(each)
             ],
             axis=0,
@@ -120,10 +120,10 @@ def size(task: locov1.Task) -> tuple[int, int]:
 
 def stand_ins(profile: str) -> dict[str, list[str]]:
     """{model of the paper: the rows that stand for it, the best first}; "<model>, chunks" for those that read in windows."""
-    yardsticks = params.rows(profile, "yardsticks")
+    baselines = params.rows(profile, "baselines")
     found = {model: [row] for model, row in LADDER.items()}
     for model, name in OTHERS.items():
-        known = {row: own for row, own in yardsticks.items() if name in own.get("model", "")}
+        known = {row: own for row, own in baselines.items() if name in own.get("model", "")}
         found |= {
             model: [row for row, own in known.items() if not own.get("chunk")],
             f"{model}, chunks": [row for row, own in known.items() if own.get("chunk")],
@@ -140,7 +140,7 @@ def stand_ins(profile: str) -> dict[str, list[str]]:
             None,
         )
         found.setdefault(f"M2-BERT-{length}", []).insert(0, row)
-    return found | {"BM25": [row for row, own in yardsticks.items() if own == {}]}
+    return found | {"BM25": [row for row, own in baselines.items() if own == {}]}
 
 
 def counted(task: locov1.Task) -> dict[str, tuple]:
@@ -212,15 +212,15 @@ def why_not(model: str) -> tuple[str, str]:
     """The verdict and the reason where no row has a number for a model of the paper."""
     model = model.partition(", ")[0]
     if model in ("OpenAI Ada", "Voyage-001", "Cohere v3"):
-        return CANNOT, "an endpoint that wants a key: a row of yardsticks with url and key"
+        return CANNOT, "an endpoint that wants a key: a row of baselines with url and key"
     if model == "ColBERTv2":
         return CANNOT, "late interaction: a vector for each token, which no ranker here has"
     if model == "E5-Mistral":
-        return CANNOT, "7 billion weights: a row of yardsticks on a GPU"
+        return CANNOT, "7 billion weights: a row of baselines on a GPU"
     if model == "BGE-Large fine-tuned":
         return CANNOT, "only our own architecture is fine-tuned here"
     return results.NOT_RUN, "LoCoV1 is not among the sources: evaluate.also: [hub], or a mirror" + (
-        ", and a row of yardsticks" if model.startswith(("BGE", "Jina")) else ""
+        ", and a row of baselines" if model.startswith(("BGE", "Jina")) else ""
     )
 
 
@@ -322,7 +322,7 @@ def paper_cells(
     }
     passages = always(
         results.NOT_RUN,
-        "passages of Natural Questions; for other models than ours, a row of yardsticks",
+        "passages of Natural Questions; for other models than ours, a row of baselines",
     )
     return pd.DataFrame(
         [

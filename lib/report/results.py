@@ -1,7 +1,7 @@
 """What is found, shown and kept: one look for figures and tables, and numbers that later stages read.
 
     style()                                   at the top of a notebook
-    figure(fig, name, out, profile, caption)  an SVG under <out>/report/<profile>/figures, and the figure in the notebook
+    figure(fig, name, out, profile, caption)  an SVG in a stage's folder of the report, and the figure in the notebook
     save_table(frame, name, …)                the same for a table: .md to read, .csv to compute with
     table(frame, caption)                     a table in the notebook only
     metric(…), curve(…)                       numbers for later stages
@@ -17,6 +17,7 @@ paper's numbers beside ours in lib/report/audit.py, and the report's pages are m
 import json
 import math
 import re
+from collections.abc import Iterable
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -27,10 +28,11 @@ import pandas as pd
 from lib.pipeline import files, params
 
 NOT_RUN = "not run"
-STAGE_TABLES = {
-    "pretrain": ("pretrained", "continued"),
-    "finetune": ("distilled", "retrievers"),
-    "evaluate": ("evaluated", "yardsticks"),
+# What kind of step -> the stages that take it, each with the table of its rows.
+STAGES = {
+    "pretrain": {"pretrain": "pretrained", "continue": "continued"},
+    "finetune": {"distill": "distilled", "finetune": "retrievers"},
+    "evaluate": {"evaluate": "evaluated", "baseline": "baselines"},
 }
 
 
@@ -81,14 +83,20 @@ def svg(fig, title: str, caption: str) -> str:
 
 
 def figure(fig, name: str, out, profile: str, caption: str) -> None:
-    """Write <out>/report/<profile>/figures/<name>.svg, the caption inside it, and show both in the notebook."""
+    """Write <name>.svg with its caption inside, and show both in the notebook.
+
+    Args:
+        name: the figure's path in the report: a stage, its row if it has rows, and a name,
+            such as `data/bm25_ladder` or `lesson/losses/lesson_losses`.
+    """
     import matplotlib.pyplot as plt
 
     caption = f"{caption} {note(profile)}"
-    picture = svg(fig, name.replace("_", " "), caption)
-    files.write(folder(out, profile) / "figures" / f"{name}.svg", picture)
+    path = folder(out, profile) / f"{name}.svg"
+    picture = svg(fig, path.stem.replace("_", " "), caption)
+    files.write(path, picture)
     plt.close(fig)
-    show({"image/svg+xml": picture, "text/plain": f"figure {name}: {caption}"})
+    show({"image/svg+xml": picture, "text/plain": f"figure {path.stem}: {caption}"})
     show({"text/markdown": f"*{caption}*", "text/plain": ""})
 
 
@@ -138,11 +146,14 @@ def table(frame: pd.DataFrame, caption: str) -> None:
 
 
 def save_table(frame: pd.DataFrame, name: str, out, profile: str, caption: str) -> None:
-    """Write tables/<name>.md (rounded, with the caption) and tables/<name>.csv (six digits), and show the table."""
+    """Write <name>.md (rounded, with the caption) and <name>.csv (six digits), and show the table.
+
+    Args:
+        name: the table's path in the report, as for `figure`.
+    """
     caption = f"{caption} {note(profile)}"
-    place = folder(out, profile) / "tables"
-    files.write(place / f"{name}.md", markdown(frame, caption))
-    files.write(place / f"{name}.csv", csv(frame))
+    files.write(folder(out, profile) / f"{name}.md", markdown(frame, caption))
+    files.write(folder(out, profile) / f"{name}.csv", csv(frame))
     table(frame, caption)
 
 
@@ -243,8 +254,18 @@ def listed(words: list[str]) -> str:
 # ------------------------------------------------------------------ numbers, written
 
 
-def folder(out, profile: str) -> Path:
-    return Path(out) / "report" / profile
+def folder(out, profile: str, step: str = "", row: str | None = None) -> Path:
+    """<out>/report/<profile>, or the folder of a stage in it: <stage>, or <stage>/<row>.
+
+    Args:
+        step: a stage, or a kind of step (a key of STAGES) that the row's stage takes.
+    """
+    place = Path(out) / "report" / profile
+    if row is None:
+        return place / step
+    design = params.load()
+    stages = [stage for stage, table in STAGES.get(step, {}).items() if row in design[table]]
+    return place / (stages[0] if stages else step) / row
 
 
 def rounded(value):
@@ -259,30 +280,36 @@ def rounded(value):
 
 
 def metric(values: dict, stage: str, row: str | None, out, profile: str) -> None:
-    """Write metrics/<stage>/<row>.json (without a row: metrics/<stage>.json).
+    """Write metrics.json in the folder of a stage, or of its row.
 
     Raises:
         ValueError: a number that is not finite, which JSON cannot hold.
     """
-    name = f"{stage}/{row}" if row else stage
+    path = folder(out, profile, stage, row) / "metrics.json"
     try:
         content = json.dumps(rounded(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError:
-        raise ValueError(f"metrics/{name}.json: a value is NaN or infinite in {values}") from None
-    files.write(folder(out, profile) / "metrics" / f"{name}.json", content)
+        name = path.relative_to(folder(out, profile))
+        raise ValueError(f"{name}: a value is NaN or infinite in {values}") from None
+    files.write(path, content)
 
 
-def curve(frame: pd.DataFrame, name: str, out, profile: str) -> None:
-    """Write curves/<name>.csv, one line a step."""
-    files.write(folder(out, profile) / "curves" / f"{name}.csv", csv(frame))
+def curve(frame: pd.DataFrame, stage: str, row: str, out, profile: str) -> None:
+    """Write curve.csv in the folder of a row, one line per step."""
+    files.write(folder(out, profile, stage, row) / "curve.csv", csv(frame))
 
 
 # ------------------------------------------------------------------ numbers, read
 
 
-def source(profile: str) -> Path:
-    """Where a profile's own report is."""
-    return folder(params.data(profile), profile)
+def source(profile: str, step: str = "", row: str | None = None) -> Path:
+    """The folder of a profile's own report, or of a stage in it."""
+    return folder(params.data(profile), profile, step, row)
+
+
+def rows(profile: str, step: str) -> list[str]:
+    """The rows that the stages of a step run, in the order of params.yaml."""
+    return [row for table in STAGES[step].values() for row in params.rows(profile, table)]
 
 
 def load_metrics(profile: str, stage: str) -> pd.DataFrame:
@@ -291,11 +318,13 @@ def load_metrics(profile: str, stage: str) -> pd.DataFrame:
     Nested values become columns with dotted names (`validation.ndcg@10`). The column `status` is "run", or "not run" for
     a row of params.yaml without metrics, or "not in params.yaml" for metrics of a row that has left it.
     """
-    expected = [row for name in STAGE_TABLES[stage] for row in params.rows(profile, name)]
-    place = source(profile) / "metrics" / stage
+    expected = rows(profile, stage)
+    paths = [
+        path for name in STAGES[stage] for path in source(profile, name).glob("*/metrics.json")
+    ]
     found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(place.glob("*.json"))
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(paths, key=lambda path: path.parent.name)
     }
     lines = [
         {**flat(found.get(row, {})), "row": row, "status": "run" if row in found else NOT_RUN}
@@ -324,24 +353,23 @@ def flat(values: dict, prefix: str = "") -> dict:
 def scores(profile: str) -> pd.DataFrame:
     """What evaluation wrote, one line per row, reads and task: source ("" for the run's own), ndcg@10, low, high, queries, documents, truncated."""
     lines = []
-    for name in STAGE_TABLES["evaluate"]:
-        for row in params.rows(profile, name):
-            path = source(profile) / "metrics" / "evaluate" / f"{row}.json"
-            if not path.is_file():
-                continue
-            values = json.loads(path.read_text(encoding="utf-8"))
-            lines += [
-                {
-                    "row": row,
-                    "reads": reads,
-                    "task": task,
-                    "source": "",
-                    "reads_tokens": values["reads_tokens"],
-                    **score,
-                }
-                for reads, tasks in values["scores"].items()
-                for task, score in tasks.items()
-            ]
+    for row in rows(profile, "evaluate"):
+        path = source(profile, "evaluate", row) / "metrics.json"
+        if not path.is_file():
+            continue
+        values = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            {
+                "row": row,
+                "reads": reads,
+                "task": task,
+                "source": "",
+                "reads_tokens": values["reads_tokens"],
+                **score,
+            }
+            for reads, tasks in values["scores"].items()
+            for task, score in tasks.items()
+        ]
     return pd.DataFrame(
         lines,
         columns=[
@@ -362,28 +390,28 @@ def scores(profile: str) -> pd.DataFrame:
 
 def marked(profile: str, row: str) -> str:
     """The row's name, and beside it that it was trained on what it is tested on, where that is so."""
-    chain, place = [row], source(profile) / "metrics" / "finetune"
+    chain = [row]
     models = {name: own for table in params.MODELS for name, own in params.load()[table].items()}
     while (before := models.get(chain[-1], {}).get("pretrained")) is not None:
         chain.append(before)
-    paths = [path for name in chain if (path := place / f"{name}.json").is_file()]
+    paths = [source(profile, "finetune", name) / "metrics.json" for name in chain]
     return (
         f"{row} (trained on test)"
         if any(
             json.loads(path.read_text(encoding="utf-8")).get("trained_on") == "test"
             for path in paths
+            if path.is_file()
         )
         else row
     )
 
 
-def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
+def per_query(profile: str, names: list[str] | None = None) -> pd.DataFrame:
     """nDCG@10 of every query: row, task, source ("" for the run's own), reads, qid, ndcg@10. Rows that were not run have no lines (load_metrics names them); those that are the same with another seed come along."""
-    if rows is None:
-        rows = [row for name in STAGE_TABLES["evaluate"] for row in params.rows(profile, name)]
-    rows = list(dict.fromkeys(name for row in rows for name in params.repeats(row)))
+    if names is None:
+        names = rows(profile, "evaluate")
     parts = []
-    for row in rows:
+    for row in dict.fromkeys(repeat for name in names for repeat in params.repeats(name)):
         path = params.data(profile) / "runs" / row / "per_query.parquet"
         if path.is_file():
             parts.append(pd.read_parquet(path).assign(row=row))
@@ -396,7 +424,7 @@ def per_query(profile: str, rows: list[str] | None = None) -> pd.DataFrame:
 def needles(profile: str) -> pd.DataFrame:
     """What became of the needle task: row, place, qid, ndcg@10. Rows that were not run, or whose tasks had no needles, have no lines."""
     parts = []
-    for row in [row for name in STAGE_TABLES["evaluate"] for row in params.rows(profile, name)]:
+    for row in rows(profile, "evaluate"):
         path = params.data(profile) / "runs" / row / "needle.parquet"
         if path.is_file() and len(found := pd.read_parquet(path)):
             parts.append(found.assign(row=row))
@@ -407,17 +435,20 @@ def needles(profile: str) -> pd.DataFrame:
     )
 
 
-def curves(profile: str, names: list[str]) -> pd.DataFrame:
-    """Training curves under each other: name (`pretrain-mixed_2k`), step, tokens, loss, lr, accuracy. What was not run has no lines."""
+def curves(profile: str, stage: str, names: Iterable[str]) -> pd.DataFrame:
+    """Training curves under each other: row, step, tokens, loss, lr, accuracy.
+
+    A row that was not run has no lines.
+    """
     parts = []
     for name in names:
-        path = source(profile) / "curves" / f"{name}.csv"
+        path = source(profile, stage, name) / "curve.csv"
         if path.is_file():
-            parts.append(pd.read_csv(path).assign(name=name))
+            parts.append(pd.read_csv(path).assign(row=name))
     return (
         pd.concat(parts, ignore_index=True)
         if parts
-        else pd.DataFrame(columns=["name", "step", "tokens", "loss", "lr", "accuracy"])
+        else pd.DataFrame(columns=["row", "step", "tokens", "loss", "lr", "accuracy"])
     )
 
 

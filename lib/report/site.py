@@ -33,19 +33,11 @@ STAGES = {
     "distill": ("05_finetune", "distilled"),
     "finetune": ("05_finetune", "retrievers"),
     "evaluate": ("06_evaluate", "evaluated"),
-    "yardstick": ("06_evaluate", "yardsticks"),
+    "baseline": ("06_evaluate", "baselines"),
     "ablation": (None, "ablations"),
     "efficiency": ("10_efficiency", None),
     "lesson": (None, "lessons"),
-    "figures": ("11_figures", None),
-}
-# What a figure or table is called -> the stage that writes it.
-WRITERS = {
-    r"data|data_lengths|bm25_ladder": "data",
-    r"ablation_(\w+)": "ablation@{}",
-    r"lesson_(\w+)": "lesson@{}",
-    r"efficiency(_counts)?": "efficiency",
-    r"paper_map|paper_cells|table_locov1|where_read|rows|length_ladder|retrievers|needle|training": "figures",
+    "overview": ("11_figures", None),
 }
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{results.NOT_RUN}")
 VERDICTS = {
@@ -175,17 +167,12 @@ def writer(path: Path) -> str | None:
     design = params.load()
     if path.suffix == ".ipynb" or path.parent.name == "stages":
         stage, _, row = path.stem.partition("-")
-    elif path.parent.name == "evaluate":
-        stage, row = "yardstick" if path.stem in design["yardsticks"] else "evaluate", path.stem
-    else:
-        stage, _, row = next(
-            (
-                stage.format(*found.groups())
-                for names, stage in WRITERS.items()
-                if (found := re.fullmatch(names, path.stem))
-            ),
-            "",
-        ).partition("@")
+    elif path.parent.name == "timings":
+        stage, row = "efficiency", ""
+    elif path.parent.name in STAGES and STAGES[path.parent.name][1] is None:
+        stage, row = path.parent.name, ""
+    else:  # <stage>/<row>/<name>
+        stage, row = path.parts[-3:-1]
     if stage not in STAGES:
         return None
     table = STAGES[stage][1]
@@ -213,20 +200,21 @@ def document(title: str, body: str) -> str:
 def index_page(profile: str, place: Path, executed: dict) -> str:
     """Every figure and table where its question is asked; what is there and not asked for comes last."""
     left = {
-        (kind, path.stem)
+        (kind, path.relative_to(place).with_suffix("").as_posix())
         for kind, suffix in (("figures", "svg"), ("tables", "md"), ("tables", "csv"))
-        for path in (place / kind).glob(f"*.{suffix}")
+        for path in place.rglob(f"*.{suffix}")
+        if path.name != "curve.csv" and path.parent.name != "timings"
     }
 
     def items(*names: str) -> str:
-        """`figures/training tables/rows` as HTML, each crossed off the list of what is left."""
+        """`figures/<stage>/<name>` and `tables/…` as HTML, each crossed off the list of what is left."""
         parts = []
         for name in names:
             kind, _, stem = name.partition("/")
             left.discard((kind, stem))
             parts.append(
                 (figure if kind == "figures" else table)(
-                    place / kind / stem, made_by(place / stem, executed)
+                    place / stem, made_by(place / stem, executed)
                 )
             )
         return "\n".join(parts)
@@ -236,19 +224,27 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
             "claims",
             "The claims",
             "What the paper says, beside what was found here.",
-            items("tables/paper_map"),
+            items("tables/overview/paper_map"),
         ),
         (
             "length",
             "Does reading further help?",
             "The same kind of encoder, reading further and further.",
-            items("figures/length_ladder", "figures/retrievers", "tables/table_locov1"),
+            items(
+                "figures/overview/length_ladder",
+                "figures/overview/retrievers",
+                "tables/overview/table_locov1",
+            ),
         ),
         (
             "where",
             "Where is the evidence read?",
             "By its place in the document, by the document’s length, and by moving a needle.",
-            items("figures/needle", "figures/where_read", "tables/where_read"),
+            items(
+                "figures/overview/needle",
+                "figures/overview/where_read",
+                "tables/overview/where_read",
+            ),
         ),
     ]
     for name, own in params.rows(profile, "ablations").items():
@@ -257,7 +253,10 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
                 f"ablation-{name}",
                 f"Ablation: {name.replace('_', ' ')}",
                 f"Compared with {own['rows'][0]}: {', '.join(own['rows'][1:]) or 'nothing at this profile'}.",
-                items(f"figures/ablation_{name}", f"tables/ablation_{name}"),
+                items(
+                    f"figures/ablation/{name}/ablation_{name}",
+                    f"tables/ablation/{name}/ablation_{name}",
+                ),
             )
         )
     sections += [
@@ -265,31 +264,36 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
             "training",
             "Training",
             "How each row learned, and what came of it.",
-            items("figures/training", "tables/rows"),
+            items("figures/overview/training", "tables/overview/rows"),
         ),
         (
             "data",
             "The data",
             "What is searched, how long it is, and how much of it a word count needs.",
-            items("figures/data_lengths", "figures/bm25_ladder", "tables/data"),
+            items("figures/data/data_lengths", "figures/data/bm25_ladder", "tables/data/data"),
         ),
         (
             "efficiency",
             "Efficiency",
             'Counted here; measured times differ from run to run and <a href="timings/index.html">have a page of their own</a>.',
-            items("figures/efficiency_counts", "tables/efficiency_counts"),
+            items("figures/efficiency/efficiency_counts", "tables/efficiency/efficiency_counts"),
         ),
         (
             "lessons",
             "Lessons",
             "A search, the mixer and the losses from close by.",
-            items(*(f"figures/lesson_{name}" for name in params.rows(profile, "lessons"))),
+            items(
+                *(
+                    f"figures/lesson/{name}/lesson_{name}"
+                    for name in params.rows(profile, "lessons")
+                )
+            ),
         ),
         (
             "cells",
             "The paper, number by number",
             "Each number that the paper prints, and what became of it here.",
-            items("tables/paper_cells"),
+            items("tables/overview/paper_cells"),
         ),
         (
             "notebooks",
@@ -326,11 +330,15 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
 
 def evaluated(profile: str) -> str:
     """How many of the rows that params.yaml expects have a score, and which have none."""
-    place = results.source(profile) / "metrics" / "evaluate"
-    for path in sorted(place.glob("*.json")):
-        opened(path, lambda path: json.loads(path.read_text(encoding="utf-8")))
-    rows = [row for name in results.STAGE_TABLES["evaluate"] for row in params.rows(profile, name)]
-    missing = [row for row in rows if not (place / f"{row}.json").is_file()]
+    for stage in results.STAGES["evaluate"]:
+        for path in sorted(results.source(profile, stage).glob("*/metrics.json")):
+            opened(path, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    rows = results.rows(profile, "evaluate")
+    missing = [
+        row
+        for row in rows
+        if not (results.source(profile, "evaluate", row) / "metrics.json").is_file()
+    ]
     return f"{len(rows) - len(missing)} of {len(rows)} rows are scored{f'; {results.NOT_RUN}: ' + ', '.join(missing) if missing else ''}."
 
 

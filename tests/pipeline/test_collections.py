@@ -81,7 +81,7 @@ def report(house: Path, done: subprocess.CompletedProcess) -> Path:
     page = unescape((folder / "index.html").read_text(encoding="utf-8"))
     assert not re.search(r"The (figure|table) \w+: not run", page)
     assert (
-        len(list((folder / "figures").glob("*.svg"))) >= 11
+        len(list(folder.rglob("*.svg"))) >= 11
         and len(list((folder / "notebooks").glob("*.html"))) >= 13
     )
     return folder
@@ -166,7 +166,7 @@ def test_a_collection_with_a_test_split_alone_stops_before_training_and_runs_to_
         and "no evidence is known" in everything
         and "no validation split" in everything
     )
-    claims = pd.read_csv(place / "tables" / "paper_map.csv").set_index("claim")
+    claims = pd.read_csv(place / "overview" / "paper_map.csv").set_index("claim")
     assert claims.loc[
         "… and not where the answer stands first (control)", "tried, and what would settle it"
     ].startswith("no evidence is known")
@@ -216,14 +216,14 @@ def test_tasks_of_any_name_with_evidence_and_several_answers_write_nothing_outsi
     assert sorted(tmp_path.rglob("*")) == before and not [
         path for path in house.rglob("*escaped*") if "%2F" not in path.name
     ]
-    table = pd.read_csv(place / "tables" / "table_locov1.csv").set_index("row")
+    table = pd.read_csv(place / "overview" / "table_locov1.csv").set_index("row")
     assert (
         set(names) < set(table.columns) and table.loc["bm25", "average"] > 0
     )  # all four are in the average
     assert table.loc["bm25", "average"] == pytest.approx(
         sum(float(table.loc["bm25", name].split()[0]) for name in names) / 4, abs=0.06
     )
-    claims = pd.read_csv(place / "tables" / "paper_map.csv").set_index("claim")
+    claims = pd.read_csv(place / "overview" / "paper_map.csv").set_index("claim")
     assert claims.loc["M2-BERT-32k beats BM25", ["on", "n"]].tolist() == [
         "answer in the second half",
         36,
@@ -256,11 +256,11 @@ def test_real_long_documents_go_through_smoke(house, tmp_path):
         house,
         repro(house, f"--data={tmp_path}", f"--text={REAL / 'pretrain-real'}", f"--set={SMALL}"),
     )
-    scores = pd.read_csv(place / "tables" / "table_locov1.csv").set_index("row")
+    scores = pd.read_csv(place / "overview" / "table_locov1.csv").set_index("row")
     assert {"qmsum", "book_description", "cuad_clause"} < set(scores.columns) and float(
         scores.loc["bm25", "proposal_abstract"].split()[0]
     ) == pytest.approx(83.6, abs=0.1)  # as measured: BM25 is the same everywhere
-    claims = pd.read_csv(place / "tables" / "paper_map.csv").set_index("claim")
+    claims = pd.read_csv(place / "overview" / "paper_map.csv").set_index("claim")
     assert (
         claims.loc["M2-BERT-32k beats BM25", "on"] == "all tasks"
     )  # of too few queries is it known that their answer stands deep

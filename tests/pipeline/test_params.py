@@ -198,41 +198,41 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
             ("rows.smoke.retrievers", "reads_129", "did you mean"),
         ),
         (
-            ("yardsticks.theirs", {"modle": "a/b"}),
-            ("yardsticks.theirs", "modle", "did you mean 'model'"),
+            ("baselines.theirs", {"modle": "a/b"}),
+            ("baselines.theirs", "modle", "did you mean 'model'"),
         ),
         (
-            ("yardsticks.theirs", {"model": "a/b", "chunk": "sum"}),
-            ("yardsticks.theirs.chunk", "'sum'", "mean, max, best"),
+            ("baselines.theirs", {"model": "a/b", "chunk": "sum"}),
+            ("baselines.theirs.chunk", "'sum'", "mean, max, best"),
         ),
-        (("yardsticks.theirs", {"chunk": "mean"}), ("yardsticks.theirs.chunk", "without 'model'")),
+        (("baselines.theirs", {"chunk": "mean"}), ("baselines.theirs.chunk", "without 'model'")),
         (
-            ("yardsticks.theirs", {"model": "a/b", "window": 100}),
-            ("yardsticks.theirs.window", "without 'chunk'"),
-        ),
-        (
-            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "key": "sk-abc123"}),
-            ("yardsticks.theirs.key", "name of the environment variable"),
+            ("baselines.theirs", {"model": "a/b", "window": 100}),
+            ("baselines.theirs.window", "without 'chunk'"),
         ),
         (
-            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "query_options": ["a"]}),
-            ("yardsticks.theirs.query_options", "a section"),
+            ("baselines.theirs", {"model": "m", "url": "https://e.org", "key": "sk-abc123"}),
+            ("baselines.theirs.key", "name of the environment variable"),
         ),
         (
-            ("yardsticks.theirs", {"model": "m", "url": "http://evil.org/v1"}),
-            ("yardsticks.theirs.url", "https://"),
+            ("baselines.theirs", {"model": "m", "url": "https://e.org", "query_options": ["a"]}),
+            ("baselines.theirs.query_options", "a section"),
         ),
         (
-            ("yardsticks.theirs", {"model": "m", "url": "https://e.org", "chunk": "best"}),
-            ("yardsticks.theirs.chunk", "`window`"),
+            ("baselines.theirs", {"model": "m", "url": "http://evil.org/v1"}),
+            ("baselines.theirs.url", "https://"),
         ),
         (
-            ("yardsticks.theirs", {"model": "m", "chunk": "best", "first_tokens": 128}),
-            ("yardsticks.theirs", "one of the two"),
+            ("baselines.theirs", {"model": "m", "url": "https://e.org", "chunk": "best"}),
+            ("baselines.theirs.chunk", "`window`"),
         ),
         (
-            ("yardsticks.theirs", {"model": "m", "chunk": "best", "window": 10, "stride": 50}),
-            ("yardsticks.theirs.stride", "window=10"),
+            ("baselines.theirs", {"model": "m", "chunk": "best", "first_tokens": 128}),
+            ("baselines.theirs", "one of the two"),
+        ),
+        (
+            ("baselines.theirs", {"model": "m", "chunk": "best", "window": 10, "stride": 50}),
+            ("baselines.theirs.stride", "window=10"),
         ),
         (
             ("evaluate.laptop.also", ["../mirror"]),

@@ -33,7 +33,7 @@ ORDER = [
     "finetune",
     "published",
     "evaluate",
-    "yardstick",
+    "baseline",
     "ablation",
     "efficiency",
     "lesson",
@@ -138,7 +138,7 @@ def test_a_stage_declares_the_params_and_inputs_its_notebooks_read(stage):
             if re.search(rf"\bdata(\(profile\))? / \"{folder}\"", code) and (stage, folder) not in {
                 ("data", "corpus"),
                 ("pretrain", "models"),
-                ("yardstick", "models"),
+                ("baseline", "models"),
             }:
                 assert any(dep.startswith(f"data/{folder}") for dep in body(stage)["deps"]), (
                     f"{name} reads data/{folder}"
@@ -210,7 +210,7 @@ def graph(tmp_path_factory):
 def test_whoever_adds_up_waits_for_every_row(graph):
     waits = networkx.descendants
     rows = {f"evaluate@{row}" for row in DESIGN["retrievers"]} | {
-        f"yardstick@{row}" for row in DESIGN["yardsticks"]
+        f"baseline@{row}" for row in DESIGN["baselines"]
     }
     for stage in ("figures", "report", *(f"ablation@{name}" for name in DESIGN["ablations"])):
         assert rows <= waits(graph, stage)

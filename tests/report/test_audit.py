@@ -208,8 +208,8 @@ def test_the_authors_weights_stand_before_ours_and_windows_beside_the_beginning(
             "published: &published\n  theirs: {checkpoint: togethercomputer/m2-bert-80M-32k-retrieval}",
         ),
         (
-            "\nyardsticks:\n",
-            "\nyardsticks:\n  bge: {model: BAAI/bge-large-en-v1.5}\n  bge_chunks: {model: BAAI/bge-large-en-v1.5, chunk: best}\n",
+            "\nbaselines:\n",
+            "\nbaselines:\n  bge: {model: BAAI/bge-large-en-v1.5}\n  bge_chunks: {model: BAAI/bge-large-en-v1.5, chunk: best}\n",
         ),
     ):
         assert text.count(old) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.benchmark import metrics
+from lib.benchmark import statistics
 from lib.benchmark.locov1 import Task
 from lib.pipeline import params
 from lib.report import comparison, results
@@ -81,7 +81,7 @@ def test_p_values_of_an_ablation_are_corrected_for_each_other(house):
     )
     raw = [comparison.p_value(values, row, reference) for row in others[:3]]
     assert (
-        frame.loc[others[:3], "p"].tolist() == pytest.approx(metrics.holm(raw))
+        frame.loc[others[:3], "p"].tolist() == pytest.approx(statistics.holm(raw))
         and max(raw) < 1
         and min(frame.loc[others[:3], "p"]) == pytest.approx(3 * min(raw))
     )

@@ -41,9 +41,9 @@ def draw(name: str = "ladder") -> str:
         [128, 2048], [0.1, 0.3], [0.3, 0.5], alpha=0.2
     )  # a clip path, and so an id that matplotlib draws
     ax.legend()
-    results.figure(fig, name, params.data("smoke"), "smoke", "Scores < 1 & lengths.")
+    results.figure(fig, f"overview/{name}", params.data("smoke"), "smoke", "Scores < 1 & lengths.")
     assert not plt.get_fignums()
-    return written(f"figures/{name}.svg").read_text(encoding="utf-8")
+    return written(f"overview/{name}.svg").read_text(encoding="utf-8")
 
 
 def test_a_figure_has_the_same_bytes_twice_and_says_what_it_shows(house):
@@ -117,14 +117,14 @@ FRAME = pd.DataFrame(
 
 
 def test_a_table_is_rounded_for_reading_and_exact_to_six_digits_for_computing(house):
-    results.save_table(FRAME, "rows", params.data("smoke"), "smoke", "Rows.")
-    assert written("tables/rows.md").read_text(encoding="utf-8") == (
+    results.save_table(FRAME, "overview/rows", params.data("smoke"), "smoke", "Rows.")
+    assert written("overview/rows.md").read_text(encoding="utf-8") == (
         f"Rows. {results.note('smoke')}\n\n"
         "| row | tokens | ndcg@10 | gib | whole | run |\n|---|--:|--:|--:|--:|--:|\n"
         "| a\\|b | 36,700,160,000 | 0.1235 | 1.50 | 3 | True |\n"
         "| two lines | 7 | – | 2.25 | 1,200 | False |\n"
     )
-    back = pd.read_csv(written("tables/rows.csv"))
+    back = pd.read_csv(written("overview/rows.csv"))
     assert back["ndcg@10"][0] == 0.123457 and math.isnan(back["ndcg@10"][1])
     pd.testing.assert_frame_equal(
         back.drop(columns="ndcg@10"), FRAME.drop(columns="ndcg@10"), check_dtype=False
@@ -172,7 +172,7 @@ def test_an_interval_in_words():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, np.float32("nan")])
 def test_a_metric_that_json_cannot_hold_is_refused_and_nothing_is_written(house, bad):
-    with pytest.raises(ValueError, match=r"metrics/finetune/opl\.json: a value is NaN or infinite"):
+    with pytest.raises(ValueError, match=r"finetune/opl/metrics\.json: a value is NaN or infinite"):
         results.metric(
             {"validation": {"ndcg@10": [0.5, bad]}},
             "finetune",
@@ -180,7 +180,7 @@ def test_a_metric_that_json_cannot_hold_is_refused_and_nothing_is_written(house,
             params.data("smoke"),
             "smoke",
         )
-    assert not written("metrics").exists()
+    assert not written("finetune").exists()
 
 
 def test_a_metric_is_rounded_to_six_digits_and_numpy_becomes_python(house):
@@ -195,7 +195,7 @@ def test_a_metric_is_rounded_to_six_digits_and_numpy_becomes_python(house):
         128: [1 / 3],
     }
     results.metric(values, "finetune", "opl", params.data("smoke"), "smoke")
-    assert json.loads(written("metrics/finetune/opl.json").read_text(encoding="utf-8")) == {
+    assert json.loads(written("finetune/opl/metrics.json").read_text(encoding="utf-8")) == {
         "loss": 0.666667,
         "tokens": 36_700_160_000,
         "small": 1.23457e-7,
@@ -206,7 +206,7 @@ def test_a_metric_is_rounded_to_six_digits_and_numpy_becomes_python(house):
         "128": [0.333333],
     }
     results.metric({"x": 1}, "data", None, params.data("smoke"), "smoke")
-    assert written("metrics/data.json").read_text(encoding="utf-8") == '{\n "x": 1\n}\n'
+    assert written("data/metrics.json").read_text(encoding="utf-8") == '{\n "x": 1\n}\n'
 
 
 def test_metrics_come_in_the_order_of_the_design_and_say_who_is_missing(retrievers):
@@ -276,8 +276,8 @@ def test_scores_are_one_line_per_row_reads_and_task(retrievers):
 
 def test_without_results_there_are_columns_and_no_lines(house):
     assert results.scores("smoke").shape == (0, 11) and results.per_query("smoke").shape == (0, 6)
-    assert list(results.curves("smoke", ["pretrain-x"]).columns) == [
-        "name",
+    assert list(results.curves("smoke", "pretrain", ["x"]).columns) == [
+        "row",
         "step",
         "tokens",
         "loss",
@@ -318,10 +318,10 @@ def test_curves_are_read_as_they_were_written(house):
             "accuracy": [0.0, 0.25],
         }
     )
-    results.curve(curve, "pretrain-a", params.data("smoke"), "smoke")
-    back = results.curves("smoke", ["pretrain-a", "pretrain-missing"])
+    results.curve(curve, "pretrain", "a", params.data("smoke"), "smoke")
+    back = results.curves("smoke", "pretrain", ["a", "missing"])
     assert (
-        set(back["name"]) == {"pretrain-a"}
+        set(back["row"]) == {"a"}
         and back["loss"].tolist() == [8.12346, 7.5]
         and back["tokens"].tolist() == [4096, 8192]
     )

@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 
 from lib.pipeline import files, params
 from lib.pipeline.params import ParamsError
-from lib.report import results, site
+from lib.report import results as written
+from lib.report import site
 
 ROOT = Path(__file__).parents[2]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -117,10 +118,10 @@ def results(house):
         "05 · How does an encoder become a retriever?",
         new_markdown_cell("Back to [04](04_losses.ipynb), on to [99](99_nothing.ipynb)."),
     )
-    place = results.source("smoke")
-    for name in ("length_ladder", "training", "lesson_losses"):
-        files.write(place / "figures" / f"{name}.svg", DRAWING)
-    results.save_table(
+    place = written.source("smoke")
+    for name in ("overview/length_ladder", "overview/training", "lesson/losses/lesson_losses"):
+        files.write(place / f"{name}.svg", DRAWING)
+    written.save_table(
         pd.DataFrame(
             {
                 "claim": ["a|b <script>alert(9)</script>"],
@@ -129,14 +130,14 @@ def results(house):
                 "verdict": ["reproduces"],
             }
         ),
-        "paper_map",
+        "overview/paper_map",
         data,
         "smoke",
         "Claims.",
     )
-    results.save_table(pd.DataFrame(), "ablation_loss", data, "smoke", "Nothing yet.")
-    files.write(place / "tables" / "extra.csv", "x,y\n1,0.5\n")
-    results.metric({"scores": {}}, "evaluate", "opl", data, "smoke")
+    written.save_table(pd.DataFrame(), "ablation/loss/ablation_loss", data, "smoke", "Nothing yet.")
+    files.write(place / "overview" / "extra.csv", "x,y\n1,0.5\n")
+    written.metric({"scores": {}}, "evaluate", "opl", data, "smoke")
     for stage, seconds in (("finetune-opl", 1234.5), ("lesson-losses", 617.25)):
         files.write(
             place / "timings" / "stages" / f"{stage}.json",
@@ -299,7 +300,7 @@ def test_sections_come_in_the_order_of_the_questions_and_nothing_is_lost(results
     lessons, _, more = index.partition('<section id="lessons">')[2].partition('<section id="more">')
     assert (
         "figure-lesson_losses-title" in lessons and '<td class="number">0.5</td>' in more
-    )  # tables/extra.csv
+    )  # overview/extra.csv
 
 
 def test_a_table_has_a_caption_scopes_and_numbers_on_the_right(results):
@@ -315,15 +316,15 @@ def test_a_table_has_a_caption_scopes_and_numbers_on_the_right(results):
 def test_what_was_not_run_is_named_with_its_command(results):
     said = " ".join("".join(Reader(built()["index.html"]).said).split())
     for name, command in (
-        ("figure retrievers", "figures"),
-        ("table table_locov1", "figures"),
+        ("figure retrievers", "overview"),
+        ("table table_locov1", "overview"),
         ("figure ablation_loss", "ablation@loss"),
         ("table data", "data"),
         ("figure efficiency_counts", "efficiency"),
     ):
         assert f"The {name}: not run (dvc repro {command})." in said
     assert "Nothing yet." in said and "Nothing of it: not run." in said  # a table without a column
-    rows = len(params.rows("smoke", "retrievers")) + len(params.rows("smoke", "yardsticks"))
+    rows = len(params.rows("smoke", "retrievers")) + len(params.rows("smoke", "baselines"))
     assert f"1 of {rows} rows are scored; not run: " in said
 
 
@@ -343,13 +344,13 @@ def test_measured_times_have_a_page_of_their_own(results):
 def test_the_same_results_give_the_same_bytes_whatever_the_time(results):
     before = built()
     files.write(
-        results.source("smoke") / "timings" / "stages" / "finetune-opl.json",
+        written.source("smoke") / "timings" / "stages" / "finetune-opl.json",
         json.dumps({"stage": "finetune-opl", "seconds": 7.0, "peak_gib": 1.0}),
     )
     after = built()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"timings/index.html"}
-    assert not list(results.source("smoke").rglob(".*"))
+    assert not list(written.source("smoke").rglob(".*"))
 
 
 def test_without_any_result_all_is_not_run(house):
@@ -439,11 +440,11 @@ def test_a_formula_over_several_lines_is_not_taken_for_markdown():
         ("executed/finetune-opl.ipynb", "{", "`dvc repro finetune@opl`"),
         ("executed/mine.ipynb", "{}", "delete it"),
         ("executed/finetune-gone.ipynb", "{}", "delete it"),
-        ("report/smoke/figures/ablation_loss.svg", "<svg>", "`dvc repro ablation@loss`"),
-        ("report/smoke/figures/mine.svg", "<html/>", "delete it"),
-        ("report/smoke/tables/rows.md", "no table", "`dvc repro figures`"),
-        ("report/smoke/tables/data.md", "c\n\n| a | b |\n|---|---|\n| 1 |\n", "`dvc repro data`"),
-        ("report/smoke/metrics/evaluate/opl.json", "{", "`dvc repro evaluate@opl`"),
+        ("report/smoke/ablation/loss/ablation_loss.svg", "<svg>", "`dvc repro ablation@loss`"),
+        ("report/smoke/mine/mine.svg", "<html/>", "delete it"),
+        ("report/smoke/overview/rows.md", "no table", "`dvc repro overview`"),
+        ("report/smoke/data/data.md", "c\n\n| a | b |\n|---|---|\n| 1 |\n", "`dvc repro data`"),
+        ("report/smoke/evaluate/opl/metrics.json", "{", "`dvc repro evaluate@opl`"),
         ("report/smoke/timings/stages/data.json", "[]", "`dvc repro --force data`"),
         ("report/smoke/timings/efficiency.ipynb", "\0", "`dvc repro --force efficiency`"),
     ],
@@ -452,11 +453,11 @@ def test_a_damaged_file_is_one_line_and_the_last_report_stays(
     results, capsys, name, content, way_out
 ):
     before = built()
-    (results / name).write_text(content, encoding="utf-8")
+    files.write(results / name, content)
     (results / "executed" / "lesson-losses.ipynb").unlink()  # the next report would be another one
     line = broken(capsys)
     assert name in line and way_out in line
-    place = results.source("smoke")
+    place = written.source("smoke")
     assert {
         path.relative_to(place).as_posix(): path.read_text(encoding="utf-8")
         for path in place.rglob("*.html")
@@ -465,7 +466,7 @@ def test_a_damaged_file_is_one_line_and_the_last_report_stays(
 
 
 def test_a_report_that_cannot_be_written_is_one_line(results, capsys):
-    (results.source("smoke") / "index.html").mkdir(parents=True)
+    (written.source("smoke") / "index.html").mkdir(parents=True)
     assert "index.html" in broken(capsys)
 
 
@@ -487,7 +488,7 @@ def test_python_m_lib_page_writes_the_pages(results):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip().endswith("data/report/smoke/index.html")
-    assert (results.source("smoke") / "notebooks" / "finetune-opl.html").is_file()
+    assert (written.source("smoke") / "notebooks" / "finetune-opl.html").is_file()
 
 
 def test_the_stages_are_those_of_the_pipeline(house):
