@@ -7,36 +7,19 @@
 Axes: n texts, D width.
 """
 
-import re
-import string
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from lib.kernels.engine import Engine
 from lib.model.m2bert import M2BertPreTrainedModel
+from lib.model.tokens import pad, tokenize, tokenize_whole, windows
+from lib.pipeline.progress import bar
 
-CHARACTERS_PER_TOKEN = (
-    16  # first guess of how much text can matter; four times as much where it proves too little
-)
 BATCH_TOKENS = 16_384  # one forward pass at most, padding included
 CHUNKS = ("mean", "max", "best")
-PIECE = 2**19  # characters tokenised at a time
-REACH = 4096  # characters before a cut in which a place for it is looked for
-CJK = (
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B81F),
-    (0x2B920, 0x2CEAF),
-    (0x2F800, 0x2FA1F),
-)  # as BERT has them
 
 
 class TooLong(ValueError):
@@ -182,7 +165,7 @@ class Encoder:
         if any(self.longer) and not self.truncate and not self.chunk:
             raise TooLong(
                 f"text {self.longer.index(True)} is longer than {self.max_length} tokens ({self.truncated} of {len(texts)} are): truncate=True reads "
-                "their beginnings, chunk='mean', 'max' or 'best' all of them in windows, lib.model.m2bert.extend lengthens the model",
+                "their beginnings, chunk='mean', 'max' or 'best' all of them in windows, lib.model.extend lengthens the model",
                 self.longer.index(True),
             )
 
@@ -255,11 +238,6 @@ class Encoder:
         ]
 
 
-def windows(n: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """(start, end) of the windows that read n tokens, `size` at a time, each `stride` after the one before; the last ends at n."""
-    return [(start, min(start + size, n)) for start in range(0, max(n - size, 0) + stride, stride)]
-
-
 def checked_stride(stride: int | None, size: int, chunk: str | None) -> int:
     if stride is not None and (not chunk or not 1 <= stride <= size):
         raise ValueError(
@@ -309,132 +287,3 @@ def merged(vectors: np.ndarray, owner: np.ndarray, chunk: str | None) -> np.ndar
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Each vector over its Euclidean norm."""
     return F.normalize(torch.from_numpy(vectors), dim=-1).numpy()
-
-
-def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """Ids of each text's first `max_length` tokens, specials included, and whether anything was left out.
-
-    Only as many characters are tokenised as can matter: a million words cost
-    no more than the first few thousand.
-    """
-    check_texts(texts)
-    ids: list = [None] * len(texts)
-    cut = [False] * len(texts)
-    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
-    while pending:
-        again = []
-        for some, parts in groups((i, beginning(encodable(texts[i]), characters)) for i in pending):
-            # One token more than fits tells a full text from a truncated one.
-            encoded = tokenizer(
-                parts,
-                truncation=True,
-                max_length=max_length + 1,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-            for i, part, found in zip(some, parts, encoded):
-                if len(found) <= max_length and len(part) < len(texts[i]):
-                    again.append(i)
-                    continue
-                cut[i] = len(found) > max_length
-                ids[i] = (
-                    found[: max_length - 1] + [found[-1]]
-                    if cut[i] and max_length > 1
-                    else found[:max_length]
-                )
-        pending, characters = again, characters * 4
-    return ids, cut
-
-
-def tokenize_whole(texts: list[str], tokenizer) -> list[list[int]]:
-    """All ids of each text, [CLS] … [SEP], tokenised in pieces that break no word."""
-    check_texts(texts)
-    first, last = tokenizer("")["input_ids"]
-
-    def pieces() -> Iterator[tuple[int, str]]:
-        for i, text in enumerate(map(encodable, texts)):
-            while text:
-                part = beginning(text, PIECE)
-                yield i, part
-                text = text[len(part) :]
-
-    ids: list[list[int]] = [[first] for _ in texts]
-    for some, parts in groups(pieces()):
-        backend = (
-            tokenizer.backend_tokenizer
-        )  # the tokenizer itself warns of texts longer than the model
-        for i, found in zip(some, backend.encode_batch(parts, add_special_tokens=False)):
-            ids[i] += found.ids
-    return [row + [last] for row in ids]
-
-
-def check_texts(texts: list[str]) -> None:
-    if isinstance(texts, str):
-        raise TypeError("a list of texts, not one text")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"text {i} is {type(text).__name__}, not str")
-
-
-def groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """(numbers, parts) of at most 512 parts and, unless one part alone has more, PIECE characters: a tokenizer needs 500 bytes for each."""
-    some, held, size = [], [], 0
-    for i, part in parts:
-        if held and (len(held) == 512 or size + len(part) > PIECE):
-            yield some, held
-            some, held, size = [], [], 0
-        some.append(i)
-        held.append(part)
-        size += len(part)
-    if held:
-        yield some, held
-
-
-def beginning(text: str, characters: int) -> str:
-    """About the first `characters` of a text, cut where no word is read in half; where there is no such place, all of it."""
-    if len(text) <= characters:
-        return text
-    end = max(text.rfind(space, 0, characters + 1) for space in " \n\t")
-    if end < max(1, characters - REACH):  # languages without spaces, and odd ones
-        end = next(
-            (
-                i
-                for i in range(characters, max(0, characters - REACH), -1)
-                if stands_alone(text[i - 1])
-            ),
-            end,
-        )
-    return text[:end] if end > 0 else text
-
-
-@cache
-def stands_alone(character: str) -> bool:
-    """Whether BERT reads it as a token of its own, or not at all, wherever it stands: white space, punctuation, CJK."""
-    code = ord(character)
-    return (
-        character in "\t\n\r"
-        or character in string.punctuation
-        or unicodedata.category(character)[0] in "PZ"
-        or any(low <= code <= high for low, high in CJK)
-    )
-
-
-def encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, for which a tokenizer would refuse the whole batch."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), both (n, longest)."""
-    lengths = torch.tensor([len(row) for row in ids])
-    width = int(lengths.max())
-    input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids])
-    return input_ids, (torch.arange(width) < lengths[:, None]).long()
-
-
-def bar(total: int, desc: str, show: bool = True):
-    """A progress bar on stderr, where executed notebooks do not keep it."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=desc, disable=not show, leave=False, mininterval=1)

@@ -14,12 +14,12 @@ judgement of a document that is not there, a null passage, an empty query) is an
 import difflib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.benchmark import metrics, sources
-from lib.corpus.build import BUILD, SPLITS, CorpusError
+from lib.benchmark import runs, sources
+from lib.benchmark.task import BUILD, SPLITS, CorpusError, Task
 
 
 class Description(NamedTuple):
@@ -198,34 +198,6 @@ LOCOV1 = {
         ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """One retrieval task.
-
-    Attributes:
-        documents: {pid: text}; queries: {qid: text}; qrels: {qid: {pid: gain}}, 1 where judgements have no grades. A
-            folder of plain texts has neither queries nor qrels.
-        evidence: {qid: (pid, start, end)}, shares of the document's characters; empty where unknown.
-        dropped: documents left out because their passage is null or they are judged and not there, with the queries and
-            judgements that only they answer.
-        source: of `every`, the name of the other source that the task is from; "" where it is the run's own.
-    """
-
-    name: str
-    split: str
-    documents: dict[str, str]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-    evidence: dict[str, tuple[str, float, float]] = field(default_factory=dict)
-    dropped: int = 0
-    source: str = ""
-
-    @property
-    def own_name(self) -> str:
-        """The name that its source gives the task."""
-        return self.name.removeprefix(f"{self.source}/") if self.source else self.name
 
 
 def load(
@@ -452,7 +424,7 @@ def identifier(value, where: str, searched: bool = False) -> str:
     name = plain(value)
     if not isinstance(value, (str, int)) and name == str(value) or isinstance(value, bool):
         raise CorpusError(f"{where} is {value!r}: an id is a text or a whole number")
-    if metrics.unwritable([name]) is not None and not searched:
+    if runs.unwritable([name]) is not None and not searched:
         raise CorpusError(
             f"{where} is {name!r}: a run file has one word for it, so it needs a character and takes no white space and no half character; rename it"
         )

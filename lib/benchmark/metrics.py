@@ -1,30 +1,19 @@
-"""Is a ranking good, and is one better than another beyond chance?
+"""Is a ranking good?
 
     ndcg, recall, precision, mrr, average_precision      a measure(run, qrels, k), a mean or a value per query
     ndcg_range(run, qrels)                               the worst and the best that ties leave open
-    interval(values)                                     mean and 95 % bootstrap interval over queries
-    paired(a, b)                                         the same for a difference of two systems on the same queries
-    p_value(a, b), holm(p_values)                        is it chance, and is it chance among so many comparisons?
     one_type(name, found, judged)                        ids that could never meet are an error, not a 0
-    unwritable(ids)                                      the first id that a TREC file cannot hold
 
 Source: Järvelin & Kekäläinen 2002; definitions and tie rule of trec_eval, equal
-        to pytrec_eval within 1e-6 (tests/test_metrics.py). Holm 1979.
+        to pytrec_eval within 1e-6 (tests/test_metrics.py).
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from math import isfinite, log2
 from numbers import Number
 
 import numpy as np
-
-RESAMPLES = 10_000
-# White space of any alphabet and control characters, which part fields or lines in one tool or
-# another; half a character, which UTF-8 cannot write; a byte order mark where a file may begin.
-UNWRITABLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\ufeff|^$")
-
 
 # ------------------------------------------------------------------ ids
 
@@ -65,25 +54,6 @@ def one_type(name: str, found: Mapping, judged: Mapping, sides=("the run", "the 
                 f"{name} ids of different types are never equal: {b!r} ({type(b).__name__}) in {sides[0]} "
                 f"and {a!r} ({type(a).__name__}) in {sides[1]}: make them all strings"
             )
-
-
-def unwritable(ids: Iterable[str]) -> str | None:
-    """The first id that a TREC file cannot hold so that every tool reads it again; None where all can be written.
-
-    (Ask `is not None`: the first may be the empty one.)
-
-    Its fields are parted by white space and nothing is quoted, so an id is not empty and has no white space (of any
-    alphabet), control character or lone surrogate, and no byte order mark at its beginning.
-
-    Raises:
-        TypeError: an id is no string.
-    """
-    for id in dict.fromkeys(ids):
-        if not isinstance(id, str):
-            raise TypeError(f"id {id!r} is {type(id).__name__}, not str")
-        if UNWRITABLE.search(id):
-            return id
-    return None
 
 
 # ------------------------------------------------------------------ measures
@@ -245,89 +215,3 @@ def dcg(gains: Sequence[float]) -> float:
 
 def relevant(gains: Sequence[float]) -> int:
     return sum(gain > 0 for gain in gains)
-
-
-# ------------------------------------------------------------------ chance
-
-
-def interval(
-    values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap over queries, the same bits every time."""
-    values = np.asarray(values, dtype=np.float64)
-    means = resampled(values, resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(values.mean()), float(low), float(high)
-
-
-def resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of so many draws of len(values) values, with repetition; the same seed and number of values: the same draws."""
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(
-            f"an interval needs one row of finite values: got shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite"
-        )
-    rng = np.random.default_rng(seed)
-    block = max(1, 4_000_000 // len(values))  # 32 MB of indices at a time
-    return np.concatenate(
-        [
-            values[
-                rng.integers(len(values), size=(min(block, resamples - done), len(values)))
-            ].mean(axis=1)
-            for done in range(0, resamples, block)
-        ]
-    )
-
-
-def paired(a: dict[str, float], b: dict[str, float], **options) -> tuple[float, float, float]:
-    """(mean of a - b, low, high) over the queries, which must be the same in both. All pairs of systems share their draws."""
-    return interval(differences(a, b), **options)
-
-
-def p_value(
-    a: dict[str, float], b: dict[str, float], resamples: int = RESAMPLES, seed: int = 0
-) -> float:
-    """How often two equally good systems differ by so much: the paired randomisation test, two-sided.
-
-        p = (1 + #{draws: |mean of ±(a - b)| ≥ |mean of a - b|}) / (1 + draws)
-
-    Were the two equally good, each query's difference could as well have had the other sign. Few queries cannot give a
-    small p: three that all gain give 1/4. It is never below 1 / (1 + draws). Source: Fisher 1935; Smucker et al. 2007.
-    """
-    d = differences(a, b)
-    if not len(d) or not np.isfinite(d).all():
-        raise ValueError(f"a test needs finite values: got {len(d)} differences")
-    rng = np.random.default_rng(seed)
-    block, extreme = max(1, 4_000_000 // len(d)), 0
-    for done in range(0, resamples, block):
-        signs = (
-            rng.integers(0, 2, size=(min(block, resamples - done), len(d)), dtype=np.int8) * 2 - 1
-        )
-        extreme += int((np.abs((signs * d).mean(axis=1)) >= abs(d.mean()) - 1e-12).sum())
-    return (1 + extreme) / (1 + resamples)
-
-
-def differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
-    one_type("query", a, b, ("the first system", "the second"))
-    if a.keys() != b.keys():
-        raise ValueError(
-            f"two systems on the same queries: {len(a.keys() ^ b.keys())} queries are in one only"
-        )
-    return np.array([a[query] - b[query] for query in sorted(a)], dtype=np.float64)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that hold for all comparisons together.
-
-        p'_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j)),   p_(1) ≤ … ≤ p_(m)
-
-    Raises:
-        ValueError: a value outside [0, 1].
-    """
-    p = np.asarray(p_values, dtype=np.float64)
-    if not ((0 <= p) & (p <= 1)).all():
-        raise ValueError(f"p-values lie between 0 and 1: got {list(p_values)}")
-    order = np.argsort(p, kind="stable")
-    corrected = np.empty_like(p)
-    corrected[order] = np.maximum.accumulate(np.minimum(1, (len(p) - np.arange(len(p))) * p[order]))
-    return corrected.tolist()

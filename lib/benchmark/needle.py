@@ -13,7 +13,7 @@ tasks' answers stand.
 import numpy as np
 
 from lib.benchmark.bm25 import first_words
-from lib.benchmark.locov1 import Task
+from lib.benchmark.task import Task
 
 PLACES = (0, 5, 10, 15, 16, 17, 18, 20, 25, 30, 35, 39)  # the paper's
 PASSAGES = 40

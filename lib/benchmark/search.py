@@ -2,7 +2,6 @@
 
     search(q, d, …)                            exact search in bounded memory, one tie rule
     rank(encoder, tasks)                       texts to a ranking, for several tasks
-    write_run, read_run                        TREC run files, recomputable by trec_eval
     evaluate(task, run)                        nDCG@10 with its interval
     queries_that_are_documents(task)           whose own document `rank` leaves out
     Encoder, bm25                              what ranks: lib/benchmark/encoder.py, lib/benchmark/bm25.py
@@ -13,19 +12,28 @@ Axes: N documents, Q queries, D width.
 """
 
 import warnings
-from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
-from itertools import chain, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.benchmark import metrics
-from lib.benchmark.bm25 import Bm25, bm25  # noqa: F401
-from lib.benchmark.encoder import Encoder, TooLong  # noqa: F401
-from lib.pipeline import files
+from lib.benchmark import metrics, statistics
+from lib.benchmark.bm25 import Bm25, bm25
+from lib.benchmark.encoder import Encoder, TooLong
+
+__all__ = [
+    "Encoder",
+    "bm25",
+    "evaluate",
+    "per_query",
+    "queries_that_are_documents",
+    "rank",
+    "search",
+    "search_windows",
+    "without_itself",
+]
 
 SCORES = 2**24  # held at a time: 64 MiB
 ROWS = 2**14  # vectors of documents read at a time
@@ -463,7 +471,7 @@ def evaluate(task, run: dict, values: dict | None = None) -> dict:
     ranking lacks (`rank` leaves them out).
     """
     values = values or per_query(run, task.qrels)
-    mean, low, high = metrics.interval(list(values["ndcg@10"].values()))
+    mean, low, high = statistics.interval(list(values["ndcg@10"].values()))
     worst, best = metrics.ndcg_range(run, task.qrels, k=10)
     result = {
         "ndcg@10": mean,
@@ -487,68 +495,3 @@ def evaluate(task, run: dict, values: dict | None = None) -> dict:
         | ({"ties": [round(worst, 6), round(best, 6)]} if best - worst > 1e-9 else {})
         | ({"itself": itself} if itself else {})
     )
-
-
-def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> None:
-    """A TREC run file: `qid Q0 pid rank score tag`, ids as they are.
-
-    Scores are float32, as trec_eval reads them. A query without documents has no line.
-
-    Raises:
-        ValueError: an id that such a file cannot hold (`metrics.unwritable`), a score that is not finite, or a tag that
-            is no single word; nothing is written.
-        TypeError: an id is no string.
-    """
-    if metrics.unwritable([tag]) is not None:
-        raise ValueError(f"tag {tag!r}: one word")
-    for name, ids in (("query", run), ("document", chain.from_iterable(run.values()))):
-        id = metrics.unwritable(ids)
-        if id is not None:
-            raise ValueError(
-                f"{name} id {id!r} cannot stand in {path}: fields of a TREC file are parted by white space "
-                "and never quoted, so an id is not empty and holds no white space, control character or "
-                "lone surrogate: rename it"
-            )
-    lines = []
-    for qid, scores in run.items():
-        for rank, pid in enumerate(metrics.ranking(scores)[:k], start=1):
-            score = np.float32(scores[pid])
-            if not np.isfinite(score):
-                raise ValueError(f"query {qid}: the score of {pid} is {score}")
-            lines.append(f"{qid} Q0 {pid} {rank} {score!s} {tag}\n")
-    files.write(path, "".join(lines))
-
-
-def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """The run of a file written by `write_run`, or by any TREC tool; scores are rounded to float32.
-
-    As those tools read it: fields are parted by ASCII white space, as much as there is, and by nothing else (U+00A0 and
-    quotes are part of an id); lines may end in \\r\\n, be empty, and begin with a byte order mark where the file does.
-
-    Raises:
-        ValueError: a line that is no run line, or a document ranked twice; path and line are named.
-    """
-    run: dict = {}
-    with open(path, "rb") as file:  # bytes split at ASCII white space alone
-        for number, line in enumerate(file, start=1):
-            parts = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
-            if not parts:
-                continue
-            try:
-                if len(parts) != 6:
-                    raise ValueError(
-                        f"a run line has six fields (qid Q0 pid rank score tag), got {len(parts)}"
-                    )
-                qid, pid, score = (
-                    parts[0].decode(),
-                    parts[2].decode(),
-                    float(np.float32(parts[4].decode())),
-                )
-                if not np.isfinite(score):
-                    raise ValueError(f"the score is {parts[4].decode()}")
-                if pid in run.setdefault(qid, {}):
-                    raise ValueError(f"query {qid} ranks {pid} twice")
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            run[qid][pid] = score
-    return run

@@ -23,7 +23,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lib.corpus.build import BUILD, SPLITS, CorpusError
+from lib.benchmark.task import BUILD, SPLITS, CorpusError
 from lib.pipeline import params
 
 HUB_DOCUMENTS = "hazyresearch/LoCoV1-Documents"

@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.benchmark.task import BUILD, SPLITS, CorpusError
 from lib.corpus.packages import (
     PACKAGES,
     Item,
@@ -48,12 +49,10 @@ from lib.corpus.packages import (
     normal,
     read,
 )
+from lib.model.tokens import SPECIAL, given_tokenizer, load_tokenizer, wordpiece  # noqa: F401
 from lib.pipeline import files
 
-SPLITS = ("train", "validation", "test")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NATURAL = ("page_deep", "page_shallow", "tail", "digest")
-BUILD = "build it with `make repro` or `dvc repro data`"
 
 PER_DEPTH, PER_PAGE, PER_DIGEST = 2, 3, 8  # queries of one document
 PAGE_TOKENS = (1_500, 131_072)
@@ -73,10 +72,6 @@ HUB_TEXT = {
         256,
     ),  # its rows are sentences
 }
-
-
-class CorpusError(ValueError):
-    """The corpus, or what it is made from, cannot be used; the message names the file and the way out."""
 
 
 # ------------------------------------------------------------------ building
@@ -138,7 +133,7 @@ def build(
             "test": (test_documents, test_queries),
         }
         count = Counter(normal(item.summary) for module in library.modules for item in module.items)
-        from lib.benchmark.encoder import bar
+        from lib.pipeline.progress import bar
 
         progress = bar(total=len(SPLITS), desc="tasks", show=show_progress)
         for split in SPLITS:
@@ -720,50 +715,6 @@ def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary:
         raise CorpusError(f"{error}; or set data.tokenizer to embedded") from None
 
 
-def given_tokenizer(name: str):
-    """The tokenizer of a folder with tokenizer.json or vocab.txt, or of a hub id such as bert-base-uncased.
-
-    Raises:
-        CorpusError: neither a tokenizer's folder nor an id that can be fetched.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(name)
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    if (folder / "vocab.txt").is_file():
-        try:
-            pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise CorpusError(
-                f"{folder}/vocab.txt is not UTF-8 text: it should be bert-base-uncased's, one piece a line"
-            ) from None
-        pieces = pieces[:-1] if not pieces[-1] else pieces
-        absent = [piece for piece in SPECIAL if piece not in pieces]
-        if absent:
-            raise CorpusError(
-                f"{folder}/vocab.txt has no {', '.join(absent)}: it should be bert-base-uncased's, one piece a line"
-            )
-        return wordpiece({piece: number for number, piece in enumerate(pieces)})
-    if folder.is_dir() or "/" in name and name.count("/") > 1:
-        raise CorpusError(
-            f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's files there"
-        )
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    try:
-        if not isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str):
-            get_hf_file_metadata(
-                hf_hub_url(name, "tokenizer_config.json")
-            )  # asks once; AutoTokenizer asks for most of a minute
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the hub's, the network's, the library's own
-        raise CorpusError(
-            f"tokenizer {name!r} is no folder here and cannot be loaded from the hub ({type(error).__name__}): "
-            "put its vocab.txt into a folder and name that folder as the tokenizer"
-        ) from None
-
-
 def tokenizer_text(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
     """Training text: all that is short and every fourth long one."""
     train = [row for row in rows if row[3] == "train"]
@@ -810,35 +761,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int):
         trainer,
     )
     return wordpiece(trained.get_vocab())
-
-
-def wordpiece(vocab: dict[str, int]):
-    """The tokenizer of BERT (uncased) over a given vocabulary."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(
-            {piece: vocab[piece] for piece in sorted(vocab, key=vocab.get)}, unk_token="[UNK]"
-        )
-    )
-    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(piece, vocab[piece]) for piece in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=10**9,
-    )
 
 
 def lengths(tokenizer, texts: list[str]) -> np.ndarray:
@@ -960,31 +882,6 @@ def save(path: Path, rows: list[tuple], names: tuple[str, ...]) -> None:
         store_schema=False,
         use_dictionary=[name for name in ("dataset", "kind", "split", "source") if name in names],
     )
-
-
-def load_tokenizer(folder: str | Path):
-    """The tokenizer of a corpus, or of its tokenizer/; trained here, its ids are [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4."""
-    from transformers import PreTrainedTokenizerFast
-
-    folder = Path(folder)
-    path = folder if (folder / "tokenizer.json").is_file() else folder / "tokenizer"
-    if not (path / "tokenizer.json").is_file():
-        raise CorpusError(f"{path}/tokenizer.json is missing: {BUILD}")
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the library's own, JSON's, KeyError
-        raise CorpusError(
-            f"{path}/tokenizer.json cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]}): fetch it again, or {BUILD}"
-        ) from None
-    absent = {kind: piece for kind, piece in names.items() if getattr(tokenizer, kind) is None}
-    vocab = tokenizer.get_vocab()
-    if any(piece not in vocab for piece in absent.values()):
-        raise CorpusError(
-            f"{path}/tokenizer.json has no {', '.join(piece for piece in absent.values() if piece not in vocab)}: it should be bert-base-uncased's"
-        )
-    tokenizer.add_special_tokens(absent)
-    return tokenizer
 
 
 def pretraining(folder: str | Path, kind: str, split: str = "train") -> list[str]:

@@ -9,11 +9,12 @@ the weight file, or the row's `tokenizer`, or bert-base-uncased. After that `eva
 import sys
 from pathlib import Path
 
-from lib.corpus import build
 from lib.model import checkpoint
 from lib.model.checkpoint import CheckpointError
 from lib.model.m2bert import M2BertForRetrieval
+from lib.model.tokens import given_tokenizer
 from lib.pipeline import params
+from lib.pipeline.errors import CorpusError
 
 
 def fetch(profile: str, row: str) -> Path:
@@ -28,7 +29,7 @@ def fetch(profile: str, row: str) -> Path:
     params.known(row, rows, f"row of published at {profile}")
     own = rows[row]
     source = checkpoint.find_weights(own["checkpoint"])
-    tokenizer = build.given_tokenizer(own.get("tokenizer") or beside(source) or "bert-base-uncased")
+    tokenizer = given_tokenizer(own.get("tokenizer") or beside(source) or "bert-base-uncased")
     model = checkpoint.load_published(source, own.get("max_length"))
     if not isinstance(model, M2BertForRetrieval):
         raise CheckpointError(
@@ -75,7 +76,7 @@ if __name__ == "__main__":
         sys.exit("usage: python -m lib.model.published PROFILE ROW")
     try:
         fetch(*sys.argv[1:])
-    except (CheckpointError, build.CorpusError, params.ParamsError) as error:
+    except (CheckpointError, CorpusError, params.ParamsError) as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lib.benchmark import metrics
+from lib.benchmark import statistics
 from lib.pipeline import params
 from lib.report import results
 
@@ -121,13 +121,13 @@ def difference(values: pd.DataFrame, row: str, reference: str) -> tuple[float, f
         values: lines of `report.per_query`, of the tasks and reads that are to be compared.
     """
     pair = sides(values, row, reference)
-    return metrics.paired(*pair) if all(pair) else None
+    return statistics.paired(*pair) if all(pair) else None
 
 
 def p_value(values: pd.DataFrame, row: str, reference: str) -> float | None:
-    """How probable so large a difference is between equally good rows, alone among comparisons (`metrics.holm` for several)."""
+    """How probable so large a difference is between equally good rows, alone among comparisons (`statistics.holm` for several)."""
     pair = sides(values, row, reference)
-    return metrics.p_value(*pair) if all(pair) else None
+    return statistics.p_value(*pair) if all(pair) else None
 
 
 def by_seed(values: pd.DataFrame, row: str, reference: str) -> list[float]:
@@ -190,7 +190,7 @@ def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
                 "status": "run" if len(own) else results.NOT_RUN,
             }
             if len(own):
-                line |= dict(zip(("ndcg@10", "low", "high"), metrics.interval(own.to_numpy())))
+                line |= dict(zip(("ndcg@10", "low", "high"), statistics.interval(own.to_numpy())))
             if row != rows[0] and (found := difference(some, row, rows[0])):
                 line |= dict(zip(("difference", "difference_low", "difference_high"), found)) | {
                     "p": p_value(some, row, rows[0]),
@@ -198,7 +198,7 @@ def ablation(profile: str, key: str, reads: str = "all") -> pd.DataFrame:
                 }
             lines.append(line)
     compared_lines = [line for line in lines if "p" in line]
-    for line, p in zip(compared_lines, metrics.holm([line["p"] for line in compared_lines])):
+    for line, p in zip(compared_lines, statistics.holm([line["p"] for line in compared_lines])):
         line["p"] = p
     return pd.DataFrame(
         lines,

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.benchmark import metrics
-from lib.benchmark.encoder import bar, pad, tokenize
+from lib.benchmark import statistics
 from lib.kernels import engine
+from lib.model.tokens import pad, tokenize
+from lib.pipeline.progress import bar
 from lib.training.duplicates import near_duplicates, question
 from lib.training.losses import (
     multiple_negatives_ranking_loss,
@@ -385,7 +386,7 @@ def mlm_accuracy(
     right, asked = np.array(right, dtype=float), np.array(asked, dtype=float)
     accuracy = right.sum() / max(1.0, asked.sum())
     # An example counts by its masked tokens: the interval of a ratio of two means, by its linear approximation.
-    _, low, high = metrics.interval(accuracy + (right - accuracy * asked) / max(1.0, asked.mean()))
+    _, low, high = statistics.interval(accuracy + (right - accuracy * asked) / max(1.0, asked.mean()))
     return float(accuracy), low, high
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lib.benchmark import bm25 as bm25_module
 from lib.benchmark import metrics
 from lib.benchmark.bm25 import Bm25, bm25, first_words, words
-from lib.benchmark.encoder import encodable
+from lib.model.tokens import encodable
 
 
 def test_bm25_by_hand():

@@ -12,9 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib.benchmark import encoder as encoding
 from lib.benchmark.encoder import Encoder
-from lib.model import checkpoint
+from lib.model import checkpoint, tokens
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red green blue fox hen owl runs sleeps the by night day unbelievable foxes".split()
@@ -62,7 +61,7 @@ def test_encode_is_the_models_embedding_normalised_or_not(tiny, tokenizer):
 
 def test_a_batch_never_exceeds_its_budget_of_tokens(tiny, tokenizer, monkeypatch):
     model, shapes = tiny(), []
-    monkeypatch.setattr(encoding, "BATCH_TOKENS", 40)
+    monkeypatch.setattr("lib.benchmark.encoder.BATCH_TOKENS", 40)
     encoder, texts = Encoder(model, tokenizer, truncate=True), texts_of([30, 2, 2, 2, 20, 8])
     engine = encoder.engine
     encoder.engine = lambda ids: shapes.append([len(row) for row in ids]) or engine(ids)
@@ -141,74 +140,6 @@ def test_what_is_no_text_is_named(tiny, tokenizer, odd, kind):
         encoder.encode("fox", show_progress=False)
 
 
-@settings(
-    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    text=st.text(st.sampled_from("red fox\n\tun🦊.-é红\ud800"), max_size=60),
-    gap=st.sampled_from(
-        [
-            " ",
-            "\n",
-            "",
-            "unbelievable",
-            " unbelievable ",
-            "红",
-            "红e\u0301",
-            "un-",
-            "🦊",
-            "un\u00a0",
-            "un—",
-            "un\x0b",
-            "un\x85",
-            "\u2028",
-            "。",
-        ]
-    ),
-    times=st.integers(0, 400),
-    max_length=st.integers(3, 12),
-    reach=st.sampled_from([8, 40, 4096]),
-)
-def test_tokenising_the_beginning_gives_the_tokens_of_the_whole(
-    tokenizer, text, gap, times, max_length, reach
-):
-    """Only so many characters are tokenised as can matter, and no word is read in half."""
-    text = text + gap * times + text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "REACH", reach)
-        ids, cut = encoding.tokenize([text], tokenizer, max_length)
-    whole = tokenizer(encoding.encodable(text))["input_ids"]
-    assert cut == [len(whole) > max_length]
-    assert ids == [whole if not cut[0] else whole[: max_length - 1] + whole[-1:]]
-
-
-def test_a_word_across_the_first_cut_is_read_whole(tokenizer):
-    """16 characters a token are tokenised at first; here the cut falls into a word that would end in other pieces."""
-    text = " " * (16 * 8 - 4) + "unbelievable red green blue fox hen owl runs"
-    ids, cut = encoding.tokenize([text], tokenizer, 8)
-    assert tokenizer.convert_ids_to_tokens(ids[0]) == [
-        "[CLS]",
-        "un",
-        "##believ",
-        "##able",
-        "red",
-        "green",
-        "blue",
-        "[SEP]",
-    ]
-    assert cut == [True]
-
-
-@pytest.mark.parametrize(
-    "separator", [" ", "\r", "\u00a0", "\u3000", "\u2028", "—", "。", "红", "."]
-)
-def test_a_million_words_cost_as_much_as_the_first_few(tokenizer, separator):
-    seen = []
-    spy = lambda texts, **options: seen.extend(map(len, texts)) or tokenizer(texts, **options)
-    encoding.tokenize([f"fox{separator}" * 1_000_000], spy, 32)
-    assert max(seen) <= 16 * 32
-
-
 ENORMOUS = {
     "a million words": "'red fox ' * 500_000",
     "a million characters of Chinese": "'红' * 1_000_000",
@@ -283,20 +214,6 @@ def test_a_chunked_text_is_the_mean_or_largest_of_its_windows(tiny, tokenizer, c
     assert encoder.encode([], show_progress=False).shape == (0, 16)
 
 
-@given(n=st.integers(0, 60), size=st.integers(1, 20), stride=st.integers(1, 20))
-def test_windows_read_every_token_and_end_with_the_text(n, size, stride):
-    stride = min(stride, size)
-    found = encoding.windows(n, size, stride)
-    assert (
-        set().union(*(range(start, end) for start, end in found)) == set(range(n))
-        and found[-1][1] == n
-    )
-    assert all(end - start == size for start, end in found[:-1]) and [
-        start for start, _ in found
-    ] == [i * stride for i in range(len(found))]
-    assert len(found) == 1 or found[-2][1] < n  # none is there for nothing
-
-
 def test_best_keeps_a_vector_for_each_window(tiny, tokenizer):
     encoder = Encoder(tiny(), tokenizer, max_length=8, chunk="best", stride=3)
     texts = ["fox", "", "red fox runs by night " * 3]
@@ -339,41 +256,12 @@ def test_an_encoder_that_reads_less_is_the_same_encoder(tiny, tokenizer):
 )
 def test_the_windows_of_a_text_hold_all_of_its_tokens_once(tiny, tokenizer, text, max_length):
     windows = Encoder(tiny(), tokenizer, max_length, chunk="mean").tokenize([text])[0]
-    whole = tokenizer(encoding.encodable(text))["input_ids"]
+    whole = tokenizer(tokens.encodable(text))["input_ids"]
     assert [token for window in windows for token in window[1:-1]] == whole[1:-1]
     assert all(
         len(window) <= max_length and (window[0], window[-1]) == (whole[0], whole[-1])
         for window in windows
     )
-
-
-@settings(
-    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    texts=st.lists(
-        st.text(st.sampled_from("red fox\n\tun🦊.-é红한\ud800\u00a0—"), max_size=60), max_size=5
-    ),
-    piece=st.integers(1, 50),
-    reach=st.sampled_from([1, 8, 4096]),
-)
-def test_pieces_give_the_tokens_of_the_whole(tokenizer, texts, piece, reach):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "PIECE", piece)
-        patch.setattr(encoding, "REACH", reach)
-        ids = encoding.tokenize_whole(texts, tokenizer)
-        cut, _ = encoding.tokenize(texts, tokenizer, 10**4)
-    assert ids == cut == [tokenizer(encoding.encodable(text))["input_ids"] for text in texts]
-
-
-def test_no_call_of_the_tokenizer_gets_more_than_a_piece(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE", 1000)
-    seen = []
-    spy = lambda texts, **options: seen.append(sum(map(len, texts))) or tokenizer(texts, **options)
-    encoding.tokenize(["fox " * n for n in (10, 200, 249, 90, 1, 1000, 3)], spy, 10**4)
-    assert (
-        max(seen) == 4000 and sorted(seen)[-2] <= 1000 and sum(seen) == 4 * 1553
-    )  # a text of 4,000 characters without more goes alone
 
 
 def test_an_encoder_says_what_it_lacks(tiny, tokenizer):
@@ -390,7 +278,7 @@ def test_an_encoder_says_what_it_lacks(tiny, tokenizer):
 
 def test_a_published_model_gets_batches_of_the_length_it_pads_to(tiny, tokenizer, monkeypatch):
     model, shapes = tiny(mask_padding=False, pad_to_max_length=True, pooling="cls"), []
-    monkeypatch.setattr(encoding, "BATCH_TOKENS", 100)
+    monkeypatch.setattr("lib.benchmark.encoder.BATCH_TOKENS", 100)
     texts, encoder = texts_of([3, 1, 9, 14, 4, 2, 2]), Encoder(model, tokenizer)
     engine = encoder.engine
     encoder.engine = lambda ids: shapes.append(len(ids)) or engine(ids)

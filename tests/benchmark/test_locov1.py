@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.benchmark import locov1, metrics, search, sources
-from lib.benchmark.locov1 import Task
-from lib.corpus.build import CorpusError
+from lib.benchmark.task import CorpusError, Task
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "loco-real"

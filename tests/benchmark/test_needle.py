@@ -3,7 +3,7 @@
 import pytest
 
 from lib.benchmark import metrics, needle, search
-from lib.benchmark.locov1 import Task
+from lib.benchmark.task import Task
 
 
 @pytest.fixture

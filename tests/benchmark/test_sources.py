@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.benchmark import locov1, metrics, search, sources
+from lib.benchmark.task import CorpusError
 from lib.corpus import build
-from lib.corpus.build import CorpusError
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = {"d1": "the red fox runs by night", "d2": "Die Füchsin 🦊 schläft", "d3": "owl by day"}
