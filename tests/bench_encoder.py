@@ -23,7 +23,7 @@ from lib.benchmark.encoder import Encoder
 from lib.efficiency import race
 from lib.kernels.engine import Engine
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
-from lib.report import results
+from lib.report import display
 
 LENGTHS = [128, 512, 2048, 8192, 32768]
 
@@ -68,7 +68,7 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
     ):
         shown[column] = shown[column].round(digits)
     print(
-        results.markdown(
+        display.markdown(
             shown, f"80M shape, one text, {threads} threads; medians of interleaved turns."
         )
     )
@@ -83,7 +83,7 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         found.to_csv(out / "encoder.csv", index=False, float_format="%.5g")
-        results.style()
+        display.style()
         race.figure(found, turns).savefig(out / "encoder.svg", metadata={"Date": None})
 
 

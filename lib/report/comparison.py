@@ -5,7 +5,6 @@
     difference, p_value, by_seed           one row against another: with its interval, by chance, training by training
     ablation(profile, key)                 the rows of an ablation against its first one, as a frame
     verdict(low, high, expected, …)        whether the paper's sign is there
-    each_seed, chance                      the same numbers, written
 
 `values` are lines of `report.per_query`. Scores and differences are fractions in [0, 1]; what is written is × 100.
 """
@@ -240,15 +239,3 @@ def verdict(
     if expected < 0:
         low, high = -high, -low
     return "reproduces" if low > 0 else NOT_HERE if high < 0 else "undecided"
-
-
-def each_seed(differences: list[float]) -> str:
-    """What each pair of trainings says, × 100: `+2.0, -0.3`; – where there is one pair."""
-    return (
-        ", ".join(f"{100 * value:+.1f}" for value in differences) if len(differences) > 1 else "–"
-    )
-
-
-def chance(p: float | None) -> str:
-    """A p-value, written."""
-    return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

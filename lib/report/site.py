@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from lib.pipeline import files, notebook, params
-from lib.report import comparison, results
+from lib.report import comparison, display, results
 
 # Stage -> (the notebook it runs, None where its row says which; the table of its rows, None without), in the pipeline's order.
 STAGES = {
@@ -202,8 +202,9 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
     left = {
         (kind, path.relative_to(place).with_suffix("").as_posix())
         for kind, suffix in (("figures", "svg"), ("tables", "md"), ("tables", "csv"))
-        for path in place.rglob(f"*.{suffix}")
-        if path.name != "curve.csv" and path.parent.name != "timings"
+        for stage in STAGES
+        for path in (place / stage).rglob(f"*.{suffix}")
+        if path.name != "curve.csv"
     }
 
     def items(*names: str) -> str:
@@ -323,7 +324,7 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
         (
             f'<nav class="contents" aria-label="Contents"><ul>\n{contents}\n</ul></nav>\n<main>\n<h1>Does an encoder that reads further find more?</h1>\n'
             f'<p>A reproduction of LoCoV1 and M2-BERT (<a href="https://arxiv.org/abs/2402.07440">arXiv 2402.07440</a>): encoders that read from one page to a whole book, '
-            f'the paper’s own choices taken out one at a time, and each of its claims beside what was measured here.</p>\n<p class="soft">{escape(results.note(profile))} {escape(evaluated(profile))}</p>\n{body}\n</main>'
+            f'the paper’s own choices taken out one at a time, and each of its claims beside what was measured here.</p>\n<p class="soft">{escape(display.note(profile))} {escape(evaluated(profile))}</p>\n{body}\n</main>'
         ),
     )
 
@@ -396,7 +397,7 @@ def pipe_table(path: Path) -> tuple[str, list[str], list[bool], list[list[str]]]
     if path.suffix == ".csv":
         import pandas as pd
 
-        text = results.markdown(pd.read_csv(StringIO(text)), path.stem.replace("_", " "))
+        text = display.markdown(pd.read_csv(StringIO(text)), path.stem.replace("_", " "))
     caption, _, lines = text.partition("\n|")
     rows = [
         [

@@ -1,12 +1,9 @@
-"""Figures, tables and numbers: written to the same bytes, read back as they were, and what is missing is called so."""
+"""Numbers are read back as they were written, and what is missing is called so."""
 
 import json
 import math
 from pathlib import Path
-from xml.etree import ElementTree
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +11,6 @@ import pytest
 from lib.pipeline import params
 from lib.report import results
 
-matplotlib.use("svg")
 ROOT = Path(__file__).parents[2]
 PAPER = sorted((ROOT / "data" / "paper").glob("*.csv"))
 
@@ -26,145 +22,6 @@ def retrievers(house) -> list[str]:
 
 def written(name: str) -> Path:
     return results.source("smoke") / name
-
-
-# ------------------------------------------------------------------ figures
-
-
-def draw(name: str = "ladder") -> str:
-    import matplotlib.pyplot as plt
-
-    results.style()
-    fig, ax = plt.subplots(figsize=(3, 2))
-    ax.plot([128, 2048], [0.2, 0.4], label="opl")
-    ax.fill_between(
-        [128, 2048], [0.1, 0.3], [0.3, 0.5], alpha=0.2
-    )  # a clip path, and so an id that matplotlib draws
-    ax.legend()
-    results.figure(fig, f"overview/{name}", params.data("smoke"), "smoke", "Scores < 1 & lengths.")
-    assert not plt.get_fignums()
-    return written(f"overview/{name}.svg").read_text(encoding="utf-8")
-
-
-def test_a_figure_has_the_same_bytes_twice_and_says_what_it_shows(house):
-    first = draw()
-    assert draw() == first
-    root = ElementTree.fromstring(first)
-    said = {child.tag.rpartition("}")[2]: child.text for child in root}
-    assert said["title"] == "ladder"
-    assert said["desc"] == f"Scores < 1 & lengths. {results.note('smoke')}"
-    assert root.get("role") == "img"
-
-
-def test_a_figure_holds_no_date_no_program_and_no_path(house):
-    text = draw("other")
-    assert (
-        "DOCTYPE" not in text
-        and "<dc:date>" not in text
-        and "Matplotlib" not in text
-        and str(house) not in text
-    )
-
-
-def test_outside_of_a_notebook_a_figure_is_its_caption(house, capsys):
-    draw()
-    assert (
-        capsys.readouterr().out == f"figure ladder: Scores < 1 & lengths. {results.note('smoke')}\n"
-    )
-
-
-def test_a_note_says_which_lengths_stand_for_the_papers(house):
-    here = params.load()["lengths"]["smoke"]
-    assert (
-        results.note("smoke")
-        == f"Profile smoke: {here[128]}, {here[2048]}, {here[8192]} and {here[32768]} tokens stand for the paper's 128, 2,048, 8,192 and 32,768."
-    )
-    assert results.note("gpu") == "Profile gpu, the paper's own lengths."
-    assert results.note("paper") == "Profile paper on LoCoV1, the paper's own lengths."
-
-
-@pytest.mark.parametrize(
-    "name, shown",
-    [
-        ("qmsum", "qmsum"),
-        ("_hidden", " _hidden"),
-        ("cost in $ and $", r"cost in \$ and \$"),
-        ("x" * 40, "x" * 31 + "…"),
-    ],
-)
-def test_a_name_from_outside_is_drawn_as_it_is(name, shown):
-    assert results.label(name) == shown
-    fig, ax = plt.subplots()
-    ax.plot([0, 1], label=results.label(name))
-    ax.legend()
-    fig.canvas.draw()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [shown]
-    plt.close(fig)
-
-
-# ------------------------------------------------------------------ tables
-
-FRAME = pd.DataFrame(
-    {
-        "row": ["a|b", "two\nlines"],
-        "tokens": [36_700_160_000, 7],
-        "ndcg@10": [0.123456789, math.nan],
-        "gib": [1.5, 2.25],
-        "whole": [3.0, 1200.0],
-        "run": [True, False],
-    }
-)
-
-
-def test_a_table_is_rounded_for_reading_and_exact_to_six_digits_for_computing(house):
-    results.save_table(FRAME, "overview/rows", params.data("smoke"), "smoke", "Rows.")
-    assert written("overview/rows.md").read_text(encoding="utf-8") == (
-        f"Rows. {results.note('smoke')}\n\n"
-        "| row | tokens | ndcg@10 | gib | whole | run |\n|---|--:|--:|--:|--:|--:|\n"
-        "| a\\|b | 36,700,160,000 | 0.1235 | 1.50 | 3 | True |\n"
-        "| two lines | 7 | – | 2.25 | 1,200 | False |\n"
-    )
-    back = pd.read_csv(written("overview/rows.csv"))
-    assert back["ndcg@10"][0] == 0.123457 and math.isnan(back["ndcg@10"][1])
-    pd.testing.assert_frame_equal(
-        back.drop(columns="ndcg@10"), FRAME.drop(columns="ndcg@10"), check_dtype=False
-    )
-
-
-def test_a_table_read_and_written_again_is_the_same_bytes(house):
-    first = results.csv(FRAME)
-    written("x").parent.mkdir(parents=True)
-    written("x").write_text(first, encoding="utf-8")
-    assert results.csv(pd.read_csv(written("x"))) == first
-
-
-@pytest.mark.parametrize(
-    "values, cells",
-    [
-        ([0.5, 0.25], ["0.50", "0.25"]),
-        ([1.0, 2.0], ["1", "2"]),
-        ([1 / 3, 1.0], ["0.3333", "1.0000"]),
-        ([math.nan, None], ["–", "–"]),
-        ([1234.5, math.nan], ["1,234.5", "–"]),
-        (["not run", 0.25], ["not run", "0.25"]),
-        ([pd.NA, 3], ["–", "3"]),
-        ([np.int64(1000), np.int64(1)], ["1,000", "1"]),
-    ],
-)
-def test_a_column_has_the_decimals_it_needs(values, cells):
-    assert [row[0] for row in results.formatted(pd.DataFrame({"x": values}))] == cells
-
-
-def test_a_table_of_nothing_and_a_name_twice_are_tables_too():
-    assert results.formatted(pd.DataFrame()) == []
-    twice = pd.DataFrame([[1, 0.5]], columns=["x", "x"])
-    assert results.markdown(twice, "c") == "c\n\n| x | x |\n|--:|--:|\n| 1 | 0.5 |\n"
-
-
-def test_an_interval_in_words():
-    assert results.with_interval(0.394, 0.361, 0.428) == "39.4 [36.1, 42.8]"
-    assert results.with_interval(0.02, -0.011, 0.052, signed=True) == "+2.0 [-1.1, +5.2]"
-    assert results.with_interval(math.nan, 0.1, 0.2) == results.with_interval(0.1, None, 0.2) == "–"
 
 
 # ------------------------------------------------------------------ metrics

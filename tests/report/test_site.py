@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 
 from lib.pipeline import files, params
 from lib.pipeline.params import ParamsError
+from lib.report import display, site
 from lib.report import results as written
-from lib.report import site
 
 ROOT = Path(__file__).parents[2]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -121,7 +121,7 @@ def results(house):
     place = written.source("smoke")
     for name in ("overview/length_ladder", "overview/training", "lesson/losses/lesson_losses"):
         files.write(place / f"{name}.svg", DRAWING)
-    written.save_table(
+    display.save_table(
         pd.DataFrame(
             {
                 "claim": ["a|b <script>alert(9)</script>"],
@@ -135,7 +135,7 @@ def results(house):
         "smoke",
         "Claims.",
     )
-    written.save_table(pd.DataFrame(), "ablation/loss/ablation_loss", data, "smoke", "Nothing yet.")
+    display.save_table(pd.DataFrame(), "ablation/loss/ablation_loss", data, "smoke", "Nothing yet.")
     files.write(place / "overview" / "extra.csv", "x,y\n1,0.5\n")
     written.metric({"scores": {}}, "evaluate", "opl", data, "smoke")
     for stage, seconds in (("finetune-opl", 1234.5), ("lesson-losses", 617.25)):
@@ -441,7 +441,7 @@ def test_a_formula_over_several_lines_is_not_taken_for_markdown():
         ("executed/mine.ipynb", "{}", "delete it"),
         ("executed/finetune-gone.ipynb", "{}", "delete it"),
         ("report/smoke/ablation/loss/ablation_loss.svg", "<svg>", "`dvc repro ablation@loss`"),
-        ("report/smoke/mine/mine.svg", "<html/>", "delete it"),
+        ("report/smoke/lesson/mine/mine.svg", "<html/>", "delete it"),
         ("report/smoke/overview/rows.md", "no table", "`dvc repro overview`"),
         ("report/smoke/data/data.md", "c\n\n| a | b |\n|---|---|\n| 1 |\n", "`dvc repro data`"),
         ("report/smoke/evaluate/opl/metrics.json", "{", "`dvc repro evaluate@opl`"),
@@ -492,18 +492,20 @@ def test_python_m_lib_page_writes_the_pages(results):
 
 
 def test_the_stages_are_those_of_the_pipeline(house):
-    """The notebook and the rows of every stage, and who writes which figure and table, as dvc.yaml has them."""
+    """The notebook and the rows of every stage, and who writes which folder, as in dvc.yaml."""
     pipeline = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    runs = {
-        stage: body for stage, body in pipeline.items() if "lib.pipeline.notebook run" in str(body)
-    }
+    runs = {stage: body for stage, body in pipeline.items() if "lib.pipeline run" in str(body)}
     assert list(runs) == list(site.STAGES)
     for stage, body in runs.items():
         source, table = site.STAGES[stage]
         assert (f"${{{table}}}" if table else None) == body.get("foreach")
-        assert f"data/source/{source or '${item.notebook}'}.ipynb" in body.get("do", body)["cmd"]
-        for plot in body.get("do", body).get("plots", []):
-            row = next(iter(params.load()[table])) if table else ""
-            path = Path(next(iter(plot)).replace("${key}", row))
-            if path.parent.name != "curves":
-                assert site.writer(path) == (f"{stage}@{row}" if table else stage)
+        command = body.get("do", body)["cmd"]
+        assert command.startswith(
+            f"python -m lib.pipeline run {source or '${item.notebook}'} {stage}"
+        )
+        folder = next(
+            next(iter(out)) for out in body.get("do", body)["outs"] if isinstance(out, dict)
+        )
+        row = next(iter(params.load()[table])) if table else ""
+        path = Path(folder.replace("${key}", row)) / "a.svg"
+        assert site.writer(path) == (f"{stage}@{row}" if table else stage)

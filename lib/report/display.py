@@ -1,0 +1,226 @@
+"""How results look: one style for figures, one form for tables and numbers.
+
+    style()                                          at the top of a notebook
+    figure(fig, name, out, profile, caption)         writes an SVG, and shows it
+    save_table(frame, name, out, profile, caption)   writes .md to read and .csv to compute with
+    table(frame, caption)                            shows a table in the notebook only
+    with_interval, each_seed, chance                 numbers as text
+
+Equal numbers give equal bytes: no date, no random id, no path. Scores are fractions in [0, 1];
+what people read is multiplied by 100. A `name` is a path in the report: a stage, its row if it
+has rows, and a name, such as `data/bm25_ladder` or `lesson/losses/lesson_losses`.
+"""
+
+import math
+import re
+from html import escape
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.pipeline import files, params
+from lib.report import results
+
+STYLE = {
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": 100,
+    "svg.hashsalt": "lib.report.results",  # ids in a figure are drawn from this name
+    "svg.fonttype": "path",
+    "savefig.facecolor": "white",
+}
+
+
+# ------------------------------------------------------------------ figures
+
+
+def style() -> None:
+    """Set one look for all figures: colour-blind-safe colours, bundled fonts, reproducible SVG."""
+    import seaborn
+
+    seaborn.set_theme(
+        style="ticks", palette="colorblind", font="DejaVu Sans", font_scale=0.9, rc=STYLE
+    )
+    if (shell := notebook_shell()) is not None and hasattr(shell, "kernel"):
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def svg(fig, title: str, caption: str) -> str:
+    """The figure as SVG, with a title and a description for those who cannot see it."""
+    stream = StringIO()
+    fig.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    # The DOCTYPE names a file on the web, and stays out.
+    attributes, end, rest = stream.getvalue().partition("<svg ")[2].partition(">")
+    return (
+        f'<?xml version="1.0" encoding="utf-8"?>\n<svg {attributes} role="img"{end}\n'
+        f" <title>{escape(title)}</title>\n <desc>{escape(caption)}</desc>{rest}"
+    )
+
+
+def figure(fig, name: str, out, profile: str, caption: str) -> None:
+    """Write <name>.svg with its caption inside, close the figure, and show both."""
+    import matplotlib.pyplot as plt
+
+    caption = f"{caption} {note(profile)}"
+    path = results.folder(out, profile) / f"{name}.svg"
+    picture = svg(fig, path.stem.replace("_", " "), caption)
+    files.write(path, picture)
+    plt.close(fig)
+    show({"image/svg+xml": picture, "text/plain": f"figure {path.stem}: {caption}"})
+    show({"text/markdown": f"*{caption}*", "text/plain": ""})
+
+
+def note(profile: str) -> str:
+    """The end of every caption: the profile, its collection unless embedded, and its lengths."""
+    lengths = {paper: params.length(profile, paper) for paper in params.PAPER_LENGTHS}
+    name = f"{profile} on {source}" if (source := collection(profile)) else profile
+    if all(paper == here for paper, here in lengths.items()):
+        return f"Profile {name}, the paper's own lengths."
+    here, paper = (listed([f"{n:,}" for n in side]) for side in (lengths.values(), lengths))
+    return f"Profile {name}: {here} tokens stand for the paper's {paper}."
+
+
+def collection(profile: str) -> str:
+    """The name of the profile's collection: LoCoV1, LongEmbed, its folder's; "" if embedded."""
+    source = params.settings(profile, "data")["source"]
+    known = {"embedded": "", "hub": "LoCoV1", "longembed": "LongEmbed"}
+    return known.get(source, Path(source).name)
+
+
+def label(name: str, most: int = 32) -> str:
+    """A name from outside, safe in a figure: bounded, no formula, and never left out of a legend.
+
+    matplotlib reads `$…$` as a formula, and leaves names that begin with `_` out of legends.
+    """
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return re.sub(r"^_", " _", name.replace("$", r"\$"))
+
+
+# ------------------------------------------------------------------ tables
+
+
+def table(frame: pd.DataFrame, caption: str) -> None:
+    """Show a table in the notebook, without its index."""
+    sides = ["right" if right else "left" for right in numeric(frame)]
+    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
+    body = "\n".join(
+        "<tr>"
+        + "".join(f'<td align="{side}">{escape(cell)}</td>' for cell, side in zip(row, sides))
+        + "</tr>"
+        for row in formatted(frame)
+    )
+    html = (
+        f"<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table>"
+    )
+    show({"text/html": html, "text/plain": markdown(frame, caption)})
+
+
+def save_table(frame: pd.DataFrame, name: str, out, profile: str, caption: str) -> None:
+    """Write <name>.md (rounded, with the caption) and <name>.csv (six digits), and show it."""
+    caption = f"{caption} {note(profile)}"
+    path = results.folder(out, profile) / name
+    files.write(path.with_name(f"{path.name}.md"), markdown(frame, caption))
+    files.write(path.with_name(f"{path.name}.csv"), results.csv(frame))
+    table(frame, caption)
+
+
+def markdown(frame: pd.DataFrame, caption: str) -> str:
+    """A pipe table below its caption."""
+
+    def line(cells) -> str:
+        texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    dashes = "|".join("--:" if right else "---" for right in numeric(frame))
+    lines = [caption, "", line(frame.columns), f"|{dashes}|", *map(line, formatted(frame))]
+    return "\n".join(lines) + "\n"
+
+
+def numeric(frame: pd.DataFrame) -> list[bool]:
+    """Which columns hold numbers (a frame may hold two columns of one name)."""
+    return [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+
+
+def formatted(frame: pd.DataFrame) -> list[list[str]]:
+    """The cells as text: each column with the decimals it needs (at most 4), – if missing."""
+    columns = []
+    for i in range(frame.shape[1]):
+        values = frame.iloc[:, i].tolist()
+        numbers = [x for x in values if isinstance(x, float | np.floating) and math.isfinite(x)]
+        decimals = 0
+        while decimals < 4 and any(abs(x - round(x, decimals)) >= 1e-9 for x in numbers):
+            decimals += 1
+        columns.append([text(value, decimals) for value in values])
+    return [list(row) for row in zip(*columns)]
+
+
+def text(value, decimals: int) -> str:
+    if isinstance(value, bool | np.bool_ | str):
+        return str(value)
+    if pd.isna(value):
+        return "–"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return f"{value:,.{decimals}f}" if isinstance(value, float | np.floating) else str(value)
+
+
+# ------------------------------------------------------------------ numbers as text
+
+
+def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`.
+
+    A missing number (None, NaN) gives –.
+    """
+    if any(number is None or math.isnan(number) for number in (value, low, high)):
+        return "–"
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
+
+
+def each_seed(differences: list[float]) -> str:
+    """The difference of each pair of trainings × 100: `+2.0, -0.3`; – if there is one pair."""
+    texts = [f"{100 * value:+.1f}" for value in differences]
+    return ", ".join(texts) if len(texts) > 1 else "–"
+
+
+def chance(p: float | None) -> str:
+    """A p-value as text."""
+    return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+# ------------------------------------------------------------------ notebooks
+
+
+def notebook_shell():
+    """IPython's shell; None outside of a notebook."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    return get_ipython()
+
+
+def show(bundle: dict[str, str]) -> None:
+    """Display in the notebook; outside of one, print the text."""
+    if notebook_shell() is not None:
+        from IPython.display import display
+
+        display(bundle, raw=True)
+    elif bundle["text/plain"]:
+        print(bundle["text/plain"])
