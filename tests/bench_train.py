@@ -15,8 +15,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from lib.efficiency.race import by_definition
-from lib.kernels import cpu
+from lib import kernels
 from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM
 from lib.training import train
 
@@ -63,20 +62,16 @@ def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
 
 
 def measure(length: int, width: int, layers: int, repeats: int = 5) -> dict:
-    kernel = cpu.kernel
     steps = {kind: step_of(kind, length, width, layers) for kind in KINDS}
     taken: dict = {kind: [] for kind in steps}
-    try:
-        for repeat in range(repeats + 1):
-            for kind, step in steps.items():
-                cpu.kernel = kernel if kind.startswith("native") else lambda: None
-                with by_definition(kind == "eager"):
-                    started = time.perf_counter()
-                    step()
-                    if repeat:  # the first warms up
-                        taken[kind].append(time.perf_counter() - started)
-    finally:
-        cpu.kernel = kernel
+    for repeat in range(repeats + 1):
+        for kind, step in steps.items():
+            way = kind.split("_")[0]
+            with kernels.use({"eager": "definition", "native": "auto"}.get(way, way)):
+                started = time.perf_counter()
+                step()
+                if repeat:  # the first warms up
+                    taken[kind].append(time.perf_counter() - started)
     seconds = {kind: statistics.median(values) for kind, values in taken.items()}
     return {
         "length_tokens": length,

@@ -246,5 +246,5 @@ def interpreter():
         scope.restore()
     sys.modules.pop("lib.kernels.triton_kernels", None)
     del lib.kernels.triton_kernels
-    gpu.works.cache_clear()
+    gpu.is_supported.cache_clear()
     gpu_mlp.program.cache_clear()

@@ -22,6 +22,7 @@ import math
 import torch
 from transformers import BertConfig, BertModel
 
+from lib.kernels import gpu
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 from lib.operators.long_conv import fft_length
 
@@ -180,3 +181,82 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
         )
     total = sum(transformer_flops(config, length).values())
     return total, total, transformer_traffic(config, length, itemsize, batch)
+
+
+# ------------------------------------------------------------------ lib/kernels on a GPU
+
+
+def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> dict[str, float]:
+    """Operations a token of one layer's `mix`, a multiply-add counted as 2. Texts fill H tokens whatever they hold.
+
+    products     S D (H/L) (4 M + 8 (R1 + R2)) a transform: two of them forward, three backward
+    pointwise    S D (H/L) 6 for each turn and each spectrum; 21 D for the short convolution and the gates, backward 74 D
+    """
+    M, R1, R2 = gpu.factors(L)
+    fill = M * R1 * R2 / L
+    inner, turns = (R2, 1) if R1 == 1 else (R1 + R2, 2)
+    transforms, spectra_read = (3, 2) if backward else (2, 1)
+    short = (
+        74 if backward else 21
+    )  # backward: x2, and x1 and v twice, 30; gates 5; the short convolution's adjoint 39
+    return {
+        "products": signals * channels * fill * transforms * (4 * M + 8 * inner),
+        "pointwise": signals * channels * fill * 6 * (transforms * turns + spectra_read)
+        + short * channels,
+    }
+
+
+def traffic(
+    L: int,
+    channels: int,
+    signals: int = 2,
+    batch: int = 1,
+    size: int = 2,
+    gradients: bool = False,
+    backward: bool = False,
+) -> dict[str, float]:
+    """Bytes a token of one layer's `mix` to and from memory, if all that a program reads twice it finds in a cache the second time.
+
+    Args:
+        size: bytes of a number, 2 in bfloat16. gradients: whether conv(x1 v) is written too.
+
+        texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and p, ds, dp 9 in the short convolution; times D
+        planes     three passes alone: 8 a signal forward, 12 backward, and 2 more rows of p backward; times D H/L
+        spectra    8 S D H/L, read once for all texts of a batch, backward written once more
+    """
+    M, R1, R2 = gpu.factors(L)
+    fill, residual = M * R1 * R2 / L, signals - 1
+    if backward:
+        numbers = 3 + 1 + 1 + 3 + residual * 3 + 9 + (2 if R1 > 1 else 0)
+    else:
+        numbers = 3 + residual + 1 + (1 if gradients else 0)
+    return {
+        "texts": size * channels * numbers,
+        "planes": 0.0 if R1 == 1 else size * channels * fill * signals * (12 if backward else 8),
+        "spectra": 8 * signals * channels * fill * (2 if backward else 1) / batch,
+    }
+
+
+def encoder_costs(config, L: int, batch: int = 1) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) a token of all layers of an encoder without gradients, bfloat16, part by part.
+
+    mixer          `mix`
+    projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the output written, and 4 D² weights a batch
+    mlp            6 W I operations, W the next power of two from D / K; read D, write D, and 3 D I / K weights a batch (lib/kernels/gpu_mlp.py), which the cache gives to each of its programs
+    """
+    D, I, K, N, S = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.mlp_blocks,
+        config.num_hidden_layers,
+        2 if config.residual_long_conv else 1,
+    )
+    tokens = batch * L
+    return {
+        "mixer": (N * sum(flops(L, D, S).values()), N * sum(traffic(L, D, S, batch).values())),
+        "projections": (N * 8.0 * D**2, N * 2 * (8 * D + 4 * D**2 / tokens)),
+        "mlp": (
+            N * 6.0 * (1 << (D // K - 1).bit_length()) * I,
+            N * 2 * (2 * D + 3 * D * I / K / tokens),
+        ),
+    }

@@ -4,7 +4,6 @@
     race(entries, lengths, …)    seconds and peak memory, turn by turn; the machine's own limits take turns too
     table(turns, entries)        tokens a second, ratios, memory, shares of the limits: one line an entrant and length
     convolutions(lengths, …)     the gated long convolution alone, on a GPU
-    DEFINITION                   the arithmetic of the authors' code, written plainly
 
 Turns (A B, A B, …) put a slow moment of the machine on both sides of a ratio; a process of its own gives each model its own peak
 of memory, and the system's clock of work (`cpu_s`) its own threads. Weights are random: speed does not depend on them.
@@ -20,21 +19,19 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig
 
+from lib import kernels
 from lib.efficiency import counts
 from lib.kernels import gpu
 from lib.kernels.engine import Engine
-from lib.model.m2bert import MLP, M2BertConfig, SequenceMixer
-from lib.operators.long_conv import short_conv
-from lib.training.train import use
+from lib.model.m2bert import M2BertConfig
+from lib.model.device import use
 
 WAYS = ("forward", "definition", "torch", "engine", "compiled")
 LIMITS = "limits"
@@ -51,7 +48,7 @@ def entrants(
     """Who races against an M2-BERT of this configuration, by name.
 
     An entry is {"config", "way", "dtype", "shallow_from"} and perhaps "until". shallow_from: tokens from which on one layer is timed and counted for
-    all, since a race should end, or None; until: tokens beyond which it stays out. Ways: `definition` (see DEFINITION), `forward` (the model as it is), `torch` (on a GPU:
+    all, since a race should end, or None; until: tokens beyond which it stays out. Ways: `definition` (the equations of lib/model/m2bert.py), `forward` (the model as it is), `torch` (on a GPU:
     with torch.fft in place of lib/kernels/gpu.py), `compiled` (that, by torch.compile), `engine` (lib/kernels/engine.py).
     """
 
@@ -108,54 +105,6 @@ def entrants(
 def shallow_from(entry: dict, layers: int) -> float:
     """Tokens from which on one of an entrant's layers is timed; a model of one layer is never shallow."""
     return math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
-
-
-def definition_of_the_mixer(self: SequenceMixer, u: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Texts transposed, each convolution by itself, FFTs of 2 L points, kernels made anew; without padding."""
-    if mask is not None:
-        raise ValueError("the definition is raced on texts without padding")
-    L = u.shape[1]
-    u = (u if self.layernorm is None else self.layernorm(u)).transpose(1, 2)  # (B, D, L)
-    p = self.in_linear(u.transpose(1, 2)).transpose(1, 2)  # (B, 3D, L)
-    x1, x2, v = short_conv(p, self.short_filter.weight, self.short_filter.bias).chunk(3, dim=1)
-
-    def convolution(x: Tensor, filter) -> Tensor:
-        back, ahead = filter(L)
-        kernel = F.pad(back, (0, L)) + (
-            0 if ahead is None else F.pad(ahead[:, : L - 1].flip(-1), (L + 1, 0))
-        )
-        return (
-            torch.fft.irfft(torch.fft.rfft(x, n=2 * L) * torch.fft.rfft(kernel, n=2 * L), n=2 * L)[
-                ..., :L
-            ]
-            + x * filter.bias[:, None]
-        )
-
-    y = convolution(v * x1, self.gated_filter) * x2
-    if self.residual_filter is not None:
-        y = y + convolution(u, self.residual_filter)
-    return self.out_linear(y.transpose(1, 2))
-
-
-def definition_of_the_mlp(self: MLP, h: Tensor) -> Tensor:
-    gate, value = self.gated_layers(h).chunk(2, dim=-1)
-    return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
-
-
-DEFINITION = {SequenceMixer: definition_of_the_mixer, MLP: definition_of_the_mlp}
-
-
-@contextmanager
-def by_definition(on: bool = True):
-    """All models in this process compute by DEFINITION meanwhile."""
-    own = {kind: kind.forward for kind in DEFINITION}
-    try:
-        for kind, forward in DEFINITION.items() if on else ():
-            kind.forward = forward
-        yield
-    finally:
-        for kind, forward in own.items():
-            kind.forward = forward
 
 
 # ------------------------------------------------------------------ the race
@@ -296,8 +245,8 @@ def encoding(entry: dict, device: torch.device):
         model = model.to(getattr(torch, entry["dtype"]))
     stack, name = (model.model, "layers") if entry["kind"] == "m2bert" else (model.encoder, "layer")
     every, first = getattr(stack, name), getattr(stack, name)[:1]
-    if entry["way"] in ("torch", "compiled"):
-        os.environ["LOCO_NATIVE"] = "0"  # of this process: lib/kernels/gpu.py heeds it too
+    ways = {"definition": "definition", "torch": "torch", "compiled": "torch"}
+    back_end = ways.get(entry["way"], "auto")
     engine = Engine(model, getattr(torch, entry["dtype"])) if entry["way"] == "engine" else None
     forward = torch.compile(model, dynamic=False) if entry["way"] == "compiled" else model
     dtype = (
@@ -309,7 +258,7 @@ def encoding(entry: dict, device: torch.device):
         setattr(stack, name, first if shallow else every)
         ids = torch.randint(5, config.vocab_size, (turn["batch"], turn["length_tokens"])).to(device)
         rows = ids.tolist()
-        with by_definition(entry["way"] == "definition"):
+        with kernels.use(back_end):
             took = timed(
                 (lambda: engine(rows)) if engine is not None else (lambda: forward(ids)), device
             )
@@ -560,7 +509,9 @@ def measured(
                 taken[name].append(took)
     found = {name: statistics.median(values) for name, values in taken.items()}
     moved = (
-        sum(gpu.traffic(length, width, batch=batch, size=dtype.itemsize).values()) * length * batch
+        sum(counts.traffic(length, width, batch=batch, size=dtype.itemsize).values())
+        * length
+        * batch
     )
     return found | {
         "fft_over_monarch": found["torch_fft_ms"] / found["monarch_ms"],

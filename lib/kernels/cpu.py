@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lib.kernels.support import back_end, compute_dtype
+from lib.operators.monarch import BlockDiagonalLinear, paired
+
 SOURCE = Path(__file__).with_name("mixer.cpp")
 # No -ffast-math: gcc would have the library change how the whole process treats small numbers.
 FLAGS = "-O3 -std=c++17 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -fPIC -shared -pthread -w".split()
@@ -29,9 +32,14 @@ LANES, PAIR = 16, 32  # channels of a vector, and of one pass over a text
 log = logging.getLogger(__name__)
 
 
-@cache
 def kernel() -> ctypes.CDLL | None:
-    """The compiled library; asked once."""
+    """The compiled library; None if there is none, or `use` says torch or the definition."""
+    return compiled() if back_end() == "auto" or os.environ.get("LOCO_NATIVE") == "0" else None
+
+
+@cache
+def compiled() -> ctypes.CDLL | None:
+    """The same, asked once."""
     try:
         library = load()
     except (OSError, RuntimeError) as error:
@@ -116,18 +124,57 @@ def load() -> ctypes.CDLL:
     return loaded
 
 
+# ------------------------------------------------------------------ back end of lib/kernels
+
+
+def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
+    """y (B, L, D) of u (B, L, D); None without gradients outside of training, or for a mask with holes.
+
+    In training without gradients too: the two passes of a micro-batch are one arithmetic.
+    """
+    if not (torch.is_grad_enabled() or layer.training):
+        return None
+    if mask is not None:
+        u = u * mask.transpose(1, 2)
+    if not (trains(u, layer.in_linear.weight) and fits(u.shape[-1])):
+        return None
+    if mask is not None and not bool((mask[..., 1:] <= mask[..., :-1]).all()):
+        return None
+    B, L, _ = u.shape
+    u = u.to(compute_dtype(u))
+    p = layer.in_linear(u)  # (B, L, 3D)
+    if mask is None:
+        real = torch.full((B,), L, dtype=torch.int64, device="cpu")
+    else:
+        p = p * mask.transpose(1, 2).to(p.dtype)
+        real = mask[:, 0].sum(dim=1).long()
+    gated, residual = layer.gated_filter, layer.residual_filter
+    filters = [
+        (None, None, None)
+        if filter is None
+        else (*filter.before_decay(filter.hidden(L)), filter.bias)
+        for filter in (gated, residual)
+    ]
+    table = Spectra.apply(gated.time(L), gated.deltas(), size(L), *filters[0], *filters[1])
+    short = layer.short_filter
+    return layer.out_linear(Mix.apply(p, u, short.weight[:, 0].t(), short.bias, table, real))
+
+
+def gated_mlp(mlp, h: Tensor) -> Tensor | None:
+    """y (B, L, D) of h (B, L, D); None without gradients outside of training, or with dropout."""
+    dropout = mlp.training and mlp.dropout.p
+    if not (torch.is_grad_enabled() or mlp.training) or dropout:
+        return None
+    x = h.flatten(0, 1)
+    if not GatedBlocks.fits(x, mlp.gated_layers, mlp.wo):
+        return None
+    product = GatedBlocks.apply(x, mlp.gated_layers.weight, mlp.wo.weight)
+    return mlp.layernorm(product + (x + mlp.wo.bias)).view_as(h)
+
+
 def fits(channels: int) -> bool:
     """Whether the kernel can be used for so many channels."""
     return channels % PAIR == 0 and kernel() is not None
-
-
-def number_type(x: Tensor) -> torch.dtype:
-    """What a product of x is taken in: autocast's type where that is on, else its own."""
-    return (
-        torch.get_autocast_dtype(x.device.type)
-        if torch.is_autocast_enabled(x.device.type)
-        else x.dtype
-    )
 
 
 def trains(x: Tensor, weight: Tensor) -> bool:
@@ -139,7 +186,7 @@ def trains(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and weight.dtype == torch.float32
         and x.dtype in kinds
-        and number_type(x) in kinds
+        and compute_dtype(x) in kinds
         and kernel() is not None
     )
 
@@ -492,3 +539,51 @@ def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tens
         torch.get_num_threads(),
     )
     return dm, da, db
+
+
+class GatedBlocks(torch.autograd.Function):
+    """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
+
+    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the kernel of lib/kernels/mixer.cpp. float32; or, under
+    autocast, y and all products in bfloat16, the weights' gradients too before they become float32. Kept for the backward pass are x, a and b.
+    """
+
+    @staticmethod
+    def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
+        return paired(gated, out) and gated.weight.shape[1] % 16 == 0 and trains(x, gated.weight)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        with torch.autocast("cpu", enabled=False):
+            x, gated, out = x.to(dtype).contiguous(), gated.to(dtype), out.to(dtype)
+            parts = [
+                torch.mm(part, weight.t())
+                for part, weight in zip(x.chunk(len(gated), dim=1), gated)
+            ]
+            y, half = torch.empty_like(x), len(gated) // 2
+            for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
+                for side, m in enumerate(glu(a, b).chunk(2, dim=1)):
+                    torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
+        ctx.save_for_backward(x, gated, out, *parts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, gated, out, *parts = ctx.saved_tensors
+        dy, K = dy.contiguous(), len(gated)
+        dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
+        xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
+        with torch.autocast("cpu", enabled=False):
+            for k in range(K // 2):
+                dm = torch.empty_like(parts[k])
+                for side, part in enumerate(dm.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
+                m, da, db = glu_gradient(parts[k], parts[k + K // 2], dm)
+                for side, part in enumerate(m.chunk(2, dim=1)):
+                    torch.mm(dys[2 * k + side].t(), part, out=dout[2 * k + side])
+                for block, grad in ((k, da), (k + K // 2, db)):
+                    torch.mm(grad.t(), xs[block], out=dgated[block])
+                    torch.mm(grad, gated[block], out=dxs[block])
+        return dx, dgated.float(), dout.float()

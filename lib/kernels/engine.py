@@ -16,18 +16,14 @@ The definition is lib/model/m2bert.py; tests/test_engine.py holds the two togeth
 Axes: n texts, T tokens of all of them, D width, K blocks.
 """
 
-import logging
-import platform
 from collections import OrderedDict
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.kernels import cpu
-from lib.model.m2bert import M2BertModel, SequenceMixer
+from lib.kernels import cpu, support
 from lib.operators.long_conv import circular_kernel, fft_length, short_conv
 from lib.operators.monarch import paired
 
@@ -38,7 +34,6 @@ SPECTRA = (
 )  # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB beside bfloat16, 4.6 beside float32
 CHANNELS = 64  # whose spectra are computed at a time, for one thread
 SAMPLE = 16  # numbers of a weight that are compared with what they were
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -55,8 +50,8 @@ class Engine:
     def __init__(self, model, dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: float32 or bfloat16")
-        self.model: M2BertModel = getattr(model, "model", model)
-        self.dtype, self.seen = multiplied(dtype, torch.device("cpu")), None
+        self.model = getattr(model, "model", model)
+        self.dtype, self.seen = support.matmul_dtype(dtype, torch.device("cpu")), None
         self.native = cpu.fits(self.model.config.hidden_size)
 
     @torch.no_grad()
@@ -292,42 +287,6 @@ class Engine:
         return out
 
 
-@cache
-def takes_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices here at all, emulated by AVX-512 if need be; ONEDNN_MAX_CPU_ISA counts."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself: AVX-512 BF16 or AMX; where torch cannot tell, what oneDNN says."""
-    if not takes_bfloat16():
-        return False
-    asks = [
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    return (
-        platform.machine().lower() not in ("x86_64", "amd64")
-        or None in asks
-        or any(ask() for ask in asks)
-    )
-
-
-def multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which a device should take products for `dtype`: float32 for a bfloat16 that it does not multiply itself, and the log says so."""
-    if dtype != torch.bfloat16 or (
-        multiplies_bfloat16()
-        if device.type == "cpu"
-        else device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        return dtype
-    log.warning(
-        "this processor has no bfloat16 products: float32 instead, which is faster here and more exact"
-    )
-    return torch.float32
-
-
 class Product:
     """W x + b, the weight laid out once for the processor."""
 
@@ -335,7 +294,7 @@ class Product:
         self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().float()
         self.packed, self.lost = None, None
-        if dtype == torch.bfloat16 and takes_bfloat16():
+        if dtype == torch.bfloat16 and support.takes_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -377,7 +336,7 @@ class Complex(NamedTuple):
         return Complex(self.values[:, some])
 
 
-def native_spectra(mixer: SequenceMixer, n: int, most: int, dtype: torch.dtype):
+def native_spectra(mixer, n: int, most: int, dtype: torch.dtype):
     """slice of channels -> native.Table."""
     L, own, group = (
         min(max(1, n // 2), most),
@@ -418,7 +377,7 @@ def native_spectra(mixer: SequenceMixer, n: int, most: int, dtype: torch.dtype):
     return compute
 
 
-def torch_spectra(mixer: SequenceMixer, n: int, most: int, dtype: torch.dtype):
+def torch_spectra(mixer, n: int, most: int, dtype: torch.dtype):
     """slice of channels -> Complex."""
     L = min((n + 1) // 2, most)
     filters = [

@@ -8,7 +8,7 @@ again, and the weights, which every program needs once more, are left to the cac
     mlp_direct(h, …)      the same in torch
     program(…)            how the kernel is run here, if at all: it must give what torch gives, sooner; asked once a shape
 
-The kernel is `gated_mlp` of lib/kernels/triton_kernels.py. What it costs: `monarch_conv.encoder_costs`.
+The kernel is `gated_mlp` of lib/kernels/triton_kernels.py. What it costs: `lib.efficiency.counts.encoder_costs`.
 Axes: T tokens, D width, I intermediate width, K blocks.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.kernels import gpu
+from lib.kernels import gpu, support
 from lib.operators.monarch import BlockDiagonalLinear, block_diagonal, paired
 
 TOKENS, STEP = (
@@ -32,11 +32,21 @@ EPS = 1e-12
 log = logging.getLogger(__name__)
 
 
+def gated_mlp(layer, h: Tensor) -> Tensor | None:
+    """y (B, L, D) of an MLP for h (B, L, D); None in training, or without a `program` for it."""
+    tokens, norm = h.flatten(0, 1), layer.layernorm
+    tile = None if layer.training else fits(tokens, layer.gated_layers, layer.wo)
+    if tile is None:
+        return None
+    weights = layer.gated_layers.weight, layer.wo.weight, layer.wo.bias, norm.weight, norm.bias
+    return mlp(tokens, *weights, norm.eps, tile).view_as(h)
+
+
 def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> int | None:
     """The `program` for h, if there is one: Triton, blocks that pair, bfloat16 (float32 would not fit into registers), no gradients; None: torch does it."""
     can = (
         not torch.is_grad_enabled()
-        and gpu.available(h)
+        and support.runs_triton(h)
         and paired(gated, wo)
         and wo.d_out // len(wo.weight) <= WIDEST
         and h.dtype == gated.weight.dtype == torch.bfloat16
@@ -73,7 +83,7 @@ def program(
         good = [
             tokens
             for tokens in TOKENS
-            if gpu.trusted(
+            if support.verify(
                 f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens a program",
                 dtype,
                 device,
@@ -147,26 +157,16 @@ def mlp(
         raise ValueError(
             f"for h {(T, D)}, an even number K of blocks and D/K at most {WIDEST}: got {[tuple(tensor.shape) for tensor in given]}"
         )
-    kernels, how = gpu.launch(h.dtype)
-    if not gpu.interpreted():
-        how = how | {"num_warps": 8, "num_stages": 2}
+    options = gpu.products(h.dtype)
+    if not options["EMULATED"]:
+        options |= {"num_warps": 8, "num_stages": 2}
     h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
+    weights = [tensor.contiguous() for tensor in given]
+    sizes = D, I, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP
     with gpu.on(h.device):
         if T:
-            kernels.gated_mlp[(-(-T // tokens),)](
-                h,
-                out,
-                *(tensor.contiguous() for tensor in given),
-                T,
-                eps,
-                D,
-                I,
-                K,
-                max(16, 1 << (D // K - 1).bit_length()),
-                tokens,
-                STEP,
-                **how,
-            )
+            kernel = gpu.triton_kernels().gated_mlp[(-(-T // tokens),)]
+            kernel(h, out, *weights, T, eps, *sizes, **options)
     return out
 
 

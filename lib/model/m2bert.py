@@ -8,15 +8,12 @@ MLP became block-diagonal. One layer:
 
     M2BertModel          encoder and pooled embedding
     M2BertForMaskedLM    pretraining head
-    M2BertForRetrieval   what a retriever is: ids -> one vector a text
-    extend               the same model for longer texts
+    M2BertForRetrieval   a retriever: ids -> one vector a text (longer texts: lib/model/extend.py)
 
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the published weights'
         layout; reproduced within 2e-5 of the reference outputs in tests/golden.
 Axes:   B batch, L tokens, D width, K blocks, V vocabulary.
 """
-
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +29,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
-from lib.kernels import cpu, gpu, gpu_mlp
+from lib import kernels
 from lib.operators.long_conv import (
     ImplicitFilter,
-    filter_inputs,
     long_conv,
-    long_conv_direct,
     short_conv,
 )
-from lib.operators.monarch import BlockDiagonalLinear, GatedBlocks
+from lib.operators.monarch import BlockDiagonalLinear
 
-TILE = (
-    2**23
-)  # numbers in a buffer of a forward pass without gradients: 32 MiB, little enough to be near the processor
 CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
 
 
@@ -149,28 +141,10 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(x + (where + kind)))
 
 
-def in_parts(function, n: int, group: int, dim: int) -> Tensor:
-    """function(slice(0, n)), computed `group` places of the axis `dim` at a time."""
-    if group >= n:
-        return function(slice(0, n))
-    whole = None
-    for start in range(0, n, group):
-        part = function(slice(start, min(start + group, n)))
-        if whole is None:
-            whole = part.new_empty(*part.shape[:dim], n, *part.shape[dim + 1 :])
-        whole.narrow(dim, start, part.shape[dim]).copy_(part)
-    return whole
-
-
 class SequenceMixer(nn.Module):
-    """x2 · LongConv(x1 · v) + ResidualLongConv(u): mixes tokens, channel by channel.
+    """y = W_out (x2 · LongConv(x1 · v) + ResidualLongConv(u)),  (x1, x2, v) = ShortConv(W_in u).
 
-    x1, x2 and v are three projections of the input u, each passed through a
-    causal convolution of width 3. No channel meets another between the two
-    projections, so in `eval` without gradients they go in groups: memory for
-    one group, whatever the length. With gradients, or in `train`, on a CPU, all
-    between the projections is one function of lib/kernels/mixer.cpp where that can be
-    compiled; on a GPU, always, it is lib/kernels/gpu.py.
+    Gates and convolutions work channel by channel; only the projections mix channels.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -195,185 +169,30 @@ class SequenceMixer(nn.Module):
         self.gated_filter = long_filter()
         self.residual_filter = long_filter() if config.residual_long_conv else None
         self.out_linear = nn.Linear(D, D)
-        self.kept, self.layers = None, config.num_hidden_layers  # see `spectra`
 
-    def forward(
-        self, u: Tensor, mask: Tensor | None = None
-    ) -> Tensor:  # (B, L, D), (B, 1, L) of 0 and 1
+    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) from u (B, L, D) and mask (B, 1, L) of 0 and 1."""
         if self.layernorm is not None:
             u = self.layernorm(u)
-        y = self.on_gpu(u, mask)
-        if y is not None:
-            return self.out_linear(y.transpose(1, 2))
-        u = u.transpose(1, 2)  # (B, D, L)
-        if mask is not None:
-            u = u * mask
-        B, D, L = u.shape
-        # In training without gradients too: the two passes of a micro-batch are one arithmetic.
-        if (
-            (torch.is_grad_enabled() or self.training)
-            and cpu.trains(u, self.in_linear.weight)
-            and cpu.fits(D)
-            and (mask is None or bool((mask[..., 1:] <= mask[..., :-1]).all()))
-        ):  # padding at the ends, no holes
-            return self.out_linear(self.fused(u.transpose(1, 2), mask))
-        kernels = [
-            (filter, filter.hidden(L))
-            for filter in (self.gated_filter, self.residual_filter)
-            if filter is not None
-        ]
-        group = D if torch.is_grad_enabled() else max(1, TILE // (3 * B * L))
-        y = in_parts(lambda some: self.mix(u, mask, kernels, some), D, group, dim=1)
-        return self.out_linear(y.transpose(1, 2))  # (B, L, D)
+        y = kernels.sequence_mixer(self, u, mask)
+        return self.definition(u, mask) if y is None else y
 
-    def fused(self, u: Tensor, mask: Tensor | None) -> Tensor:
-        """All channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, L, D), from u (B, L, D); padding stands at the ends."""
-        B, L, _ = u.shape
-        u = u.to(cpu.number_type(u))
-        p = self.in_linear(u)  # (B, L, 3D)
-        if mask is not None:
-            p = p * mask.transpose(1, 2).to(p.dtype)
-        real = (
-            torch.full((B,), L, dtype=torch.int64, device="cpu")
-            if mask is None
-            else mask[:, 0].sum(dim=1).long()
-        )
-        filters = [
-            (None, None, None)
-            if filter is None
-            else (*filter.before_decay(filter.hidden(L)), filter.bias)
-            for filter in (self.gated_filter, self.residual_filter)
-        ]
-        table = cpu.Spectra.apply(
-            self.gated_filter.time(L),
-            self.gated_filter.deltas(),
-            cpu.size(L),
-            *filters[0],
-            *filters[1],
-        )
-        return cpu.Mix.apply(
-            p, u, self.short_filter.weight[:, 0].t(), self.short_filter.bias, table, real
-        )
+    def definition(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The equation, step by step."""
 
-    def on_gpu(self, u: Tensor, mask: Tensor | None) -> Tensor | None:
-        """All channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, D, L), from u (B, L, D); None where that cannot be done here."""
-        B, L, _ = u.shape
-        if not gpu.fits(u.transpose(1, 2), self.in_linear.weight):
-            return None
-        real = None if mask is None else gpu.real_tokens(mask)
-        if mask is not None and real is None:
-            return None
-        dtype = cpu.number_type(u)
-        if not gpu.works(
-            gpu.alike(L, u.device),
-            dtype,
-            u.device,
-            self.residual_filter is not None,
-            torch.is_grad_enabled(),
-        ):
-            return None
-        u = u.transpose(1, 2).to(dtype).contiguous()  # (B, D, L)
-        p = torch.matmul(self.in_linear.weight, u)  # (B, 3D, L), its bias still to come
-        return gpu.mix(
-            p,
-            u,
-            self.short_filter.weight,
-            self.short_filter.bias,
-            self.spectra(L),
-            real,
-            self.in_linear.bias,
-        )
+        def masked(x: Tensor) -> Tensor:
+            return x if mask is None else x * mask
 
-    def train(self, mode: bool = True):
-        self.kept = None
-        return super().train(mode)
-
-    def spectra(self, length: int) -> Tensor:
-        """`monarch_conv.spectra` of this layer's filters for texts of `length` tokens.
-
-        Without gradients and in `eval` those of one length are kept, until a weight's version changes or the mode does: a fused optimizer changes
-        weights behind their version. And only where those of all layers leave three quarters of the GPU free.
-        """
-        filters = [
-            filter for filter in (self.gated_filter, self.residual_filter) if filter is not None
-        ]
-        if torch.is_grad_enabled():
-            self.kept = None
-            gated, *residual = ((*filter(length), filter.bias) for filter in filters)
-            return gpu.spectra(gated, residual[0] if residual else None, length)
-        weights = [weight for filter in filters for weight in filter.parameters()]
-        now = (
-            length,
-            [
-                (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-                for weight in weights
-            ],
-        )
-        if self.kept is None or self.kept[0] != now:
-            self.kept, device = None, weights[0].device
-            hidden = [filter.hidden(length) for filter in filters]
-            table = in_parts(
-                lambda some: torch.stack(
-                    [
-                        gpu.spectrum(*filter.taps(shared, some), filter.bias[some], length)
-                        for filter, shared in zip(filters, hidden)
-                    ]
-                ),
-                len(self.gated_filter.bias),
-                max(1, TILE // (4 * length)),
-                dim=1,
-            )
-            if (
-                self.training
-                or device.type == "cuda"
-                and 4 * self.layers * table.nbytes
-                > torch.cuda.get_device_properties(device).total_memory
-            ):
-                return table
-            self.kept = now, table, weights  # held, so that no other weight gets their addresses
-        return self.kept[1]
-
-    def mix(self, u: Tensor, mask: Tensor | None, kernels: list, some: slice) -> Tensor:
-        """`some` of the channels of x2 · LongConv(x1 · v) + ResidualLongConv(u), (B, d, L)."""
-
-        def part(parameter: Tensor) -> Tensor:  # (3D, …) -> (3d, …), those of x1, x2 and v
-            return parameter.unflatten(0, (3, -1))[:, some].flatten(0, 1)
-
-        p = (
-            torch.matmul(part(self.in_linear.weight), u) + part(self.in_linear.bias)[:, None]
-        )  # (B, 3d, L)
-        if mask is not None:
-            p = p * mask
-        x1, x2, v = short_conv(
-            p, part(self.short_filter.weight), part(self.short_filter.bias)
-        ).chunk(3, dim=1)
-        g = v * x1
-        if mask is not None:
-            # The short convolution's bias and its two taps reach into the padding again.
-            g = g * mask
-        gated, *residual = (
-            (filter.taps(hidden, some), filter.bias[some]) for filter, hidden in kernels
-        )
-        y = long_conv(g, *gated[0], gated[1]) * x2
-        for taps, gain in residual:
-            y = y + long_conv(u[:, some], *taps, gain)
-        return y
-
-    def direct(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The same by its definition: real convolutions instead of FFTs, all channels at once. O(L²)."""
-        mask = torch.ones(len(u), 1, u.shape[1], dtype=u.dtype) if mask is None else mask
-        u = (u if self.layernorm is None else self.layernorm(u)).transpose(1, 2) * mask  # (B, D, L)
-        p = (self.in_linear.weight @ u + self.in_linear.bias[:, None]) * mask  # (B, 3D, L)
-        w, L = self.short_filter.weight[:, 0], u.shape[-1]
-        before = F.pad(p, (2, 0))  # (B, 3D, L + 2)
-        s = self.short_filter.bias[:, None] + sum(
-            w[:, tap, None] * before[..., tap : tap + L] for tap in range(3)
-        )
+        u = masked(u.transpose(1, 2))  # (B, D, L)
+        p = masked(torch.matmul(self.in_linear.weight, u) + self.in_linear.bias[:, None])
+        s = short_conv(p, self.short_filter.weight, self.short_filter.bias)  # (B, 3D, L)
         x1, x2, v = s.chunk(3, dim=1)
-        y = x2 * long_conv_direct(v * x1 * mask, *self.gated_filter(L), self.gated_filter.bias)
+        gate = masked(v * x1)  # the short convolution's bias and taps reach into the padding
+        y = long_conv(gate, *self.gated_filter(u.shape[-1]), self.gated_filter.bias) * x2
         if self.residual_filter is not None:
-            y = y + long_conv_direct(u, *self.residual_filter(L), self.residual_filter.bias)
-        return self.out_linear(y.transpose(1, 2))
+            filter = self.residual_filter
+            y = y + long_conv(u, *filter(u.shape[-1]), filter.bias)
+        return self.out_linear(y.transpose(1, 2))  # (B, L, D)
 
 
 class MLP(nn.Module):
@@ -388,36 +207,10 @@ class MLP(nn.Module):
         self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, h: Tensor) -> Tensor:  # (B, L, D)
-        tokens = h.flatten(0, 1)  # no token meets another here
-        program = None if self.training else gpu_mlp.fits(tokens, self.gated_layers, self.wo)
-        if program is not None:
-            norm = self.layernorm
-            return gpu_mlp.mlp(
-                tokens,
-                self.gated_layers.weight,
-                self.wo.weight,
-                self.wo.bias,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                program,
-            ).view_as(h)
-        group = (
-            len(tokens)
-            if torch.is_grad_enabled() or self.training
-            else max(1, TILE // (2 * self.wo.d_in))
-        )
-        return in_parts(lambda some: self.each(tokens[some]), len(tokens), group, dim=0).view_as(h)
+        y = kernels.gated_mlp(self, h)
+        return self.definition(h) if y is None else y
 
-    def each(self, h: Tensor) -> Tensor:  # (…, D)
-        if (
-            (torch.is_grad_enabled() or self.training)
-            and not (self.training and self.dropout.p)
-            and GatedBlocks.fits(h, self.gated_layers, self.wo)
-        ):
-            return self.layernorm(
-                GatedBlocks.apply(h, self.gated_layers.weight, self.wo.weight) + (h + self.wo.bias)
-            )
+    def definition(self, h: Tensor) -> Tensor:  # (…, D)
         gate, value = self.gated_layers(h).chunk(2, dim=-1)  # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
 
@@ -645,68 +438,6 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             )
         )
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
-
-
-@torch.no_grad()
-def extend(
-    model: PreTrainedModel, new_length: int, positions: str = "tile", filters: str = "stretch"
-) -> PreTrainedModel:
-    """The same model for texts of up to `new_length` tokens; weights copied, `model` unchanged.
-
-    Positions, P of length N -> P' of length N':
-        tile         P'[i] = P[i mod N]                        the paper's 32K model
-    Filters, k(i) of a model of length N:
-        stretch      k'(i) ≈ k(i (N-1)/(N'-1))                 the same shape on a slower axis: z is interpolated, t rescaled
-        tile         z'[i] = z[i mod N], t rescaled            the paper's recipe for positions, applied to z
-        extrapolate  k'(i) = k(i) for i < N, then the same formula continued: nothing changes for a short text
-                     (but where `pad_to_max_length` pads it to N' now)
-
-    The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the first N of them zero.
-    What it means to do is `tile` for both, with t rescaled; `stretch` is the default, since it keeps the kernels' shape.
-
-    Raises:
-        ValueError: new_length is shorter than the model, or an unknown choice.
-    """
-    config = copy.deepcopy(model.config)
-    old = config.max_position_embeddings
-    if type(new_length) is not int or new_length < old:
-        raise ValueError(
-            f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}"
-        )
-    if positions != "tile" or filters not in ("stretch", "tile", "extrapolate"):
-        raise ValueError(
-            f"positions={positions!r}, filters={filters!r}: tile; stretch, tile or extrapolate"
-        )
-    config.max_position_embeddings = new_length
-    if filters == "extrapolate":
-        config.filter_length = config.filter_length or old
-    elif config.filter_length is not None:
-        config.filter_length = (
-            round((config.filter_length - 1) * (new_length - 1) / max(1, old - 1)) + 1
-        )
-    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
-        longer = type(model)(config)
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if name.endswith("position_embeddings.weight"):
-            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
-        elif name.endswith("filter.inputs") and filters == "stretch":
-            state[name] = F.interpolate(
-                tensor.t()[None], size=new_length, mode="linear", align_corners=True
-            )[0].t()
-        elif name.endswith("filter.inputs") and filters == "tile":
-            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
-        elif name.endswith("filter.inputs"):
-            state[name] = torch.cat(
-                [
-                    tensor,
-                    filter_inputs(new_length, config.filter_emb_dim, config.filter_length)[old:].to(
-                        tensor
-                    ),
-                ]
-            )
-    longer.load_state_dict(state)
-    return longer.to(next(model.parameters())).train(model.training)  # its device and number type
 
 
 AutoConfig.register(M2BertConfig.model_type, M2BertConfig)

@@ -8,7 +8,7 @@ block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
     block_diagonal(x, weight)      what the model runs
     block_diagonal_dense(weight)   the same matrix written out, zeros included
     monarch_dense(left, right)     the full Monarch product, to look at and to test
-    GatedBlocks                    a gated MLP of two such layers, trained without copies
+    paired(gated, out)             whether two such layers make a gated MLP block by block
 
 Source: Fu et al. 2023 (Monarch Mixer, arXiv 2310.12109) and Saad-Falcon et al.
         2024 (arXiv 2402.07440v3); layout of the weights as in the published files.
@@ -19,10 +19,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from lib.kernels import cpu
 
 
 def block_diagonal_dense(weight: Tensor) -> Tensor:
@@ -124,53 +121,3 @@ def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
         and gated.d_out == 2 * out.d_in
         and not any(n % K for layer in (gated, out) for n in (layer.d_in, layer.d_out))
     )
-
-
-class GatedBlocks(torch.autograd.Function):
-    """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, which no one transposes or joins.
-
-    x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the kernel of lib/kernels/mixer.cpp. float32; or, under
-    autocast, y and all products in bfloat16, the weights' gradients too before they become float32. Kept for the backward pass are x, a and b.
-    """
-
-    @staticmethod
-    def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-        return (
-            paired(gated, out) and gated.weight.shape[1] % 16 == 0 and cpu.trains(x, gated.weight)
-        )
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
-        dtype = cpu.number_type(x)
-        with torch.autocast("cpu", enabled=False):
-            x, gated, out = x.to(dtype).contiguous(), gated.to(dtype), out.to(dtype)
-            parts = [
-                torch.mm(part, weight.t())
-                for part, weight in zip(x.chunk(len(gated), dim=1), gated)
-            ]
-            y, half = torch.empty_like(x), len(gated) // 2
-            for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
-                for side, m in enumerate(cpu.glu(a, b).chunk(2, dim=1)):
-                    torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
-        ctx.save_for_backward(x, gated, out, *parts)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, gated, out, *parts = ctx.saved_tensors
-        dy, K = dy.contiguous(), len(gated)
-        dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
-        xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
-        with torch.autocast("cpu", enabled=False):
-            for k in range(K // 2):
-                dm = torch.empty_like(parts[k])
-                for side, part in enumerate(dm.chunk(2, dim=1)):
-                    torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
-                m, da, db = cpu.glu_gradient(parts[k], parts[k + K // 2], dm)
-                for side, part in enumerate(m.chunk(2, dim=1)):
-                    torch.mm(dys[2 * k + side].t(), part, out=dout[2 * k + side])
-                for block, grad in ((k, da), (k + K // 2, db)):
-                    torch.mm(grad.t(), xs[block], out=dgated[block])
-                    torch.mm(grad, gated[block], out=dxs[block])
-        return dx, dgated.float(), dout.float()

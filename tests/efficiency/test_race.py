@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib import kernels
 from lib.efficiency import counts, race
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 
@@ -64,19 +65,9 @@ def test_the_definition_is_the_model(options, length):
     ).eval()
     ids = torch.randint(5, 100, (2, length))
     expected = model(ids).last_hidden_state
-    own = type(model.model.layers[0].mixer).forward
-    with race.by_definition():
-        assert type(model.model.layers[0].mixer).forward is race.definition_of_the_mixer
+    with kernels.use("definition"):
         found = model(ids).last_hidden_state
-    assert type(model.model.layers[0].mixer).forward is own
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_the_definition_takes_no_padding():
-    with race.by_definition(), pytest.raises(ValueError, match="without padding"):
-        M2BertForRetrieval(CONFIG)(
-            torch.tensor([[5, 6], [5, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]])
-        )
 
 
 def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.kernels import cpu, engine
+from lib.kernels import cpu, engine, support
+from lib.kernels.cpu import GatedBlocks
 from lib.kernels.engine import Engine
 from lib.model.m2bert import MLP, M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, SequenceMixer
-from lib.operators.monarch import GatedBlocks
 
 
 def missing() -> str:
@@ -29,10 +29,10 @@ def missing() -> str:
 MISSING = missing()
 compiled = pytest.mark.skipif(bool(MISSING), reason=f"lib/kernels/mixer.cpp: {MISSING}")
 onednn = pytest.mark.skipif(
-    not engine.takes_bfloat16(),
+    not support.takes_bfloat16(),
     reason="oneDNN takes no bfloat16 here: it needs AVX-512 or AVX-NE-CONVERT, and an ONEDNN_MAX_CPU_ISA that allows it",
 )
-multiplies_bfloat16 = engine.multiplies_bfloat16  # which the tests replace
+multiplies_bfloat16 = support.multiplies_bfloat16  # which the tests replace
 LENGTHS = (1, 2, 3, 17, 33, 64, 65, 130, 200)
 
 
@@ -57,7 +57,7 @@ def model(**options) -> M2BertForRetrieval:
 @pytest.fixture(autouse=True)
 def products_in_bfloat16(monkeypatch):
     """Tested where a processor has none too, slowly: oneDNN emulates them where it takes bfloat16 (AVX-512), else they are torch's own."""
-    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(support, "multiplies_bfloat16", lambda: True)
 
 
 def as_with_avx512(patch, cache) -> None:
@@ -622,7 +622,7 @@ def test_bfloat16_is_for_processors_that_multiply_it_themselves(
     monkeypatch, processor, takes, avx512_bf16, amx, expected
 ):
     """With AVX-512 alone oneDNN takes it, and is slower than in float32."""
-    monkeypatch.setattr(engine, "takes_bfloat16", lambda: takes)
+    monkeypatch.setattr(support, "takes_bfloat16", lambda: takes)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
@@ -634,15 +634,15 @@ def test_onednn_takes_bfloat16_where_it_says_so_and_nowhere_else():
     product = engine.Product(weight, None, torch.bfloat16)
     assert (
         torch.equal(product(torch.ones(2, 16).bfloat16()).float(), torch.full((2, 32), 16.0))
-        and (product.packed is not None) == engine.takes_bfloat16()
+        and (product.packed is not None) == support.takes_bfloat16()
     )
-    if not engine.takes_bfloat16():
+    if not support.takes_bfloat16():
         with pytest.raises((RuntimeError, AttributeError), match="bf16 path needs|no attribute"):
             torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
 
 
 def test_without_products_in_bfloat16_the_log_says_that_float32_is_used(monkeypatch, caplog):
-    monkeypatch.setattr(engine, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(support, "multiplies_bfloat16", lambda: False)
     built, ids = model(), rows((5, 40))
     with caplog.at_level(logging.WARNING):
         half = Engine(built, torch.bfloat16)
@@ -711,7 +711,7 @@ def test_without_it_the_log_says_so_once_and_the_result_is_the_same(
 ):
     built, ids = model(), rows()
     expected = Engine(built)(ids)
-    cpu.kernel.cache_clear()
+    cpu.compiled.cache_clear()
     try:
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
             as_with_avx512(patch, tmp_path)
@@ -723,7 +723,7 @@ def test_without_it_the_log_says_so_once_and_the_result_is_the_same(
             Engine(built)(ids)
         assert [reason in record.message for record in caplog.records] == [True]
     finally:
-        cpu.kernel.cache_clear()
+        cpu.compiled.cache_clear()
 
 
 def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog, library):
@@ -736,13 +736,13 @@ def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog, librar
         place.parent.chmod(0o700)
     damaged.write_bytes(b"no library")
     as_with_avx512(monkeypatch, tmp_path / "damaged")
-    cpu.kernel.cache_clear()
+    cpu.compiled.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert cpu.kernel() is None
         assert "is not used" in caplog.text
     finally:
-        cpu.kernel.cache_clear()
+        cpu.compiled.cache_clear()
     shutil.copyfile(library, writable).chmod(0o777)
     as_with_avx512(monkeypatch, tmp_path / "writable")
     with pytest.raises(RuntimeError, match="can be written by, others"):

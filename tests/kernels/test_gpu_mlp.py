@@ -42,7 +42,7 @@ def test_it_is_the_definition(tokens, width, inner, blocks):
         layer(width, inner, blocks),
         torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) + 3,
     )
-    expected = copy.deepcopy(made).double().each(h.double())
+    expected = copy.deepcopy(made).double().definition(h.double())
     for program in TOKENS:
         torch.testing.assert_close(
             mlp(h, *given(made), program).double(), expected, rtol=0, atol=1e-5
@@ -56,10 +56,10 @@ def test_it_is_the_definition(tokens, width, inner, blocks):
 def test_bfloat16_is_as_near_as_torchs_own():
     made, h = layer(96, 384, 4), torch.randn(50, 96).bfloat16()
     narrow = copy.deepcopy(made).bfloat16()
-    exact = copy.deepcopy(narrow).double().each(h.double())
+    exact = copy.deepcopy(narrow).double().definition(h.double())
     ours, torchs = (
         float((found.double() - exact).norm() / exact.norm())
-        for found in (mlp(h, *given(narrow)), narrow.each(h))
+        for found in (mlp(h, *given(narrow)), narrow.definition(h))
     )
     assert ours < 1.2 * torchs < 0.01
 
@@ -69,7 +69,7 @@ def test_a_model_in_bfloat16_uses_it_without_gradients_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(gpu_mlp, "mlp", lambda *some: calls.append(some[0].dtype) or mlp(*some))
     monkeypatch.setattr(
-        gpu, "works", lambda *some: False
+        gpu, "is_supported", lambda *some: False
     )  # the mixer has its own tests, and takes its time
     torch.manual_seed(0)
     built = M2BertForRetrieval(
@@ -113,7 +113,7 @@ def test_a_kernel_that_errs_leaves_torch_and_says_so_once(monkeypatch, caplog):
     gpu_mlp.program.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(made(h), made.each(h))
+            assert torch.equal(made(h), made.definition(h))
     assert ["y is wrong" in record.message for record in caplog.records] == [True] * len(TOKENS)
     gpu_mlp.program.cache_clear()
 

@@ -25,7 +25,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrai
 
 from lib.model import checkpoint
 from lib.model.checkpoint import CheckpointError
-from lib.model.m2bert import M2BertForMaskedLM, M2BertForRetrieval, extend
+from lib.model.extend import extend
+from lib.model.m2bert import M2BertForMaskedLM, M2BertForRetrieval
 from lib.pipeline.files import sha256
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,169 @@
+"""What this machine can do, and the one comparison of a kernel with torch.
+
+use(back_end), back_end()        which kernels may run in this process
+compute_dtype(x)                 the dtype of a matrix multiplication of x
+matmul_dtype(dtype, device)      the dtype that a device should multiply in, for the one asked for
+verify(what, …)                  whether a GPU kernel compiles here and agrees with torch
+"""
+
+import logging
+import os
+import platform
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+BACK_ENDS = ("auto", "torch", "definition")
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 0.005}  # relative; torch itself may use tf32
+log = logging.getLogger(__name__)
+_state = {"back_end": "auto"}
+_real_tokens = WeakTensorKeyDictionary()
+
+
+@contextmanager
+def use(back_end: str):
+    """Compute by this back end for as long as the context lasts, in the whole process.
+
+    Args:
+        back_end: "auto", the fastest that fits; "torch", no compiled code; "definition", the
+            equations as the model's layers write them.
+
+    Raises:
+        ValueError: another name.
+    """
+    if back_end not in BACK_ENDS:
+        raise ValueError(f"back end {back_end!r}: one of {', '.join(BACK_ENDS)}")
+    before = _state["back_end"]
+    _state["back_end"] = back_end
+    try:
+        yield
+    finally:
+        _state["back_end"] = before
+
+
+def back_end() -> str:
+    """The back end in use; LOCO_NATIVE=0 in the environment makes "auto" mean "torch"."""
+    name = _state["back_end"]
+    return "torch" if name == "auto" and os.environ.get("LOCO_NATIVE", "1") == "0" else name
+
+
+# ------------------------------------------------------------------ number types
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix multiplication of x: autocast's if it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@cache
+def takes_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices here at all, if need be emulated by AVX-512.
+
+    ONEDNN_MAX_CPU_ISA counts.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor itself multiplies bfloat16 matrices: AVX-512 BF16 or AMX.
+
+    If torch cannot tell, oneDNN's answer counts.
+    """
+    if not takes_bfloat16():
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    questions = [getattr(torch.cpu, name, None) for name in names]
+    if platform.machine().lower() not in ("x86_64", "amd64") or None in questions:
+        return True
+    return any(question() for question in questions)
+
+
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which `device` should multiply for `dtype`.
+
+    float32 instead of a bfloat16 that the device has no instructions for; the log says so.
+    """
+    if dtype != torch.bfloat16:
+        return dtype
+    if device.type == "cpu":
+        supported = multiplies_bfloat16()
+    else:
+        supported = device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+    if supported:
+        return dtype
+    log.warning(
+        "this processor has no bfloat16 products: float32 instead, which is faster here and more "
+        "exact"
+    )
+    return torch.float32
+
+
+# ------------------------------------------------------------------ GPU
+
+
+@cache
+def triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels as Python, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(u: Tensor) -> bool:
+    """Whether Triton's kernels can take u: on a GPU, or on a CPU in the interpreter."""
+    reachable = u.device.type == "cuda" or u.device.type == "cpu" and interpreted()
+    return reachable and back_end() == "auto" and triton_is_installed()
+
+
+def real_tokens(mask: Tensor) -> Tensor | None:
+    """The number of ones each text begins with, int64 (B,), of a mask (B, 1, L) of 0 and 1.
+
+    None if a text has a hole: a one behind a zero. One wait for the GPU a mask, not one a layer.
+    """
+    version = 0 if mask.is_inference() else mask._version
+    if mask not in _real_tokens or _real_tokens[mask][0] != version:
+        with torch.inference_mode(False):  # a later pass with gradients may see this mask too
+            whole = bool((mask[..., 1:] <= mask[..., :-1]).all())
+            _real_tokens[mask] = version, mask[:, 0].sum(dim=1).long() if whole else None
+    return _real_tokens[mask][1]
+
+
+def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_way, names) -> bool:
+    """Whether a kernel compiles here and gives torch's results; the log says so, once.
+
+    Args:
+        kernel, torch_way: functions without arguments that return lists of tensors.
+        names: of these tensors, for the log.
+    """
+    try:
+        with torch.autocast(device.type, enabled=False):
+            for name, result, exact in zip(names, kernel(), torch_way()):
+                difference = torch.linalg.vector_norm(result.float() - exact.float())
+                error = float(difference / torch.linalg.vector_norm(exact.float()))
+                if not error < TOLERANCE[dtype]:
+                    raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler may throw
+        log.warning(
+            "lib/kernels/triton_kernels.py is not used for %s in %s on %s (%s: %s): torch does it, "
+            "with the same results",
+            what,
+            dtype,
+            device,
+            type(error).__name__,
+            " ".join(str(error).split())[:300],
+        )
+        return False
+    log.info("lib/kernels/triton_kernels.py is used for %s in %s on %s", what, dtype, device)
+    return True

@@ -1,0 +1,25 @@
+"""The device and the number of threads of a process."""
+
+import torch
+
+from lib.pipeline.errors import WorkbenchError
+
+
+def use(compute: dict) -> torch.device:
+    """Set the number of threads and return the device of `compute: {threads, device}`.
+
+    `device: auto` is a GPU if there is one. The number of threads is a setting because the same
+    settings give the same bits for one number of threads only.
+
+    Raises:
+        WorkbenchError: a CUDA device is asked for and there is none.
+    """
+    torch.set_num_threads(compute["threads"])
+    name = compute["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkbenchError(
+            f"device {name!r}: no CUDA device here; set compute.device to auto or cpu"
+        )
+    return torch.device(name)

@@ -1,0 +1,71 @@
+"""A model for longer texts: the same weights, more positions and filters on a longer axis."""
+
+import copy
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lib.operators.long_conv import filter_inputs
+
+
+@torch.no_grad()
+def extend(
+    model: PreTrainedModel, new_length: int, positions: str = "tile", filters: str = "stretch"
+) -> PreTrainedModel:
+    """The same model for texts of up to `new_length` tokens; weights copied, `model` unchanged.
+
+    Positions, P of length N -> P' of length N':
+        tile         P'[i] = P[i mod N]                        the paper's 32K model
+    Filters, k(i) of a model of length N:
+        stretch      k'(i) ≈ k(i (N-1)/(N'-1))                 the same shape on a slower axis: z is interpolated, t rescaled
+        tile         z'[i] = z[i mod N], t rescaled            the paper's recipe for positions, applied to z
+        extrapolate  k'(i) = k(i) for i < N, then the same formula continued: nothing changes for a short text
+                     (but where `pad_to_max_length` pads it to N' now)
+
+    The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the first N of them zero.
+    What it means to do is `tile` for both, with t rescaled; `stretch` is the default, since it keeps the kernels' shape.
+
+    Raises:
+        ValueError: new_length is shorter than the model, or an unknown choice.
+    """
+    config = copy.deepcopy(model.config)
+    old = config.max_position_embeddings
+    if type(new_length) is not int or new_length < old:
+        raise ValueError(
+            f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}"
+        )
+    if positions != "tile" or filters not in ("stretch", "tile", "extrapolate"):
+        raise ValueError(
+            f"positions={positions!r}, filters={filters!r}: tile; stretch, tile or extrapolate"
+        )
+    config.max_position_embeddings = new_length
+    if filters == "extrapolate":
+        config.filter_length = config.filter_length or old
+    elif config.filter_length is not None:
+        config.filter_length = (
+            round((config.filter_length - 1) * (new_length - 1) / max(1, old - 1)) + 1
+        )
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+        longer = type(model)(config)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("position_embeddings.weight"):
+            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
+        elif name.endswith("filter.inputs") and filters == "stretch":
+            state[name] = F.interpolate(
+                tensor.t()[None], size=new_length, mode="linear", align_corners=True
+            )[0].t()
+        elif name.endswith("filter.inputs") and filters == "tile":
+            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
+        elif name.endswith("filter.inputs"):
+            state[name] = torch.cat(
+                [
+                    tensor,
+                    filter_inputs(new_length, config.filter_emb_dim, config.filter_length)[old:].to(
+                        tensor
+                    ),
+                ]
+            )
+    longer.load_state_dict(state)
+    return longer.to(next(model.parameters())).train(model.training)  # its device and number type
