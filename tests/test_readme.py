@@ -19,7 +19,7 @@ import torch
 from ruamel.yaml import YAML
 
 from lib.benchmark import metrics, search
-from lib.model import checkpoint
+from lib.model import published
 from lib.pipeline import params
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +250,7 @@ def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkey
     torch.save(weights, tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
     code = code_with("load_published")
-    for name in (checkpoint.PUBLISHED[0], "bert-base-uncased"):
+    for name in (published.PUBLISHED[0], "bert-base-uncased"):
         assert code.count(name) == 1
         code = code.replace(name, str(tmp_path))
     names: dict = {}
@@ -261,7 +261,7 @@ def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkey
         for head, lengths, tail in re.findall(r"`([\w/-]+){([\w,]+)}([\w-]+)`", TEXT)
         for length in lengths.split(",")
     ]
-    assert sorted(listed) == sorted(checkpoint.PUBLISHED)
+    assert sorted(listed) == sorted(published.PUBLISHED)
 
 
 def test_the_lines_for_an_approximate_index_find_most_of_what_exact_search_finds(

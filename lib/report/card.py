@@ -1,15 +1,14 @@
 """The model card: what a stranger who finds the folder needs to know, as its README.md.
 
     card(model, about)      Markdown, its head as the Hugging Face hub reads it
-    fingerprint(settings)   sha256 of the settings a model was trained with
 
 Made from the model's own config and the record that goes into training.json
 (see `checkpoint.save`), so it cannot say anything else than these two.
 """
 
-import hashlib
 import json
 
+from lib.model.checkpoint import fingerprint
 from lib.model.m2bert import M2BertForMaskedLM
 
 PAPER = "[arXiv 2402.07440](https://arxiv.org/abs/2402.07440)"
@@ -24,11 +23,6 @@ vectors = model.encode(["a text", "another"])      # unit norm: a dot product is
 model, tokenizer = checkpoint.load("path/to/this/folder")
 logits = model(**tokenizer(["a [MASK] text"], return_tensors="pt")).logits""",
 }
-
-
-def fingerprint(settings: dict) -> str:
-    """sha256 of the settings as sorted JSON: equal settings, equal hash."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def card(model, about: dict) -> str:

@@ -13,6 +13,7 @@ import resource
 import signal
 from pathlib import Path
 
+import authors_format
 import huggingface_hub
 import nbformat
 import numpy as np
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.model import checkpoint
+from lib.model import checkpoint, published
 from lib.model.checkpoint import CheckpointError
 from lib.model.extend import extend
 from lib.model.m2bert import M2BertForMaskedLM, M2BertForRetrieval
@@ -444,7 +445,7 @@ def test_a_malicious_pickle_never_runs(tmp_path, kind, name):
     path.parent.mkdir()
     path.write_bytes(payload)
     for place in (path, path.parent):
-        text = refused(lambda: checkpoint.load_published(place), path)
+        text = refused(lambda: published.load_published(place), path)
         assert "`False`" not in text and "=False" not in text  # no way out through the trap
     assert not marker.exists()
 
@@ -454,8 +455,8 @@ def test_a_malicious_pickle_beside_the_weights_is_not_opened(folder, golden):
     for kind, name in (("torch", "pytorch_model.bin"), ("pickle", "training_args.bin")):
         (folder / name).write_bytes(payloads(marker)[kind])
     checkpoint.load(folder)
-    save_file(published(golden), folder / "model.safetensors")
-    checkpoint.load_published(folder)  # safetensors come first
+    save_file(authors_state(golden), folder / "model.safetensors")
+    published.load_published(folder)  # safetensors come first
     assert not marker.exists()
 
 
@@ -565,7 +566,7 @@ def test_the_search_finds_what_it_looks_for(code):
 # ------------------------------------------------------------------ the authors' files
 
 
-def published(golden, variant="tiny_base", drop=("cls.",), prefix=""):
+def authors_state(golden, variant="tiny_base", drop=("cls.",), prefix=""):
     """The reference weights under the authors' names; drop: beginnings of what to leave out."""
     state = {
         name.removeprefix("param/"): value
@@ -586,8 +587,8 @@ FLASH = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_published_weights_give_the_reference_outputs(golden, tmp_path, variant):
-    torch.save(published(golden, variant), tmp_path / "pytorch_model.bin")
-    model, arrays = checkpoint.load_published(tmp_path), golden(variant)
+    torch.save(authors_state(golden, variant), tmp_path / "pytorch_model.bin")
+    model, arrays = published.load_published(tmp_path), golden(variant)
     assert type(model) is M2BertForRetrieval and not model.training
     out = model(arrays["input/input_ids"], arrays["input/attention_mask"])
     close(out.last_hidden_state, arrays["output/hidden/1"])
@@ -595,10 +596,10 @@ def test_published_weights_give_the_reference_outputs(golden, tmp_path, variant)
 
 
 def test_published_weights_pad_every_text_to_the_models_length(golden, tmp_path):
-    torch.save(published(golden), tmp_path / "pytorch_model.bin")
+    torch.save(authors_state(golden), tmp_path / "pytorch_model.bin")
     arrays = golden("tiny_base")
     ids, mask = arrays["short/input/input_ids"], arrays["short/input/attention_mask"]
-    model = checkpoint.load_published(tmp_path)
+    model = published.load_published(tmp_path)
     close(model(ids, mask).pooler_output, arrays["short_padded_to_full/output/pooled"])
     checkpoint.save(model, None, tmp_path / "ours")
     for again in (
@@ -612,49 +613,49 @@ def test_published_weights_pad_every_text_to_the_models_length(golden, tmp_path)
 
 def test_a_torch_file_is_converted_once(golden, tmp_path, cache, monkeypatch):
     path = tmp_path / "pytorch_model.bin"
-    torch.save(published(golden), path)
-    first = checkpoint.load_published(path)
-    kept = cache / "loco-workbench" / checkpoint.CONVERSION / sha256(path)
+    torch.save(authors_state(golden), path)
+    first = published.load_published(path)
+    kept = cache / "loco-workbench" / published.CONVERSION / sha256(path)
     assert (kept / "model.safetensors").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", None)
-        same(checkpoint.load_published(path), first)
-        same(checkpoint.load_published(path, 32), checkpoint.cut(first, 32))
+        same(published.load_published(path), first)
+        same(published.load_published(path, 32), published.cut(first, 32))
         torch_file = path.read_bytes()
         path.write_bytes(
             torch_file[:-1] + b"x"
         )  # another file of that name is not the converted one
         with pytest.raises(CheckpointError):
-            checkpoint.load_published(path)
+            published.load_published(path)
         path.write_bytes(torch_file)
     (kept / "model.safetensors").write_bytes(b"damaged")
-    same(checkpoint.load_published(path), first)
+    same(published.load_published(path), first)
     same(checkpoint.load(kept)[0], first)  # and mended
-    state = published(golden)
+    state = authors_state(golden)
     save_file(state, tmp_path / "model.safetensors")
-    same(checkpoint.load_published(tmp_path / "model.safetensors"), first)
+    same(published.load_published(tmp_path / "model.safetensors"), first)
     assert len(list(kept.parent.iterdir())) == 1  # safetensors needs no conversion
 
 
 def test_without_room_for_the_converted_file_the_model_loads_all_the_same(
     golden, tmp_path, cache, monkeypatch
 ):
-    torch.save(published(golden), tmp_path / "model.bin")
+    torch.save(authors_state(golden), tmp_path / "model.bin")
     monkeypatch.setattr(
         os, "fsync", failing(os.fsync, OSError(errno.ENOSPC, "No space left on device"))
     )
-    model = checkpoint.load_published(tmp_path / "model.bin")
+    model = published.load_published(tmp_path / "model.bin")
     assert not [path for path in cache.rglob("*") if path.is_file()]
-    same(checkpoint.load_published(tmp_path / "model.bin"), model)
+    same(published.load_published(tmp_path / "model.bin"), model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["again.bin", "again.pt", "again.safetensors"])
 def test_what_save_published_writes_is_the_authors_file(golden, tmp_path, variant, name):
-    original = published(golden, variant)
+    original = authors_state(golden, variant)
     torch.save(original, tmp_path / "pytorch_model.bin")
-    model = checkpoint.load_published(tmp_path)
-    checkpoint.save_published(model, tmp_path / name)
+    model = published.load_published(tmp_path)
+    authors_format.save_published(model, tmp_path / name)
     written = checkpoint.read_weights(tmp_path / name)
     assert written.keys() == original.keys()
     for key, tensor in original.items():
@@ -666,10 +667,10 @@ def test_what_save_published_writes_is_the_authors_file(golden, tmp_path, varian
             atol=1e-6 if key.endswith((".t", ".deltas")) else 0,
             msg=key,
         )
-    same(checkpoint.load_published(tmp_path / name), model)
-    short = checkpoint.cut(model, 40)  # the time unit survives, although no shape says it
-    checkpoint.save_published(short, tmp_path / name)
-    again = checkpoint.load_published(tmp_path / name)
+    same(published.load_published(tmp_path / name), model)
+    short = published.cut(model, 40)  # the time unit survives, although no shape says it
+    authors_format.save_published(short, tmp_path / name)
+    again = published.load_published(tmp_path / name)
     same(again, short)
     assert (
         again.config.filter_length
@@ -680,15 +681,15 @@ def test_what_save_published_writes_is_the_authors_file(golden, tmp_path, varian
 
 @pytest.mark.parametrize("name", ["again.pt", "again.safetensors"])
 def test_a_masked_lm_goes_back_to_composers_format(golden, tmp_path, name):
-    original = published(golden, drop=HEAD_ONLY, prefix="model.")
+    original = authors_state(golden, drop=HEAD_ONLY, prefix="model.")
     torch.save({"state": {"model": original}}, tmp_path / "ep1.pt")
-    model = checkpoint.load_published(tmp_path / "ep1.pt")
-    checkpoint.save_published(model, tmp_path / name)
+    model = published.load_published(tmp_path / "ep1.pt")
+    authors_format.save_published(model, tmp_path / name)
     written = checkpoint.read_weights(tmp_path / name)
     assert (
         written["state"]["model"] if name.endswith(".pt") else written
     ).keys() == original.keys()
-    same(checkpoint.load_published(tmp_path / name), model)
+    same(published.load_published(tmp_path / name), model)
 
 
 AS_PUBLISHED = dict(mask_padding=False, pad_to_max_length=True, pooling="cls")
@@ -709,7 +710,9 @@ AS_PUBLISHED = dict(mask_padding=False, pad_to_max_length=True, pooling="cls")
 )
 def test_what_the_file_cannot_say_is_not_written(tiny, tmp_path, changes, name):
     refused(
-        lambda: checkpoint.save_published(tiny(**(AS_PUBLISHED | changes)), tmp_path / "model.bin"),
+        lambda: authors_format.save_published(
+            tiny(**(AS_PUBLISHED | changes)), tmp_path / "model.bin"
+        ),
         name,
     )
     assert not list(tmp_path.iterdir())
@@ -717,7 +720,7 @@ def test_what_the_file_cannot_say_is_not_written(tiny, tmp_path, changes, name):
 
 def test_an_unknown_suffix_is_refused(tiny, tmp_path):
     refused(
-        lambda: checkpoint.save_published(tiny(**AS_PUBLISHED), tmp_path / "model.h5"),
+        lambda: authors_format.save_published(tiny(**AS_PUBLISHED), tmp_path / "model.h5"),
         "model.h5",
         ".safetensors",
     )
@@ -730,21 +733,21 @@ def test_a_disk_that_is_really_full_is_one_oserror_and_leaves_what_was_there(
     golden, tiny, tokenizer, tmp_path, kind
 ):
     """The system's own refusal, which the libraries that write report each in its own way."""
-    torch.save(published(golden), tmp_path / "weights.bin")
+    torch.save(authors_state(golden), tmp_path / "weights.bin")
     model, before = tiny(**AS_PUBLISHED), contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
         if kind == "load_published":
-            assert type(checkpoint.load_published(tmp_path / "weights.bin")) is M2BertForRetrieval
+            assert type(published.load_published(tmp_path / "weights.bin")) is M2BertForRetrieval
         else:
             with pytest.raises(
                 OSError, match=f"cannot be written.*{'folder' if kind == 'save' else 'out'}"
             ):
                 checkpoint.save(
                     model, tokenizer, tmp_path / "folder"
-                ) if kind == "save" else checkpoint.save_published(
+                ) if kind == "save" else authors_format.save_published(
                     model, tmp_path / f"out.{kind.rpartition('.')[2]}"
                 )
     finally:
@@ -766,13 +769,13 @@ def test_16_bit_weights_stay_16_bits_on_disk_and_back(tiny, tokenizer, golden, t
     torch.save(
         {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in published(golden).items()
+            for name, tensor in authors_state(golden).items()
         },
         tmp_path / "model.bin",
     )
     arrays = golden("tiny_base")  # published in 16 bits: read into float32
     torch.testing.assert_close(
-        checkpoint.load_published(tmp_path / "model.bin")(arrays["input/input_ids"]).pooler_output,
+        published.load_published(tmp_path / "model.bin")(arrays["input/input_ids"]).pooler_output,
         arrays["output/pooled"],
         rtol=0,
         atol=0.2,
@@ -840,10 +843,10 @@ IN_LINEAR = "bert.encoder.layer.0.attention.in_linear.weight"
     ],
 )
 def test_tensors_that_only_look_right_are_refused_by_name(golden, tmp_path, change, parts):
-    state = published(golden)
+    state = authors_state(golden)
     change(state)
     torch.save(state, tmp_path / "model.bin")
-    refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), "model.bin", *parts)
+    refused(lambda: published.load_published(tmp_path / "model.bin"), "model.bin", *parts)
 
 
 def test_a_tokenizer_that_the_record_does_not_know_is_not_read(tiny, tokenizer, tmp_path):
@@ -872,7 +875,7 @@ def test_a_tokenizer_that_the_record_does_not_know_is_not_read(tiny, tokenizer, 
 def test_a_constant_that_this_model_does_not_compute_is_refused_by_name(
     golden, tmp_path, key, change
 ):
-    state = published(golden)
+    state = authors_state(golden)
     state[key] = change(state[key]) if change else torch.linspace(0, 1, 64)[None, :, None]
     torch.save(state, tmp_path / "model.bin")
     ours = (
@@ -881,14 +884,14 @@ def test_a_constant_that_this_model_does_not_compute_is_refused_by_name(
         .replace("attention.filter_fn", "mixer.gated_filter")
         .replace("bert.", "model.")
     )
-    refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), "model.bin", ours)
+    refused(lambda: published.load_published(tmp_path / "model.bin"), "model.bin", ours)
 
 
 @pytest.mark.parametrize("length", [0, -5, 16.0, "16", True])
 def test_a_length_that_is_none_is_refused(golden, tmp_path, length):
-    torch.save(published(golden), tmp_path / "model.bin")
+    torch.save(authors_state(golden), tmp_path / "model.bin")
     refused(
-        lambda: checkpoint.load_published(tmp_path / "model.bin", length),
+        lambda: published.load_published(tmp_path / "model.bin", length),
         f"max_length={length!r}",
         "whole number",
     )
@@ -898,8 +901,8 @@ def test_a_length_that_is_none_is_refused(golden, tmp_path, length):
 def test_the_config_is_read_off_the_shapes(golden, tmp_path, variant):
     with np.load(GOLDEN / f"{variant}.npz") as file:
         stated = json.loads(str(file["config_json"]))
-    torch.save(published(golden, variant), tmp_path / "model.bin")
-    config = checkpoint.load_published(tmp_path / "model.bin").config
+    torch.save(authors_state(golden, variant), tmp_path / "model.bin")
+    config = published.load_published(tmp_path / "model.bin").config
     names = dict(
         max_seq_len="max_position_embeddings",
         nblocks="mlp_blocks",
@@ -916,28 +919,29 @@ def test_the_config_is_read_off_the_shapes(golden, tmp_path, variant):
 
 
 FORMATS = {
-    "flat": ("pytorch_model.bin", lambda golden: published(golden)),
-    "module.": ("model.bin", lambda golden: published(golden, prefix="module.")),
+    "flat": ("pytorch_model.bin", lambda golden: authors_state(golden)),
+    "module.": ("model.bin", lambda golden: authors_state(golden, prefix="module.")),
     "classifier": (
         "step.pt",
         lambda golden: (
-            published(golden)
+            authors_state(golden)
             | {"classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.zeros(1)}
         ),
     ),
     "module.classifier": (
         "step.pt",
         lambda golden: (
-            published(golden, prefix="module.") | {"module.classifier.weight": torch.zeros(1, 32)}
+            authors_state(golden, prefix="module.")
+            | {"module.classifier.weight": torch.zeros(1, 32)}
         ),
     ),
-    "with a head": ("step.pt", lambda golden: published(golden, drop=("none",))),
-    "FlashFFTConv": ("step.pt", lambda golden: published(golden) | FLASH),
+    "with a head": ("step.pt", lambda golden: authors_state(golden, drop=("none",))),
+    "FlashFFTConv": ("step.pt", lambda golden: authors_state(golden) | FLASH),
     "Composer": (
         "ep1.pt",
         lambda golden: {
             "state": {
-                "model": published(golden, prefix="model.")
+                "model": authors_state(golden, prefix="model.")
                 | {f"model.{name}": value for name, value in FLASH.items()}
             }
         },
@@ -945,7 +949,7 @@ FORMATS = {
     "Composer with its random states": (
         "ep1.pt",
         lambda golden: {
-            "state": {"model": published(golden, prefix="model."), "run_name": "m2"},
+            "state": {"model": authors_state(golden, prefix="model."), "run_name": "m2"},
             "rng": [
                 {
                     "python": random.getstate(),
@@ -955,10 +959,10 @@ FORMATS = {
             ],
         },
     ),  # composer.utils.reproducibility
-    "safetensors": ("model.safetensors", lambda golden: published(golden)),
+    "safetensors": ("model.safetensors", lambda golden: authors_state(golden)),
     "safetensors of Composer": (
         "weights.safetensors",
-        lambda golden: published(golden, prefix="model."),
+        lambda golden: authors_state(golden, prefix="model."),
     ),
 }
 
@@ -968,7 +972,7 @@ FORMATS = {
 def test_every_published_format_is_the_same_model(golden, tmp_path, form):
     name, build = FORMATS[form]
     (save_file if name.endswith(".safetensors") else torch.save)(build(golden), tmp_path / name)
-    model, arrays = checkpoint.load_published(tmp_path / name), golden("tiny_base")
+    model, arrays = published.load_published(tmp_path / name), golden("tiny_base")
     assert type(model) is M2BertForRetrieval
     close(model(arrays["input/input_ids"]).pooler_output, arrays["output/pooled"])
 
@@ -976,12 +980,12 @@ def test_every_published_format_is_the_same_model(golden, tmp_path, form):
 @pytest.mark.parametrize("form", ["flat", "Composer", "safetensors"])
 @torch.no_grad()
 def test_a_head_without_a_pooler_is_a_masked_lm(golden, tmp_path, form):
-    state = published(golden, drop=HEAD_ONLY, prefix="model." if form == "Composer" else "")
+    state = authors_state(golden, drop=HEAD_ONLY, prefix="model." if form == "Composer" else "")
     path = tmp_path / ("model.safetensors" if form == "safetensors" else "ep1.pt")
     (save_file if form == "safetensors" else torch.save)(
         {"state": {"model": state}} if form == "Composer" else state, path
     )
-    model, arrays = checkpoint.load_published(path), golden("tiny_base")
+    model, arrays = published.load_published(path), golden("tiny_base")
     assert (
         type(model) is M2BertForMaskedLM
         and model.decoder.weight is model.get_input_embeddings().weight
@@ -991,11 +995,11 @@ def test_a_head_without_a_pooler_is_a_masked_lm(golden, tmp_path, form):
 
 @torch.no_grad()
 def test_a_tied_matrix_may_be_stored_once(golden, tmp_path):
-    state = published(golden, drop=HEAD_ONLY)
+    state = authors_state(golden, drop=HEAD_ONLY)
     del state["cls.predictions.decoder.weight"]
     torch.save(state, tmp_path / "model.bin")
     close(
-        checkpoint.load_published(tmp_path)(golden("tiny_base")["input/input_ids"]).logits,
+        published.load_published(tmp_path)(golden("tiny_base")["input/input_ids"]).logits,
         golden("tiny_base")["output/mlm_logits"],
     )
 
@@ -1008,17 +1012,17 @@ def test_a_tied_matrix_may_be_stored_once(golden, tmp_path):
     ],
 )
 def test_copies_that_disagree_are_refused(golden, tmp_path, name):
-    state = published(golden, drop=HEAD_ONLY)
+    state = authors_state(golden, drop=HEAD_ONLY)
     torch.save(state | {name: state[name] + 1}, tmp_path / "model.bin")
-    refused(lambda: checkpoint.load_published(tmp_path), "different values")
+    refused(lambda: published.load_published(tmp_path), "different values")
 
 
 @torch.no_grad()
 def test_a_smaller_length_cuts_the_tables_and_changes_nothing_else(golden, tmp_path):
-    torch.save(published(golden), tmp_path / "model.bin")
+    torch.save(authors_state(golden), tmp_path / "model.bin")
     arrays = golden("tiny_base")
     ids = arrays["short/input/input_ids"]  # 24 tokens
-    short = checkpoint.load_published(tmp_path, max_length=ids.shape[1])
+    short = published.load_published(tmp_path, max_length=ids.shape[1])
     assert short.config.max_position_embeddings == 24 and not short.training
     assert {
         tensor.shape[0]
@@ -1028,9 +1032,9 @@ def test_a_smaller_length_cuts_the_tables_and_changes_nothing_else(golden, tmp_p
     close(short(ids).pooler_output, arrays["short/output/pooled"])
     with pytest.raises(ValueError, match="max_length=24"):
         short(arrays["input/input_ids"])
-    same(checkpoint.load_published(tmp_path, max_length=64), checkpoint.load_published(tmp_path))
+    same(published.load_published(tmp_path, max_length=64), published.load_published(tmp_path))
     refused(
-        lambda: checkpoint.load_published(tmp_path, max_length=65),
+        lambda: published.load_published(tmp_path, max_length=65),
         "max_length=65",
         "64 tokens",
         "`extend`",
@@ -1072,10 +1076,10 @@ MISSING = "bert.encoder.layer.1.attention.filter_fn.pos_emb.z"
     ids=["no words", "missing", "half a pooler", "extra", "reshaped", "no axis", "flat", "nan"],
 )
 def test_published_weights_that_are_not_a_models_are_named(golden, tmp_path, change, parts):
-    state = published(golden)
+    state = authors_state(golden)
     change(state)
     torch.save(state, tmp_path / "model.bin")
-    refused(lambda: checkpoint.load_published(tmp_path), tmp_path / "model.bin", *parts)
+    refused(lambda: published.load_published(tmp_path), tmp_path / "model.bin", *parts)
 
 
 @pytest.mark.parametrize(
@@ -1095,29 +1099,29 @@ def test_published_weights_that_are_not_a_models_are_named(golden, tmp_path, cha
 )
 def test_a_file_of_something_else_is_refused_by_path(tmp_path, content):
     torch.save(content, tmp_path / "model.bin")
-    refused(lambda: checkpoint.load_published(tmp_path / "model.bin"), tmp_path / "model.bin")
+    refused(lambda: published.load_published(tmp_path / "model.bin"), tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"PK\x03\x04", b"<html>404</html>", b"\0" * 200])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "step.pt"])
 def test_a_file_that_is_no_weight_file_is_refused_by_path(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    refused(lambda: checkpoint.load_published(tmp_path), tmp_path / name, "fetch it again")
+    refused(lambda: published.load_published(tmp_path), tmp_path / name, "fetch it again")
 
 
 def test_a_folder_of_ours_is_no_published_model(folder):
     """Its shapes do not tell how it pools: `load` reads it."""
-    refused(lambda: checkpoint.load_published(folder), folder)
+    refused(lambda: published.load_published(folder), folder)
 
 
 def test_a_folder_without_one_weight_file_says_which_it_needs(tmp_path):
     needs = "model.safetensors", "pytorch_model.bin", "exactly one .pt"
-    refused(lambda: checkpoint.load_published(tmp_path), tmp_path, *needs)
+    refused(lambda: published.load_published(tmp_path), tmp_path, *needs)
     (tmp_path / "ep1.pt").touch()
     (tmp_path / "ep2.pt").touch()
-    refused(lambda: checkpoint.load_published(tmp_path), tmp_path, *needs)
+    refused(lambda: published.load_published(tmp_path), tmp_path, *needs)
     refused(
-        lambda: checkpoint.load_published(tmp_path / "a" / "b"),
+        lambda: published.load_published(tmp_path / "a" / "b"),
         tmp_path / "a" / "b",
         "neither a file, a folder nor a hub id",
     )
@@ -1133,11 +1137,11 @@ def test_an_id_that_cannot_be_fetched_says_which_file_to_put_where(
     """Asked once at most: a library that tries again waits half a minute."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     refused(
-        lambda: checkpoint.load_published("someone/m2-bert"),
+        lambda: published.load_published("someone/m2-bert"),
         "someone/m2-bert",
         "pytorch_model.bin",
         "folder",
-        *checkpoint.PUBLISHED,
+        *published.PUBLISHED,
     )
     asked, waited = no_network
     assert len(asked) <= (0 if offline else 1) and not waited
@@ -1159,7 +1163,7 @@ def test_any_failure_of_the_hub_is_one_line(no_network, monkeypatch, failure):
     for name in ("hf_hub_download", "get_hf_file_metadata"):
         monkeypatch.setattr(huggingface_hub, name, fail)
     refused(
-        lambda: checkpoint.load_published("someone/m2-bert"),
+        lambda: published.load_published("someone/m2-bert"),
         "someone/m2-bert",
         type(failure).__name__,
         "pytorch_model.bin",
@@ -1172,10 +1176,10 @@ def test_a_cached_id_needs_no_network(no_network, golden, tmp_path):
     snapshot.mkdir(parents=True)
     (tmp_path / "hub" / "models--someone--m2-bert" / "refs").mkdir()
     (tmp_path / "hub" / "models--someone--m2-bert" / "refs" / "main").write_text("0" * 40)
-    torch.save(published(golden), snapshot / "pytorch_model.bin")
+    torch.save(authors_state(golden), snapshot / "pytorch_model.bin")
     arrays = golden("tiny_base")
     close(
-        checkpoint.load_published("someone/m2-bert")(arrays["input/input_ids"]).pooler_output,
+        published.load_published("someone/m2-bert")(arrays["input/input_ids"]).pooler_output,
         arrays["output/pooled"],
     )
     assert no_network == ([], [])
@@ -1201,8 +1205,8 @@ def test_a_folder_is_one_that_transformers_reads(folder, tiny, tokenizer, tmp_pa
 
 @torch.no_grad()
 def test_a_published_model_becomes_a_folder_of_ours(golden, tmp_path):
-    torch.save(published(golden), tmp_path / "model.bin")
-    model = checkpoint.load_published(tmp_path / "model.bin", max_length=24)
+    torch.save(authors_state(golden), tmp_path / "model.bin")
+    model = published.load_published(tmp_path / "model.bin", max_length=24)
     checkpoint.save(model, None, tmp_path / "folder")
     again, _ = checkpoint.load(tmp_path / "folder")
     same(again, model)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import authors_format
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 import lib.model.m2bert  # noqa: E402, F401  registers the architecture
 from lib.benchmark import locov1, metrics, rankers, search
 from lib.corpus.build import given_tokenizer  # noqa: E402
-from lib.model import checkpoint  # noqa: E402
+from lib.model import checkpoint, published  # noqa: E402
 
 TEXTS = [
     "red fox runs",
@@ -58,8 +59,8 @@ def folder(request, tiny, tokenizer, tmp_path):
     with torch.no_grad():
         model.model.pooler.weight.normal_()
     if request.param == "as published":
-        checkpoint.save_published(model, tmp_path / "pytorch_model.bin")
-        model = checkpoint.load_published(tmp_path / "pytorch_model.bin")
+        authors_format.save_published(model, tmp_path / "pytorch_model.bin")
+        model = published.load_published(tmp_path / "pytorch_model.bin")
     checkpoint.save(model, tokenizer, tmp_path / "model", {"row": "opl"})
     return tmp_path / "model"
 
@@ -264,8 +265,8 @@ def test_a_folder_of_ours_is_a_row_with_our_vectors(folder):
         atol=1e-5,
     )
     np.testing.assert_allclose(
-        theirs.reading(8).encode_queries(TEXTS),
-        ours.reading(8).encode(TEXTS, show_progress=False),
+        theirs.limited(8).encode_queries(TEXTS),
+        ours.limited(8).encode(TEXTS, show_progress=False),
         atol=1e-5,
     )
     vectors, owner = rankers.sentence_transformer(
@@ -325,7 +326,7 @@ def test_a_model_with_places_for_padding_reads_the_rest(kind, offset, tokenizer,
         rankers.sentence_transformer(own),
         rankers.sentence_transformer(own | {"first_tokens": reads}),
     ):
-        assert one.reads == reads
+        assert one.context_length == reads
         vectors, _ = one.encode_documents(
             ["owl " * (reads - 2) + more for more in ("", "hen", "red fox")] + ["owl"],
             show_progress=False,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.kernels import gpu, tiles
-from lib.model import checkpoint
+from lib.model import checkpoint, published
 from lib.model.extend import extend
 from lib.model.m2bert import (
     M2BertConfig,
@@ -56,7 +56,7 @@ def arrays(name):
 
 
 def state(golden):
-    return checkpoint.from_authors(
+    return published.from_authors(
         {
             key.removeprefix("param/"): value
             for key, value in golden.items()
@@ -68,7 +68,7 @@ def state(golden):
 def build(golden, architecture, **changes):
     tensors = state(golden)
     model = architecture(
-        checkpoint.infer_config(tensors, **({"pad_to_max_length": False} | changes))
+        published.infer_config(tensors, **({"pad_to_max_length": False} | changes))
     )
     head = ("decoder.", "dense.", "layernorm.")
     keep = (
@@ -141,7 +141,7 @@ def test_gradients_reproduce_the_reference():
     model(
         golden["input/input_ids"], golden["input/attention_mask"], labels=golden["input/mlm_labels"]
     ).loss.backward()
-    expected = checkpoint.from_authors(
+    expected = published.from_authors(
         {
             key.removeprefix("grad_mlm_loss/"): value
             for key, value in golden.items()
@@ -591,7 +591,7 @@ def test_extend_keeps_what_each_choice_promises():
 @torch.no_grad()
 def test_a_cut_model_is_stretched_by_the_same_rule():
     """Its time unit is not its length: the end of its axis goes to the end of the new one all the same."""
-    short = checkpoint.cut(tiny(), 24)
+    short = published.cut(tiny(), 24)
     old, new = (m.model.layers[0].mixer.gated_filter for m in (short, extend(short, 47)))
     close(new(47)[0][:, ::2], old(24)[0], 1e-5)  # every second place falls on an old one
     assert torch.equal(

@@ -98,7 +98,7 @@ def test_a_published_row_is_evaluated_like_any_other(house, weights):
         [
             sys.executable,
             "-m",
-            "lib.pipeline.profile",
+            "lib.pipeline",
             "repro",
             "-s",
             "strip",
@@ -115,7 +115,7 @@ def test_a_published_row_is_evaluated_like_any_other(house, weights):
     assert model.config.pad_to_max_length and len(tokenizer) == 92
     task = locov1.load("foxes", root / "data/corpus")
     expected, _ = search.rank(
-        search.Encoder(checkpoint.load_published(weights), tokenizer, truncate=True),
+        search.Encoder(published.load_published(weights), tokenizer, truncate=True),
         [task],
         show_progress=False,
     )["foxes"]

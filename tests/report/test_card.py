@@ -82,7 +82,8 @@ def test_equal_settings_have_equal_fingerprints_in_any_order():
 def test_every_saved_model_has_its_card_and_a_masked_lms_lines_run(
     tiny, tokenizer, tmp_path, monkeypatch
 ):
-    checkpoint.save(tiny(M2BertForMaskedLM), tokenizer, tmp_path / "model", ABOUT)
+    model = tiny(M2BertForMaskedLM)
+    checkpoint.save(model, tokenizer, tmp_path / "model", ABOUT, card.card(model, ABOUT))
     text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert text == card.card(tiny(M2BertForMaskedLM), ABOUT)
     code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace(
