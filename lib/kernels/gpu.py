@@ -127,42 +127,38 @@ def fits(u: Tensor, weight: Tensor) -> bool:
 def is_supported(
     L: int, dtype: torch.dtype, device: torch.device, residual: bool, gradients: bool
 ) -> bool:
-    """Whether the kernels for such texts can be trusted here: two random texts of two channels."""
+    """Whether the kernels for such texts can be trusted here: two random texts of four channels."""
     generator = torch.Generator().manual_seed(0)
+    D = 4
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    real = torch.tensor([L, max(1, L // 2)], device=device)
-    taps = lambda: (draw(2, L) / math.sqrt(L), draw(2, L) / math.sqrt(L), draw(2))
-    kernels = taps(), taps() if residual else None
-    parts = draw(2, 6, L).to(dtype), draw(2, 2, L).to(dtype), draw(6, 1, 3), draw(6), draw(6)
-    slope = draw(2, 2, L)
+    def taps() -> tuple:
+        return draw(D, L) / math.sqrt(L), draw(D, L) / math.sqrt(L), draw(D)
 
-    def results(function, dtype: torch.dtype) -> list[Tensor]:
+    real = torch.tensor([L, max(1, L // 2)], device=device)
+    kernels = taps(), taps() if residual else None
+    signals = [draw(2, 3 * D, L).to(dtype), draw(2, D, L).to(dtype)]
+    short, shift = [draw(3 * D, 1, 3), draw(3 * D)], draw(3 * D)
+    slope = draw(2, D, L)
+
+    def results(function, table, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [signal.to(dtype) for signal in signals] + [*short, shift]
         with torch.set_grad_enabled(gradients):
-            leaves = [
-                tensor.to(dtype if i < 2 else torch.float32).requires_grad_(gradients)
-                for i, tensor in enumerate(parts)
-            ]
-            y = function(
-                *leaves[:4], spectra(*kernels, L) if function is mix else kernels, real, leaves[4]
-            )
-        return [
-            y.detach(),
-            *(
-                torch.autograd.grad(y, leaves, slope.to(y.dtype), materialize_grads=True)
-                if gradients
-                else ()
-            ),
-        ]
+            leaves = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
+            y = function(*leaves[:4], table, real, leaves[4])
+        if not gradients:
+            return [y]
+        slopes = slope.to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, leaves, slopes, materialize_grads=True)]
 
     return support.verify(
         f"the sequence mixer of {L} tokens",
         dtype,
         device,
-        lambda: results(mix, dtype),
-        lambda: results(mix_direct, torch.float32),
+        lambda: results(mix, spectra(*kernels, L), dtype),
+        lambda: results(mix_direct, kernels, torch.float32),
         ("y", "dp", "du", "dweight", "dbias", "dshift"),
     )
 
@@ -194,13 +190,9 @@ def factors(L: int, device: torch.device = torch.device("cpu")) -> tuple[int, in
     else:
         ways = [(M, R, H // M // R) for M in powers for R in powers[:3]]
         ways = [way for way in ways if 16 <= way[2] <= 64]
-    # Seen on an H200 (Triton 3.6): the matrix units of compute capability 9, which take products
-    # of 64 rows or more, return garbage or fault on tiles of 64 rows and fewer than 64 columns.
-    ways = (
-        [way for way in ways if not (max(way[0], way[1]) >= 64 > way[2])]
-        if H <= ONE_PASS
-        else [way for way in ways if not way[1] >= 64 > way[2]]
-    )
+    # Triton 3.6 and 3.7 misuse the matrix units of compute capability 9 for tiles of 64 rows and
+    # fewer than 64 columns: garbage or an illegal access on an H200 (triton-lang/triton#11366).
+    ways = [(M, R1, R2) for M, R1, R2 in ways if not (R1 if R1 > 1 else M) >= 64 > R2]
     return min(ways, key=lambda way: (8 * way[0] + 16 * (way[1] * (way[1] > 1) + way[2]), way[0]))
 
 
@@ -419,15 +411,18 @@ def launch(kernel: str, grid: tuple, tile: int, pointers: tuple, sizes: tuple) -
     options = products(pointers[0].dtype)
     if not options["EMULATED"]:
         # One stage: loads that run ahead would fill the shared memory.
-        options |= {"num_warps": warps(tile, pointers[0].dtype), "num_stages": 1}
+        options |= {"num_warps": warps(tile, pointers[0]), "num_stages": 1}
     getattr(triton_kernels(), kernel)[grid](*pointers, *sizes, **options)
 
 
-def warps(tile: int, dtype: torch.dtype) -> int:
-    """The warps of a program. Measured on an H200 in bfloat16: at 128 tokens, one warp instead of
-    four is 2.4 times as fast forward and 2.1 times backward; two at 1,024 are 1.4 times forward.
+def warps(tile: int, signal: Tensor) -> int:
+    """The warps of a program that holds `tile` numbers of a signal (…, L).
+
+    Measured on an H200 in bfloat16: at 128 tokens one warp is 2.4 times as fast as four forward and
+    2.1 times backward, at 1,024 two are 1.4 times as fast forward. If 16 does not divide L, Triton
+    3.6 miscompiles two warps at 300 and 1,000 tokens.
     """
-    if dtype == torch.float32:
+    if signal.dtype == torch.float32 or signal.shape[-1] % 16:
         return 8 if tile > 1024 else 4
     return next((count for most, count in ((256, 1), (1024, 2), (2048, 4)) if tile <= most), 8)
 

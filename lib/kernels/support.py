@@ -7,6 +7,7 @@ verify(what, …)                  whether a GPU kernel compiles here and agrees
 """
 
 import logging
+import math
 import os
 import platform
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 BACK_ENDS = ("auto", "torch", "definition")
-TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 0.005}  # relative; torch itself may use tf32
+# Relative. Sums over a whole text are off by up to 0.03 in bfloat16; torch itself may use tf32.
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 0.005}
 log = logging.getLogger(__name__)
 _state = {"back_end": "auto"}
 _real_tokens = WeakTensorKeyDictionary()
@@ -148,10 +150,11 @@ def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_wa
     try:
         with torch.autocast(device.type, enabled=False):
             for name, result, exact in zip(names, kernel(), torch_way()):
-                difference = torch.linalg.vector_norm(result.float() - exact.float())
-                error = float(difference / torch.linalg.vector_norm(exact.float()))
-                if not error < TOLERANCE[dtype]:
-                    raise RuntimeError(f"{name} is wrong: its error is {error:.2g} of its size")
+                error = float(torch.linalg.vector_norm(result.float() - exact.float()))
+                size = float(torch.linalg.vector_norm(exact.float()))
+                if not error <= TOLERANCE[dtype] * size:  # a gradient may be 0 everywhere
+                    share = error / size if size else math.inf
+                    raise RuntimeError(f"{name} is wrong: its error is {share:.2g} of its size")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may throw
