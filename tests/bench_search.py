@@ -1,15 +1,16 @@
-"""Search in seconds, memory and recall: exact and approximate, from 10,000 documents to a million.
+"""Exact search in seconds and memory, beside faiss's, from 10,000 documents to a million.
 
-    python tests/bench_search.py                                         10,000 and 100,000 documents, every kind: 2 minutes
-    python tests/bench_search.py --documents 1000000 --kinds flat ivf_flat ivf_sq8 ivf_pq      # minutes, 4 GiB
-    python tests/bench_search.py --documents 1000000 --kinds hnsw                               # the longest to build
+    python tests/bench_search.py                           10,000 and 100,000 documents: a minute
+    python tests/bench_search.py --documents 1000000       minutes, 4 GiB
 
-The vectors are made: 50 fields, 1,000 topics in them of sizes after Zipf, and around each topic a Gaussian in 16
-directions of its own with a little noise in all; queries are drawn as documents are. Recall speaks of these vectors
-alone: of others with less structure an approximate index finds less.
+Approximate indexes: docs/search.md has the recipe and what was measured.
 
-One process a kind; times are the best of the repeats, the exact ones in turns. *memory* is the most it held beyond the
-documents and what python holds anyway; *limit* is the rate of torch's float32 product of one block, between those turns.
+The vectors are made: 50 fields, 1,000 topics in them of sizes after Zipf, and around each topic a
+Gaussian in 16 directions of its own with a little noise in all. Queries are drawn as documents are.
+
+Each method runs in a process of its own. Times are the best of the repeats, the exact methods in
+turns. *memory* is the most that the process held beyond the documents and what python holds
+anyway; *limit* is the rate of torch's float32 product of one block, between those turns.
 """
 
 import argparse
@@ -20,20 +21,15 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.benchmark import index, metrics, search
+from lib.benchmark import metrics, search
 
-EFFORTS = {
-    "hnsw": [16, 64, 256],
-    "ivf_flat": [1, 4, 16, 64],
-    "ivf_sq8": [16, 64],
-    "ivf_pq": [16, 64],
-}
-KINDS = ["exact", "flat", *EFFORTS]
+KINDS = ["exact", "flat"]
 HEAD = (
     "documents",
     "how",
@@ -50,9 +46,10 @@ HEAD = (
 
 def write_vectors(folder: Path, N: int, D: int, Q: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: (
-        rng.standard_normal(shape, dtype=np.float32) / shape[-1] ** 0.5
-    )  # rows of norm 1
+
+    def normal(*shape):  # rows of norm 1
+        return rng.standard_normal(shape, dtype=np.float32) / shape[-1] ** 0.5
+
     fields, topics, rank = 50, 1000, 16
     centres = 0.7 * normal(fields, D)[rng.integers(fields, size=topics)] + 0.7 * normal(topics, D)
     directions = normal(topics, rank, D)
@@ -72,7 +69,7 @@ def write_vectors(folder: Path, N: int, D: int, Q: int, seed: int = 0) -> None:
 
 
 class Memory(threading.Thread):
-    """The most that the process held in memory of its own since this began, in bytes; `beyond` of what it held then."""
+    """The most that the process held in memory of its own since this began, in bytes."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -162,11 +159,11 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
     (N, D), Q = documents.shape, len(queries)
     qids, pids = [str(i) for i in range(Q)], [str(i) for i in range(N)]
     stored = folder / "exact.json"
-    found = lambda run: metrics.recall(
-        run,
-        {qid: dict.fromkeys(best, 1) for qid, best in json.loads(stored.read_text()).items()},
-        k=10,
-    )
+
+    def recall(run):
+        best = {qid: dict.fromkeys(pids, 1) for qid, pids in json.loads(stored.read_text()).items()}
+        return metrics.recall(run, best, k=10)
+
     if kind == "exact":
         ways = {
             "exact: torch": (np.array(documents), "torch"),
@@ -177,20 +174,18 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
         for _ in range(repeats):
             for how, (table, backend) in ways.items():
                 limit, memory = max(limit, product_rate(documents, queries)), Memory()
-                once, run = seconds(
-                    lambda: search.search(queries, table, qids, pids, 10, backend), 1
-                )
+                work = partial(search.search, queries, table, qids, pids, 10, backend)
+                once, run = seconds(work, 1)
                 took[how], held[how] = (
                     min(took[how], once),
                     max(held[how], memory.beyond(last=True)),
                 )
                 if not stored.exists():
                     stored.write_text(json.dumps({qid: list(best) for qid, best in run.items()}))
-                assert found(run) == 1, how
+                assert recall(run) == 1, how
         for how, (table, backend) in ways.items():
-            alone, _ = seconds(
-                lambda: search.search(queries[:1], table, qids[:1], pids, 10, backend), repeats
-            )
+            work = partial(search.search, queries[:1], table, qids[:1], pids, 10, backend)
+            alone, _ = seconds(work, repeats)
             row(
                 N,
                 how,
@@ -203,7 +198,7 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
                 2 * N * D * Q / took[how],
                 limit,
             )
-    elif kind == "flat":
+    else:
         import faiss
 
         limit, memory = product_rate(documents, queries), Memory()
@@ -220,44 +215,11 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
             N * D * 4 / 2**30,
             took / Q * 1e3,
             alone * 1e3,
-            found({qid: dict.fromkeys(map(str, best), 1.0) for qid, best in zip(qids, rows)}),
+            recall({qid: dict.fromkeys(map(str, best), 1.0) for qid, best in zip(qids, rows)}),
             memory.beyond(last=True),
             2 * N * D * Q / took,
             limit,
         )
-    else:
-        memory = Memory()
-        build, table = seconds(lambda: index.Index(documents, kind), 1)
-        for effort in EFFORTS[kind]:
-            for candidates in (10, 100) if kind == "ivf_pq" else (10,):
-                took, run = seconds(
-                    lambda: table.search(queries, qids, pids, 10, effort, candidates), repeats
-                )
-                alone, _ = seconds(
-                    lambda: [
-                        table.search(
-                            queries[i : i + 1], qids[i : i + 1], pids, 10, effort, candidates
-                        )
-                        for i in range(20)
-                    ],
-                    1,
-                )
-                how = (
-                    f"hnsw, efSearch {effort}"
-                    if kind == "hnsw"
-                    else f"{kind}, {effort} of {table.lists:,} lists"
-                    + (f", {candidates} rescored" if kind == "ivf_pq" else "")
-                )
-                row(
-                    N,
-                    how,
-                    build,
-                    table.size / 2**30,
-                    took / Q * 1e3,
-                    alone / 20 * 1e3,
-                    found(run),
-                    memory.beyond(),
-                )
 
 
 if __name__ == "__main__":
@@ -282,7 +244,8 @@ if __name__ == "__main__":
         measure(Path(options.measure[0]), options.measure[1], options.repeats)
     else:
         print(
-            f"{options.queries} queries of {options.width} numbers, 10 best, {torch.get_num_threads()} threads, the best of {options.repeats}\n"
+            f"{options.queries} queries of {options.width} dimensions, 10 best, "
+            f"{torch.get_num_threads()} threads, the best of {options.repeats}\n"
         )
         print(
             "| " + " | ".join(HEAD) + " |\n|---:|---" + "|---:" * (len(HEAD) - 2) + "|", flush=True

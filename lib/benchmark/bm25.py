@@ -1,7 +1,7 @@
-"""BM25, the baseline that reads words: no training, no vectors, any language.
+"""BM25, the baseline that counts words: no training, no vectors, any language.
 
-bm25(documents, queries)         a run, of the whole text or of its first tokens
-Bm25(first_tokens, tokenizer)    the same as a ranker of tasks, beside encoders
+Bm25(first_tokens, tokenizer)    ranks documents, reading all of each or its first tokens
+bm25(documents, queries)         the same in one call
 words(text)                      what counts as a word
 first_words(text, n)             the text up to its n-th token
 """
@@ -19,28 +19,16 @@ from lib.model.tokens import CHARACTERS_PER_TOKEN, beginning, encodable
 
 # The most frequent English function words; other languages lose nothing but these.
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split()
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with".split()
 )
 
 # Scripts that put no space between words; ー and the marks of kana belong to several of them.
-UNSPACED = "ー" + "".join(
-    rf"\p{{{script}}}"
-    for script in (
-        "Han",
-        "Hiragana",
-        "Katakana",
-        "Thai",
-        "Lao",
-        "Myanmar",
-        "Khmer",
-        "Tai_Le",
-        "New_Tai_Lue",
-        "Tai_Tham",
-        "Tai_Viet",
-        "Javanese",
-        "Balinese",
-    )
-)
+SCRIPTS = (
+    "Han Hiragana Katakana Thai Lao Myanmar Khmer Tai_Le New_Tai_Lue Tai_Tham Tai_Viet Javanese "
+    "Balinese"
+).split()
+UNSPACED = "ー" + "".join(rf"\p{{{script}}}" for script in SCRIPTS)
 # Seen by nobody, so they neither part a word nor change it: soft hyphen, joiners, variation
 # selectors. All but the zero-width space, which writers of those scripts put between words.
 IGNORABLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]+", regex.V1)
@@ -48,7 +36,7 @@ ASCII_WORD = re.compile(r"\w+", re.ASCII)
 # Between ASCII's separators; whatever is beyond ASCII is looked at only then.
 CHUNK = re.compile(r"[0-9A-Z_a-z\x80-\U0010ffff]+")
 # What may be a word, as it stands in a text: letters and digits of all kinds, their marks, what is
-# ignored, and signs that are letters in another form: radicals (⼭, often in PDFs), squares (㎏, ㌔).
+# ignored, and signs that are letters in another form: radicals (⼭, often in PDFs), squares (㎏).
 SIGNS = r"\u2e9f\u2ef3\u2f00-\u2fd5\u3200-\u33ff"
 RUN = regex.compile(
     rf"[\w\p{{N}}\p{{M}}\p{{Default_Ignorable_Code_Point}}{SIGNS}--\u200b]+", regex.V1
@@ -67,10 +55,11 @@ LONGEST_KEPT = 32  # characters of a chunk whose words are kept for its next tim
 
 
 def words(text: str) -> list[str]:
-    """Folded Unicode words without function words; of scripts without spaces, every two neighbouring letters.
+    """Folded Unicode words without function words; of scripts without spaces, pairs of letters.
 
-    A letter is one with its marks (a grapheme cluster). How a word is encoded makes no difference:
-    é in one character or two, upper or lower case, full or half width, with a soft hyphen or without.
+    Every two neighbouring letters are a pair; a letter is one with its marks (a grapheme cluster).
+    How a word is encoded makes no difference: é in one character or two, upper or lower case, full
+    or half width, with a soft hyphen or without.
     """
     if text.isascii():
         return [word for word in ASCII_WORD.findall(text.lower()) if word not in STOP_WORDS]
@@ -95,7 +84,7 @@ def folded_parts(chunk: str) -> tuple[str, ...]:
         elif UNSPACED_PLAIN.fullmatch(run) and unicodedata.is_normalized("NFKC", run):
             found += pairs(run)  # most Chinese: nothing to fold
         else:
-            # Folded one by one and not as a text, so that Linux™ stays Linux. ﷺ folds to several words.
+            # Folded one by one and not as a text, so that Linux™ stays Linux; ﷺ folds to several.
             for word in WORD.findall(folded(run)):
                 for part in PARTS.findall(word):
                     found += pairs(CLUSTER.findall(part)) if UNSPACED_FIRST.match(part) else [part]
@@ -115,7 +104,7 @@ def folded(run: str) -> str:
 
         NFKC(fold(NFKC(fold(NFD(x))))): Unicode's compatibility caseless match (chapter 3, D146)
 
-    But the vowel am of Thai and Lao stays one letter, as it is written, where NFKC makes a mark and a letter of it.
+    But the vowel am of Thai and Lao stays one letter, as it is written; NFKC makes two of it.
     """
     run = unicodedata.normalize("NFD", IGNORABLE.sub("", run)).casefold()
     run = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", run).casefold())
@@ -123,14 +112,17 @@ def folded(run: str) -> str:
 
 
 def first_words(text: str, n: int, tokenizer=None) -> str:
-    """The text up to its n-th token: BM25's own words (function words count), or the pieces of a given tokenizer."""
+    """The text up to its n-th token.
+
+    Tokens are BM25's own words (function words count), or the word pieces of a given tokenizer.
+    """
     if tokenizer is None:
         end, count = None, 0
         for match in RUN.finditer(text):
-            found = len(parts_of(match[0]))
-            if count and count + found > n:
+            size = len(parts_of(match[0]))
+            if count and count + size > n:
                 break
-            end, count = match.end() if found else end, count + found
+            end, count = match.end() if size else end, count + size
             if count >= n:
                 break
         return text[:end] if end is not None else text
@@ -156,92 +148,93 @@ def bm25(
     tokenizer=None,
     k: int = 1000,
 ) -> dict[str, dict[str, float]]:
-    """The run of Okapi BM25 (Lucene's form, k1 = 1.2, b = 0.75) over `words`: folded, function words left out.
-
-    Args:
-        first_tokens: read only so many tokens of each document; queries are never cut.
-        tokenizer: whose pieces `first_tokens` counts; None: BM25's own words.
-
-    Returns:
-        run[qid][pid] = score, matching documents only.
-
-    Raises:
-        ValueError: no documents, an empty query (named), or first_tokens or k below 1.
-        TypeError: a query or document is no string (named).
-    """
-    import bm25s
-
-    if not documents:
-        raise ValueError("no documents to search")
-    if k < 1 or first_tokens is not None and first_tokens < 1:
-        raise ValueError(f"k={k}, first_tokens={first_tokens}: both count from 1")
-    for name, texts in (("query", queries), ("document", documents)):
-        for id, text in texts.items():
-            if not isinstance(text, str):
-                raise TypeError(f"{name} {id} is {type(text).__name__}, not str")
-    for qid, query in queries.items():
-        if not query.strip():
-            raise ValueError(f"query {qid} is empty")
-    if first_tokens is not None:
-        documents = {
-            pid: first_words(text, first_tokens, tokenizer) for pid, text in documents.items()
-        }
-    columns = sorted(documents, reverse=True)
-    vocabulary: dict[str, int] = {}
-    corpus = [
-        [vocabulary.setdefault(word, len(vocabulary)) for word in words(documents[pid])]
-        for pid in columns
-    ]
-    if not vocabulary:
-        return {qid: {} for qid in queries}
-    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    index.index((corpus, vocabulary), show_progress=False)
-    run = {}
-    for qid, query in queries.items():
-        known = [vocabulary[word] for word in words(query) if word in vocabulary]
-        if not known:
-            run[qid] = {}
-            continue
-        scores = index.get_scores(known)
-        best = np.argsort(-scores, kind="stable")[: min(k, len(columns))]
-        run[qid] = {columns[i]: float(scores[i]) for i in best if scores[i] > 0}
-    return run
+    """The run of Okapi BM25: `Bm25(first_tokens, tokenizer).run(documents, queries, k)`."""
+    return Bm25(first_tokens, tokenizer).run(documents, queries, k)
 
 
 class Bm25:
-    """BM25 as `retrieve.rank` takes it.
+    """Okapi BM25 (Lucene's form, k1 = 1.2, b = 0.75) over `words`, as `search.rank` takes it.
 
     Args:
-        first_tokens: read only so many of each document; None: everything.
-        tokenizer: whose pieces these are; None: words.
+        first_tokens: read only so many tokens of each document; None: all. Queries are never cut.
+        tokenizer: whose tokens `first_tokens` counts; None: BM25's own words.
 
     Attributes:
-        longer: for each document of the last task, whether it had more.
+        longer: longer[i] is True if document i of the last run had more tokens.
+
+    Raises:
+        ValueError: first_tokens below 1.
     """
 
     def __init__(self, first_tokens: int | None = None, tokenizer=None):
-        self.reads, self.tokenizer, self.longer = first_tokens, tokenizer, []
+        if first_tokens is not None and first_tokens < 1:
+            raise ValueError(f"first_tokens={first_tokens}: tokens count from 1")
+        self.context_length, self.tokenizer, self.longer = first_tokens, tokenizer, []
 
-    def reading(self, first_tokens: int) -> "Bm25":
-        """The same, reading at most so many tokens."""
-        return Bm25(min(first_tokens, self.reads or first_tokens), self.tokenizer)
+    def limited(self, first_tokens: int) -> "Bm25":
+        """The same with a context of at most `first_tokens`."""
+        return Bm25(min(first_tokens, self.context_length or first_tokens), self.tokenizer)
 
     def run(
-        self, documents: dict[str, str], queries: dict[str, str], k: int
+        self, documents: dict[str, str], queries: dict[str, str], k: int = 1000
     ) -> dict[str, dict[str, float]]:
-        read = (
-            documents
-            if self.reads is None
-            else {
-                pid: first_words(text, self.reads, self.tokenizer)
-                for pid, text in documents.items()
-            }
-        )
+        """run[qid][pid] = score of the k best documents that match.
+
+        Raises:
+            ValueError: no documents, an empty query (named), or k below 1.
+            TypeError: a query or document is no string (named).
+        """
+        if not documents or k < 1:
+            raise ValueError(f"no documents, or k={k}: documents count from 1")
+        check_texts(documents, queries)
+        read = {pid: self.read(text) for pid, text in documents.items()}
         self.longer = [self.more(text, len(read[pid].rstrip())) for pid, text in documents.items()]
-        return bm25(read, queries, k=k)
+        columns = sorted(read, reverse=True)
+        vocabulary: dict[str, int] = {}
+        corpus = [
+            [vocabulary.setdefault(word, len(vocabulary)) for word in words(read[pid])]
+            for pid in columns
+        ]
+        index = lucene(corpus, vocabulary) if vocabulary else None
+        run: dict[str, dict[str, float]] = {}
+        for qid, query in queries.items():
+            known = [vocabulary[word] for word in words(query) if word in vocabulary]
+            scores = index.get_scores(known) if known else np.zeros(0)
+            best = np.argsort(-scores, kind="stable")[:k]
+            run[qid] = {columns[i]: float(scores[i]) for i in best if scores[i] > 0}
+        return run
+
+    def read(self, text: str) -> str:
+        if self.context_length is None:
+            return text
+        return first_words(text, self.context_length, self.tokenizer)
 
     def more(self, text: str, end: int) -> bool:
-        """Whether anything stands after the first `end` characters: a word, or for a tokenizer any character."""
+        """Whether a word (with a tokenizer: a character) stands after `end` characters."""
         if self.tokenizer is None:
             return any(parts_of(match[0]) for match in RUN.finditer(text, end))
         return end < len(encodable(text).rstrip())
+
+
+def lucene(corpus: list[list[int]], vocabulary: dict[str, int]):
+    """The index of documents as numbers of words."""
+    import bm25s
+
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    index.index((corpus, vocabulary), show_progress=False)
+    return index
+
+
+def check_texts(documents: dict[str, str], queries: dict[str, str], task: str = "") -> None:
+    """Name the first query or document that is no text.
+
+    Raises:
+        ValueError: an empty query.
+        TypeError: a query or document is no string.
+    """
+    for name, texts in (("query", queries), ("document", documents)):
+        for id, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{task}{name} {id} is {type(text).__name__}, not str")
+            if name == "query" and not text.strip():
+                raise ValueError(f"{task}query {id} is empty")

@@ -1,10 +1,9 @@
-"""Texts to vectors: one a text, the same to 1e-6 whatever stands beside it in the batch.
+"""Encode texts as vectors. A text's vector does not depend on its batch (to within 1e-6).
 
     Encoder(model, tokenizer).encode(texts)      float32 (n, D)
-    tokenize(texts, tokenizer, max_length)       the first tokens; tokenize_whole: all of them
-    windows(n, size, stride)                     how a long text is read in parts, and `by_windows` what becomes of them
+    by_windows(parts, embed, chunk)              the vectors of texts that are read in windows
 
-Axes: n texts, D width.
+Axes: n texts, M vectors, D width.
 """
 
 from collections.abc import Callable
@@ -34,21 +33,23 @@ class Encoder:
     """Embeds texts with a model and its tokenizer.
 
     Args:
-        max_length: tokens to read, specials included; None, or more than the model reads: what the model reads.
+        max_length: tokens to read, specials included; at most, and by default, the model's limit.
         truncate: read the first `max_length` tokens of a longer text and leave the rest.
-        chunk: read a longer text whole, in windows of `max_length` tokens, and take, number by number, the `mean` or the
-            largest value (`max`) of the windows' embeddings: one vector a text, the chunking baselines of the paper. Or
-            keep them all (`best`): a document then scores what its best window scores, at the price of many vectors.
+        chunk: read a longer text whole, in windows of `max_length` tokens. `mean` and `max` reduce
+            the windows' embeddings to one vector per text, dimension by dimension: the paper's
+            chunking baselines. `best` keeps them all: a document then scores what its best window
+            scores, at the price of many vectors.
         stride: tokens from the beginning of one window to that of the next; None: side by side.
-        precision: float32 | bfloat16, of a model on a CPU (lib/kernels/engine.py); elsewhere the model's own holds.
+        precision: float32 | bfloat16, of a model on a CPU (lib/kernels/engine.py); on other
+            devices the model keeps its own.
         engine: of another encoder of this model, with what it has computed; None: a new one.
 
     Attributes:
-        longer: for each text of the last `encode`, whether it was longer than that.
-        truncated: how many were.
+        longer: longer[i] is True if text i of the last call exceeded `max_length` tokens.
 
     Raises:
-        ValueError: max_length below 3, an unknown `chunk`, both ways out at once, or a stride that leaves tokens out.
+        ValueError: max_length below 3, an unknown `chunk`, `chunk` with `truncate`, a stride that
+            leaves tokens out, or a tokenizer without a padding token.
     """
 
     def __init__(
@@ -63,49 +64,44 @@ class Encoder:
         engine: Engine | None = None,
     ):
         limit = model.config.max_position_embeddings
-        if min(max_length or limit, limit) < 3:
+        self.max_length = min(max_length or limit, limit)
+        if self.max_length < 3:
             raise ValueError(
-                f"max_length={min(max_length or limit, limit)} leaves no room for a token between [CLS] and [SEP]"
+                f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"
             )
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                "the tokenizer has no padding token: set tokenizer.pad_token to the one the model was trained with"
+                "the tokenizer has no padding token: set tokenizer.pad_token to the one the model "
+                "was trained with"
             )
         if chunk not in (None, *CHUNKS) or chunk and truncate:
             raise ValueError(
-                f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' and 'best', or none of them"
+                f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' "
+                "and 'best', or none of them"
             )
-        self.model, self.tokenizer, self.truncate, self.chunk = (
-            model.eval(),
-            tokenizer,
-            truncate,
-            chunk,
-        )
-        self.max_length = min(max_length or limit, limit)
-        tokenizer.truncation_side = (
-            "right"  # the beginning is read, whatever a tokenizer's file says
-        )
+        tokenizer.truncation_side = "right"  # the beginning is read, whatever its file says
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.truncate, self.chunk = truncate, chunk
         self.stride = checked_stride(stride, self.max_length - 2, chunk)
         self.longer: list[bool] = []
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision={precision!r}: float32 or bfloat16")
-        parameter = next(model.parameters())
         self.precision, self.engine = precision, None
-        if (
-            parameter.device.type == "cpu"
-            and parameter.dtype == torch.float32
-            and isinstance(model, M2BertPreTrainedModel)
-        ):
+        if self.on_cpu and isinstance(model, M2BertPreTrainedModel):
             self.engine = Engine(model, getattr(torch, precision)) if engine is None else engine
             self.precision = str(self.engine.dtype).removeprefix("torch.")
 
     @property
-    def reads(self) -> int | None:
-        """Tokens it reads of a text; None: all."""
+    def on_cpu(self) -> bool:
+        """Whether the model is in float32 on a CPU, as the engine needs it."""
+        parameter = next(self.model.parameters())
+        return parameter.device.type == "cpu" and parameter.dtype == torch.float32
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a text that the encoder reads; None: all."""
         return None if self.chunk else self.max_length
 
-    def reading(self, first_tokens: int) -> "Encoder":
-        """The same encoder, reading at most the first so many tokens."""
+    def limited(self, first_tokens: int) -> "Encoder":
+        """The same encoder with a context of at most `first_tokens`."""
         return Encoder(
             self.model,
             self.tokenizer,
@@ -117,6 +113,7 @@ class Encoder:
 
     @property
     def truncated(self) -> int:
+        """How many texts of the last call exceeded `max_length` tokens."""
         return sum(self.longer)
 
     def encode(
@@ -128,57 +125,58 @@ class Encoder:
     ) -> np.ndarray:
         """Embeddings in the order of `texts`, float32, (n, D); unit norm if `normalize`.
 
-        Texts are sorted by length, so a short one never waits for a long neighbour, and 16,384 tokens at most go at a time;
-        where texts are padded, at most `batch_size` of them.
+        Texts are sorted by length, so that a short one never waits for a long neighbour, and a
+        batch has at most 16,384 tokens; of padded texts, at most `batch_size`.
 
         Raises:
             TypeError: an element is no string (its index is named), or `texts` is one string.
-            ValueError: a text is longer than `max_length` and nothing was said about that (TooLong), an embedding is not
-                finite, or a text has a vector for each window (chunk="best": `encode_documents`); the index is named.
+            ValueError: a text is longer than `max_length` without `truncate` or `chunk` (TooLong),
+                an embedding is not finite, or a text has a vector for each window (chunk="best":
+                use `encode_documents`); the index is named.
         """
-        vectors = merged(
-            *self.embedded(texts, batch_size, show_progress), self.chunk
-        )  # which refuses several vectors for one text
+        vectors = merged(*self.embedded(texts, batch_size, show_progress), self.chunk)
         return unit(vectors) if normalize else vectors
 
     def encode_queries(
         self, texts: list[str], batch_size: int = 32, show_progress: bool = False
     ) -> np.ndarray:
         """Unit vectors (n, D); with chunk="best" a query is read up to one window."""
-        return (self.reading(self.max_length) if self.chunk == "best" else self).encode(
-            texts, batch_size, show_progress=show_progress
-        )
+        encoder = self.limited(self.max_length) if self.chunk == "best" else self
+        return encoder.encode(texts, batch_size, show_progress=show_progress)
 
     def encode_documents(
         self, texts: list[str], batch_size: int = 32, show_progress: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors (M, D) and the text that each belongs to, (M,), ascending; M = n unless chunk="best"."""
+        """Unit vectors (M, D) and the text of each, (M,), ascending; M = n unless chunk="best"."""
         vectors, owner = self.embedded(texts, batch_size, show_progress)
         return unit(vectors), owner
 
     def embedded(
         self, texts: list[str], batch_size: int, show_progress: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What `encode_documents` gives, as the model gives it: of any norm."""
+        """As `encode_documents`, vectors of any norm."""
         texts = texts if isinstance(texts, str) else list(texts)
         ids = self.tokenize(texts)
         if any(self.longer) and not self.truncate and not self.chunk:
+            index = self.longer.index(True)
             raise TooLong(
-                f"text {self.longer.index(True)} is longer than {self.max_length} tokens ({self.truncated} of {len(texts)} are): truncate=True reads "
-                "their beginnings, chunk='mean', 'max' or 'best' all of them in windows, lib.model.extend lengthens the model",
-                self.longer.index(True),
+                f"text {index} is longer than {self.max_length} tokens ({self.truncated} of "
+                f"{len(texts)} are): truncate=True reads their beginnings, chunk='mean', 'max' or "
+                "'best' all of them in windows, lib.model.extend lengthens the model",
+                index,
             )
 
-        def finite(windows: list[list[int]], owner: np.ndarray) -> np.ndarray:
-            vectors = self.embed(windows, batch_size, show_progress)
+        def embed(rows: list[list[int]], owner: np.ndarray) -> np.ndarray:
+            vectors = self.embed(rows, batch_size, show_progress)
             bad = owner[~np.isfinite(vectors).all(axis=1)]
             if len(bad):
                 raise ValueError(
-                    f"the embedding of text {bad[0]} is not finite ({len(set(bad))} such): the model's weights are damaged, or too large for 16 bits"
+                    f"the embedding of text {bad[0]} is not finite ({len(set(bad))} such): the "
+                    "model's weights are damaged, or too large for 16 bits"
                 )
             return vectors
 
-        return by_windows(ids, finite, self.chunk)
+        return by_windows(ids, embed, self.chunk)
 
     @torch.no_grad()
     def embed(self, ids: list[list[int]], batch_size: int, show_progress: bool) -> np.ndarray:
@@ -186,41 +184,31 @@ class Encoder:
         config = self.model.config
         vectors = np.zeros((len(ids), config.hidden_size), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        device = next(self.model.parameters()).device
         progress = bar(total=len(ids), desc="encode", show=show_progress)
-        fast = (
-            self.engine is not None
-            and device.type == "cpu"
-            and next(self.model.parameters()).dtype == torch.float32
-        )
+        fast = self.engine is not None and self.on_cpu
         padded = config.pad_to_max_length and not (fast and config.mask_padding)
-        tokens = np.array(
-            [config.max_position_embeddings if padded else len(ids[i]) for i in order],
-            dtype=np.int64,
-        )
+        limit = config.max_position_embeddings
+        tokens = np.array([limit if padded else len(ids[i]) for i in order], dtype=np.int64)
         ends, start = tokens.cumsum(), 0
         while start < len(order):
-            size = (
-                int(np.searchsorted(ends, ends[start] - tokens[start] + BATCH_TOKENS, side="right"))
-                - start
-                if fast
-                else min(batch_size, BATCH_TOKENS // tokens[start])
-            )
+            if fast:
+                most = ends[start] - tokens[start] + BATCH_TOKENS
+                size = int(np.searchsorted(ends, most, side="right")) - start
+            else:
+                size = min(batch_size, BATCH_TOKENS // tokens[start])
             batch = order[start : start + max(1, size)]
             start += len(batch)
-            if fast:
-                vectors[batch] = self.engine([ids[i] for i in batch]).numpy()
-            else:
-                input_ids, mask = pad([ids[i] for i in batch], self.tokenizer.pad_token_id)
-                vectors[batch] = (
-                    self.model(input_ids.to(device), mask.to(device))
-                    .pooler_output.float()
-                    .cpu()
-                    .numpy()
-                )
+            vectors[batch] = self.forward([ids[i] for i in batch], fast)
             progress.update(len(batch))
         progress.close()
         return vectors
+
+    def forward(self, ids: list[list[int]], fast: bool) -> np.ndarray:
+        if fast:
+            return self.engine(ids).numpy()
+        device = next(self.model.parameters()).device
+        input_ids, mask = pad(ids, self.tokenizer.pad_token_id)
+        return self.model(input_ids.to(device), mask.to(device)).pooler_output.float().cpu().numpy()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """The windows of each text (one, unless `chunk`), [CLS] … [SEP] in each; sets `longer`."""
@@ -229,59 +217,62 @@ class Encoder:
             return [[row] for row in ids]
         ids = tokenize_whole(texts, self.tokenizer)
         self.longer = [len(row) > self.max_length for row in ids]
+        size = self.max_length - 2
         return [
             [
                 row[:1] + row[1 + start : 1 + end] + row[-1:]
-                for start, end in windows(len(row) - 2, self.max_length - 2, self.stride)
+                for start, end in windows(len(row) - 2, size, self.stride)
             ]
             for row in ids
         ]
 
 
 def checked_stride(stride: int | None, size: int, chunk: str | None) -> int:
-    if stride is not None and (not chunk or not 1 <= stride <= size):
-        raise ValueError(
-            f"stride={stride}: "
-            + (
-                f"from 1 to the window's {size} tokens, or some would be left out"
-                if chunk
-                else "windows need chunk='mean', 'max' or 'best'"
-            )
-        )
-    return stride or size
+    if stride is None or chunk and 1 <= stride <= size:
+        return stride or size
+    way = f"from 1 to the window's {size} tokens, or some would be left out"
+    if not chunk:
+        way = "windows need chunk='mean', 'max' or 'best'"
+    raise ValueError(f"stride={stride}: {way}")
 
 
 def by_windows(
     parts: list[list], embed: Callable, chunk: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of texts that are read in windows, (M, D), and the text that each belongs to, (M,), ascending; M = n unless chunk="best".
+    """Vectors of texts that are read in windows, (M, D), and the text of each, (M,), ascending.
+
+    M = n unless chunk="best".
 
     Args:
         parts: the windows of each text, one at least.
         embed: (all windows, the text of each) -> their vectors, (windows, D).
     """
-    owner = np.array([i for i, some in enumerate(parts) for _ in some], dtype=np.int64)
-    vectors = embed([window for some in parts for window in some], owner)
-    return (
-        (vectors, owner) if chunk == "best" else (merged(vectors, owner, chunk), np.unique(owner))
-    )
+    owner = np.array([i for i, part in enumerate(parts) for _ in part], dtype=np.int64)
+    vectors = embed([window for part in parts for window in part], owner)
+    if chunk == "best":
+        return vectors, owner
+    return merged(vectors, owner, chunk), np.unique(owner)
 
 
 def merged(vectors: np.ndarray, owner: np.ndarray, chunk: str | None) -> np.ndarray:
-    """One vector a text from those of its windows: their mean or largest values; where each text has one, that one.
+    """One vector per text from those of its windows: their mean or largest values, (n, D).
 
     Args:
-        vectors: (M, D); owner: (M,), the text of each, ascending from 0 without a gap.
+        vectors: (M, D).
+        owner: (M,), the text of each vector, ascending from 0 without a gap.
     """
     if not len(owner) or owner[-1] + 1 == len(owner):
         return vectors
     if chunk not in ("mean", "max"):
+        text = owner[np.flatnonzero(np.diff(owner) == 0)[0]]
         raise ValueError(
-            f"text {owner[np.flatnonzero(np.diff(owner) == 0)[0]]} has several windows: chunk='best' has a vector for each, encode_documents gives them"
+            f"text {text} has several windows: chunk='best' has a vector for each, "
+            "encode_documents gives them"
         )
-    together = np.add if chunk == "mean" else np.maximum
-    found = together.reduceat(vectors, np.searchsorted(owner, np.arange(owner[-1] + 1)))
-    return found / np.bincount(owner)[:, None].astype(np.float32) if chunk == "mean" else found
+    starts = np.searchsorted(owner, np.arange(owner[-1] + 1))
+    if chunk == "max":
+        return np.maximum.reduceat(vectors, starts)
+    return np.add.reduceat(vectors, starts) / np.bincount(owner)[:, None].astype(np.float32)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

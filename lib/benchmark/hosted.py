@@ -1,14 +1,15 @@
-"""Embeddings that others compute: hosted models, and a memory of what was paid for.
+"""Embeddings that others compute: hosted models, and a cache of what was paid for.
 
-    Hosted(url, model, key)       an endpoint in OpenAI's form, as Voyage, Together, Cohere (at its compatible
-                                  address) and most servers of one's own have it: encode(texts) -> (n, D)
-    Remembered(encoder, path)     any encoder, its vectors kept on disk: a run that stops goes on where it stopped
+    EmbeddingAPI(url, model, key)   an endpoint in OpenAI's form, as Voyage, Together, Cohere (at
+                                    its compatible address) and most servers of one's own have it
+    CachedEncoder(encoder, path)    any encoder, its vectors kept on disk: a run that stops goes on
+                                    where it stopped
 
-What an endpoint does with texts longer than its model is its own business: nothing is cut here. As a row of
+An endpoint decides what it does with texts longer than its model: nothing is cut here. As a row of
 params.yaml, with first tokens or windows: lib/benchmark/rankers.py.
 
-The key is read from an environment variable, whose name alone stands in params.yaml. What an endpoint answers is
-checked before it is believed; what is read back from disk too.
+The key is read from an environment variable; only the variable's name stands in params.yaml. What
+an endpoint answers is checked before it is believed, and so is what is read back from disk.
 """
 
 import hashlib
@@ -24,27 +25,20 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from lib.pipeline.errors import require
+
 REFUSED = {400, 413, 422}  # the request is wrong, or one of its texts
 AWAY = {408, 409, 429}  # like 500 and more: the client has tried again
-HEADERS = {
-    "host",
-    "accept",
-    "accept-encoding",
-    "connection",
-    "user-agent",  # all that is sent
-    "content-type",
-    "content-length",
-}
-WORD = "width"  # sent where any vector of the endpoint will do
-MAP_SIZE = 2**38  # bytes a memory may grow to; its file is as large as what is in it
+HEADERS = frozenset(  # all that is sent
+    "host accept accept-encoding connection user-agent content-type content-length".split()
+)
+WORD = "width"  # sent if any vector of the endpoint will do
+MAP_SIZE = 2**38  # bytes a cache may grow to; its file is as large as what is in it
 OPEN = Lock()  # LMDB wants a file open once in a process
 
 
 class HostedError(RuntimeError):
-    """An endpoint or memory that does not give what was asked.
-
-    The message names it and the way out, never the key.
-    """
+    """An endpoint or cache fails; the message names it and the way out, never the key."""
 
 
 class Refused(HostedError):
@@ -74,16 +68,21 @@ def needed(module: str):
         ) from None
 
 
-class Hosted:
-    """An endpoint that embeds texts: POST {"model", "input": [...]} -> one vector a text.
+class EmbeddingAPI:
+    """An endpoint that embeds texts: POST {"model", "input": [...]} -> one vector per text.
 
-    The client is the package `openai`: it tries again, waits longer each time, or as long as Retry-After says.
+    The client is the package `openai`. It tries again and waits longer each time, or as long as
+    Retry-After says.
 
     Args:
-        url: the whole address (…/v1/embeddings) or its base (…/v1), https unless it is this machine's.
-        key: the name of the environment variable that holds the key; "" where none is needed.
-        options: more fields to send, such as {"input_type": "document"}; nothing is sent beside them.
-        tries: attempts for each batch, where the endpoint is away or says to wait.
+        url: the whole address (…/v1/embeddings) or its base (…/v1); https, unless it is this
+            machine's.
+        key: the name of the environment variable that holds the key; "" if none is needed.
+        options: more fields to send, such as {"input_type": "document"}.
+        tries: attempts for each batch, if the endpoint is away or says to wait.
+
+    Raises:
+        HostedError: an address or key that would leak or cannot work, or the client is absent.
     """
 
     def __init__(
@@ -97,28 +96,29 @@ class Hosted:
         timeout: float = 120.0,
     ):
         parts = urlsplit(url)
-        if "@" in parts.netloc:
-            raise HostedError(
-                f"{parts.hostname}: its address holds a name or password; `key` is the way to give them"
-            )
         here = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if parts.scheme != "https" and not here:
-            raise HostedError(f"{url}: a key and texts go over https only (http on this machine)")
         self.secret = os.environ.get(key, "").strip() if key else ""
-        if key and not re.fullmatch(r"[\x21-\x7e]+", self.secret):
-            raise HostedError(
-                f"{url} needs a key: set the environment variable {key} to it, one word"
-            )
-        if batch < 1 or tries < 1:
-            raise HostedError(f"batch={batch}, tries={tries}: both count from 1")
+        for holds, message in (
+            (
+                "@" not in parts.netloc,
+                f"{parts.hostname}: its address holds a name or password; `key` is the way to give "
+                "them",
+            ),
+            (
+                parts.scheme == "https" or here,
+                f"{url}: a key and texts go over https only (http on this machine)",
+            ),
+            (
+                not key or re.fullmatch(r"[\x21-\x7e]+", self.secret),
+                f"{url} needs a key: set the environment variable {key} to it, one word",
+            ),
+            (min(batch, tries) > 0, f"batch={batch}, tries={tries}: both count from 1"),
+        ):
+            require(holds, message, HostedError)
         path = parts.path.rstrip("/").removesuffix("/embeddings") + "/embeddings"
         self.url, self.model, self.batch = parts._replace(path=path).geturl(), model, batch
-        self.options, self.tries, self.width, self.openai = (
-            options or {},
-            tries,
-            None,
-            needed("openai"),
-        )
+        self.options, self.tries, self.width = options or {}, tries, None
+        self.openai = needed("openai")
         # A redirection would take the key and the texts to another host; it is an error instead.
         http = self.openai.DefaultHttpxClient(
             follow_redirects=False, event_hooks={"request": [self.sign]}
@@ -141,14 +141,14 @@ class Hosted:
         normalize: bool = True,
         show_progress: bool = False,
     ) -> np.ndarray:
-        """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`, else as they come.
+        """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`.
 
-        A text of white space alone is not sent, since endpoints refuse it: its vector is zero, its cosine to
-        every query 0. Where no other text has told D yet, one word is sent to learn it.
+        A text of white space alone is not sent, since endpoints refuse it: its vector is zero, its
+        cosine to every query 0. If no other text has told D yet, one word is sent to learn it.
 
         Raises:
             RefusedText: a text that the endpoint does not take.
-            HostedError: all else, after the last try, or at once where another would not help.
+            HostedError: all else, after the last try, or at once if another would not help.
         """
         size = min(self.batch, batch_size or self.batch)
         sent = [i for i, text in enumerate(texts) if text.strip()]
@@ -157,33 +157,30 @@ class Hosted:
             self.request([WORD])
         vectors = np.zeros((len(texts), self.width or 0), dtype=np.float32)
         vectors[sent] = np.concatenate(parts) if parts else 0
-        norms = (
-            np.linalg.norm(vectors, axis=1, keepdims=True)
-            if normalize
-            else np.ones(1, dtype=np.float32)
-        )
-        return vectors / np.maximum(norms, 1e-12)
+        if not normalize:
+            return vectors
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
-    def ask(self, texts: list[str], places: list[int]) -> np.ndarray:
-        """The vectors of the texts in these places, (n, D).
+    def ask(self, texts: list[str], indices: list[int]) -> np.ndarray:
+        """The vectors of the texts of these indices, (n, D).
 
-        Where they are refused together they are asked for by halves: what was too much at once passes then, and
-        a text at fault is found with 2 log2(n) requests.
+        If they are refused together, they are asked for by halves: what was too much at once
+        passes then, and a text at fault is found with 2 log2(n) requests.
         """
         try:
-            return self.request([texts[i] for i in places])
+            return self.request([texts[i] for i in indices])
         except Refused as error:
             if self.width is None:
                 self.request([WORD])  # refused as well: no text is at fault
-            if len(places) == 1:
-                text = texts[places[0]]
+            if len(indices) == 1:
+                text = texts[indices[0]]
                 raise RefusedText(
                     f"{error}: text {text[:60]!r} …, {len(text)} characters; `first_tokens` or "
                     "`chunk` send less of it",
-                    places[0],
+                    indices[0],
                 ) from None
-        half = len(places) // 2
-        return np.concatenate([self.ask(texts, places[:half]), self.ask(texts, places[half:])])
+        half = len(indices) // 2
+        return np.concatenate([self.ask(texts, indices[:half]), self.ask(texts, indices[half:])])
 
     def request(self, texts: list[str]) -> np.ndarray:
         """The vectors of one request, checked, (n, D)."""
@@ -191,73 +188,77 @@ class Hosted:
         try:  # embeddings.create adds an encoding_format
             answer = self.client.post(self.url, cast_to=str, body=body)
         except self.openai.APIError as error:
-            code, cause = getattr(error, "status_code", None), error.__cause__ or error
-            reason = (
-                f"HTTP {code}: {said(error.response.text)}"
-                if code
-                else f"{type(cause).__name__}: {cause}"
-            )
-            if code is None or code >= 500 or code in AWAY:
-                raise HostedError(
-                    self.told("does not answer for", reason) + f" in up to {self.tries} tries: run "
-                    "it again later; what `Remembered` holds is not asked for again"
-                ) from None
-            raise (Refused if code in REFUSED else HostedError)(
-                self.told("refuses", reason)
-            ) from None
+            raise self.failure(error) from None
+        vectors, reason = None, ""
         try:
-            found = json.loads(answer)
-            if found.get("error"):
-                raise LookupError
-            vectors = in_order(found["data"], len(texts))
+            parsed = json.loads(answer)
+            if not parsed.get("error"):
+                vectors = in_order(parsed["data"], len(texts))
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-            reason = error if type(error) is ValueError else said(answer)
-            raise HostedError(self.told("gives no vectors for", str(reason))) from None
-        if vectors.shape[1] != (self.width or vectors.shape[1]):
-            raise HostedError(
-                self.told("changes", f"vectors of {self.width} and {vectors.shape[1]} numbers")
-            )
-        self.width = vectors.shape[1]
+            reason = str(error) if type(error) is ValueError else ""
+        if vectors is None:
+            reason = reason or own_words(answer)
+            raise HostedError(self.line("gives no vectors for", reason))
+        width = vectors.shape[1]
+        change = f"vectors of {self.width} and {width} numbers"
+        require(width == (self.width or width), self.line("changes", change), HostedError)
+        self.width = width
         return vectors
 
-    def told(self, what: str, reason: str) -> str:
-        """One line about this endpoint; of what the server said 300 characters at most, the key never."""
+    def failure(self, error) -> HostedError:
+        """The client's error as ours: to try later, to send less, or to give up."""
+        code, cause = getattr(error, "status_code", None), error.__cause__ or error
+        if code is None:
+            reason = f"{type(cause).__name__}: {cause}"
+        else:
+            reason = f"HTTP {code}: {own_words(error.response.text)}"
+        if code is None or code >= 500 or code in AWAY:
+            return HostedError(
+                self.line("does not answer for", reason) + f" in up to {self.tries} tries: run it "
+                "again later; what `CachedEncoder` holds is not asked for again"
+            )
+        return (Refused if code in REFUSED else HostedError)(self.line("refuses", reason))
+
+    def line(self, verb: str, reason: str) -> str:
+        """One line about this endpoint: 300 characters of the server's words, never the key."""
         reason = " ".join(reason.replace(self.secret or "\0", "***").split())[:300]
-        return f"{self.url} {what} model {self.model!r} ({reason})"
+        return f"{self.url} {verb} model {self.model!r} ({reason})"
 
 
-def said(answer: str) -> str:
-    """A server's own message, where its answer holds one; else the answer."""
+def own_words(answer: str) -> str:
+    """A server's own message, if its answer holds one; else the answer."""
     try:
-        found = json.loads(answer)
-        found = next(
-            (found[name] for name in ("error", "detail", "message") if found.get(name)), found
-        )
-        return str(found.get("message") or found if isinstance(found, dict) else found)
+        parsed = json.loads(answer)
+        keys = [key for key in ("error", "detail", "message") if parsed.get(key)]
+        message = parsed[keys[0]] if keys else parsed
+        return str(message.get("message") or message if isinstance(message, dict) else message)
     except (ValueError, AttributeError):
         return answer
 
 
 def in_order(data: list[dict], n: int) -> np.ndarray:
-    """The vectors of an answer by their index, (n, D), or the reason not to believe them (ValueError)."""
-    places = [item.get("index", 0) for item in data]  # JSON made from proto3 leaves zeros out
-    if sorted(places) != list(range(n)):
-        raise ValueError(
-            f"{n} texts came back numbered {sorted(places)[:9]}, not 0 to {n - 1}, each once"
-        )
-    found = np.zeros((n, len(data[0]["embedding"])), dtype=np.float32)
-    found[places] = [item["embedding"] for item in data]
-    if not found.size or not np.isfinite(found).all():
-        raise ValueError(
-            f"{n} texts came back as an array of shape {found.shape}, or with values not finite"
-        )
-    return found
+    """The vectors of an answer by their index, (n, D), or the reason not to believe them."""
+    indices = [item.get("index", 0) for item in data]  # JSON made from proto3 leaves zeros out
+    require(
+        sorted(indices) == list(range(n)),
+        f"{n} texts came back numbered {sorted(indices)[:9]}, not 0 to {n - 1}, each once",
+        ValueError,
+    )
+    vectors = np.zeros((n, len(data[0]["embedding"])), dtype=np.float32)
+    vectors[indices] = [item["embedding"] for item in data]
+    require(
+        vectors.size and np.isfinite(vectors).all(),
+        f"{n} texts came back as an array of shape {vectors.shape}, or with values not finite",
+        ValueError,
+    )
+    return vectors
 
 
-class Remembered:
-    """An encoder whose vectors are kept in a file, each under sha256(name, normalize, text), with a checksum.
+class CachedEncoder:
+    """An encoder whose vectors are kept in a file, under sha256(name, normalize, text).
 
-    Processes may share the file, which is LMDB's; one that is killed loses only what it had not yet kept.
+    Each has a checksum. Processes may share the file, which is LMDB's; one that is killed loses
+    only what it had not yet kept.
 
     Args:
         encoder: anything with encode(texts) -> (n, D).
@@ -265,10 +266,11 @@ class Remembered:
         step: texts embedded before they are kept: what a run that stops can lose.
 
     Raises:
-        HostedError: the file is damaged, full or not to be used; the message says which, and the way out.
+        HostedError: the file is damaged, full or not to be used; the message says which, and the
+            way out.
     """
 
-    # Not diskcache: it is no longer maintained, and even its JSONDisk unpickles a row that is marked as a pickle.
+    # Not diskcache: no longer maintained, and its JSONDisk unpickles a row marked as a pickle.
 
     def __init__(self, encoder, path: str | Path, name: str, step: int = 256):
         self.encoder, self.path, self.name, self.step = encoder, Path(path), name, step
@@ -276,35 +278,28 @@ class Remembered:
         self.asked = 0  # texts that the encoder had to embed
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.file(write=True):  # while nobody else writes; 2 s for 50,000 texts
-            if problems := verifier.verify(str(self.path), subdir=False):
-                raise self.lmdb.CorruptedError(problems[0])
+            problems = verifier.verify(str(self.path), subdir=False)
+            require(not problems, "".join(problems[:1]), self.lmdb.CorruptedError)
 
     @contextmanager
     def file(self, write: bool = False) -> Iterator:
         """A transaction of the file: what is put is kept whole, or not at all."""
         lmdb = self.lmdb
+        damage = "CorruptedError InvalidError PageNotFoundError VersionMismatchError".split()
         try:
             with OPEN, lmdb.open(str(self.path), map_size=MAP_SIZE, subdir=False) as file:
                 with file.begin(write=write) as transaction:
                     yield transaction
-        except (
-            lmdb.CorruptedError,
-            lmdb.InvalidError,
-            lmdb.PageNotFoundError,
-            lmdb.VersionMismatchError,
-        ) as error:
-            raise HostedError(
-                f"{self.path} is damaged ({error}): delete it, its vectors are embedded again"
-            ) from None
         except lmdb.Error as error:
-            way = (
-                "raise MAP_SIZE in lib/benchmark/hosted.py"
-                if isinstance(error, lmdb.MapFullError)
-                else "free the disk, or mend that"
-            )
-            raise HostedError(
-                f"{self.path} cannot be used now ({error}): {way}; what is in it is kept"
-            ) from None
+            message = f"{self.path} is damaged ({error}): delete it, its vectors are embedded again"
+            if not isinstance(error, tuple(getattr(lmdb, name) for name in damage)):
+                full = isinstance(error, lmdb.MapFullError)
+                way = "raise MAP_SIZE in lib/benchmark/hosted.py" if full else "free the disk"
+                message = (
+                    f"{self.path} cannot be used now ({error}): {way}, or mend that; what is in it "
+                    "is kept"
+                )
+            raise HostedError(message) from None
 
     def encode(
         self,
@@ -315,45 +310,42 @@ class Remembered:
     ) -> np.ndarray:
         """As the encoder's; texts that are kept are not asked for."""
         texts = list(texts)
-        keys = [
-            hashlib.sha256(json.dumps([self.name, normalize, text]).encode()).digest()
-            for text in texts
-        ]
+        records = (json.dumps([self.name, normalize, text]) for text in texts)
+        keys = [hashlib.sha256(record.encode()).digest() for record in records]
         known = self.read(keys)
         first = dict(zip(keys[::-1], range(len(keys))[::-1]))
         fresh = sorted(i for key, i in first.items() if key not in known)
         for start in range(0, len(fresh), self.step):
-            some = fresh[start : start + self.step]
+            indices = fresh[start : start + self.step]
             try:
                 vectors = self.encoder.encode(
-                    [texts[i] for i in some],
+                    [texts[i] for i in indices],
                     batch_size,
                     normalize=normalize,
                     show_progress=show_progress,
                 )
             except RefusedText as error:
-                error.index = some[error.index]
+                error.index = indices[error.index]
                 raise
-            self.asked += len(some)
-            known |= {
-                keys[i]: vector
-                for i, vector in zip(some, np.ascontiguousarray(vectors, dtype="<f4"))
-            }
+            self.asked += len(indices)
+            vectors = np.ascontiguousarray(vectors, dtype="<f4")
+            fetched = {keys[i]: vector for i, vector in zip(indices, vectors)}
             with self.file(write=True) as file:
-                for key in (keys[i] for i in some):
-                    file.put(key, checksum(key, known[key].tobytes()) + known[key].tobytes())
+                for key, vector in fetched.items():
+                    file.put(key, checksum(key, vector.tobytes()) + vector.tobytes())
+            known |= fetched
         widths = sorted({len(known[key]) for key in keys})
-        if len(widths) > 1:
-            raise HostedError(
-                f"{self.path} holds vectors of {' and '.join(map(str, widths))} numbers under the "
-                f"name {self.name!r}: the model has changed, give it another name"
-            )
-        return np.array([known[key] for key in keys], dtype=np.float32).reshape(
-            len(texts), -1 if texts else 0
+        require(
+            len(widths) < 2,
+            f"{self.path} holds vectors of {' and '.join(map(str, widths))} numbers under the name "
+            f"{self.name!r}: the model has changed, give it another name",
+            HostedError,
         )
+        vectors = np.array([known[key] for key in keys], dtype=np.float32)
+        return vectors.reshape(len(texts), -1 if texts else 0)
 
     def read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        """What is kept of these and is undamaged."""
+        """The vectors of these keys that are kept and undamaged."""
         with self.file() as file:
             kept = {key: file.get(key, b"") for key in set(keys)}
         return {

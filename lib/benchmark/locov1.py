@@ -1,7 +1,7 @@
 """LoCoV1 and everything of its shape: a retrieval task is documents, queries and judgements.
 
     load("book_512_deep")                            one task of the corpus built here
-    load("qmsum", source="../mirror")                of a folder: see lib/benchmark/sources.py for what it may look like
+    load("qmsum", source="../mirror")                of a folder: lib/benchmark/sources.py
     load("qasper_title", source="hub")               of hazyresearch/LoCoV1-Documents and -Queries
     tasks(source, split), splits(source)             what a source has
     every(source, also)                              all tasks of several
@@ -20,15 +20,14 @@ from typing import NamedTuple
 
 from lib.benchmark import runs, sources
 from lib.benchmark.task import BUILD, SPLITS, CorpusError, Task
+from lib.pipeline import params
+from lib.pipeline.errors import require
 
 
 class Description(NamedTuple):
     """A task of LoCoV1 as the paper's Table 10 has it; lengths are mean characters."""
 
-    source: str
     domain: str
-    query: str
-    document: str
     train_queries: int
     train_documents: int
     test_queries: int
@@ -38,166 +37,30 @@ class Description(NamedTuple):
 
 
 LOCOV1 = {
-    name: Description(*rest)
-    for name, *rest in (
-        (
-            "summ_screen_fd",
-            "SCROLLS SummScreenFD",
-            "screenwriting",
-            "summary of an episode",
-            "its transcript",
-            3673,
-            3673,
-            338,
-            338,
-            590,
-            30_792,
-        ),
-        (
-            "gov_report",
-            "SCROLLS GovReport",
-            "government",
-            "summary of a report",
-            "the report",
-            17_457,
-            17_457,
-            972,
-            972,
-            3_871,
-            55_280,
-        ),
-        (
-            "qmsum",
-            "SCROLLS QMSum",
-            "corporate",
-            "answer about a meeting",
-            "the question and the meeting's transcript",
-            1257,
-            1257,
-            272,
-            272,
-            430,
-            58_129,
-        ),
-        (
-            "qasper_title",
-            "QASPER",
-            "science",
-            "title of a paper",
-            "its full text",
-            888,
-            888,
-            416,
-            416,
-            71,
-            22_315,
-        ),
-        (
-            "qasper_abstract",
-            "QASPER",
-            "science",
-            "abstract of a paper",
-            "its full text",
-            888,
-            888,
-            416,
-            416,
-            931,
-            22_315,
-        ),
-        (
-            "multifieldqa",
-            "LongBench MultiFieldQA-en",
-            "general",
-            "question",
-            "context that answers it",
-            120,
-            120,
-            30,
-            30,
-            62,
-            29_465,
-        ),
-        (
-            "2wikimqa",
-            "LongBench 2WikiMQA",
-            "general",
-            "question over two articles",
-            "context that answers it",
-            240,
-            240,
-            60,
-            60,
-            69,
-            37_867,
-        ),
-        (
-            "passage_retrieval",
-            "LongBench passage_retrieval_en",
-            "general",
-            "summary of one paragraph",
-            "thirty paragraphs",
-            240,
-            240,
-            60,
-            60,
-            840,
-            35_814,
-        ),
-        (
-            "legal_case_reports",
-            "Australian legal case reports (UCI)",
-            "law",
-            "text about a case (the paper does not say which)",
-            "its report",
-            3094,
-            3094,
-            770,
-            770,
-            14_986,
-            47_536,
-        ),
-        (
-            "courtlistener_HTML",
-            "CourtListener",
-            "law",
-            "text that cites an opinion",
-            "the opinion, HTML",
-            10_000,
-            10_000,
-            2000,
-            2000,
-            146,
-            57_028,
-        ),
-        (
-            "courtlistener_Plain_Text",
-            "CourtListener",
-            "law",
-            "text that cites an opinion",
-            "the opinion, plain text",
-            10_000,
-            10_000,
-            2000,
-            2000,
-            146,
-            48_190,
-        ),
-        (
-            "stackoverflow",
-            "StackOverflow",
-            "programming",
-            "question",
-            "answer",
-            1599,
-            18_005,
-            400,
-            7741,
-            758,
-            4_544,
-        ),
-    )
+    "summ_screen_fd": Description("screenwriting", 3673, 3673, 338, 338, 590, 30_792),
+    "gov_report": Description("government", 17_457, 17_457, 972, 972, 3_871, 55_280),
+    "qmsum": Description("corporate", 1257, 1257, 272, 272, 430, 58_129),
+    "qasper_title": Description("science", 888, 888, 416, 416, 71, 22_315),
+    "qasper_abstract": Description("science", 888, 888, 416, 416, 931, 22_315),
+    "multifieldqa": Description("general", 120, 120, 30, 30, 62, 29_465),
+    "2wikimqa": Description("general", 240, 240, 60, 60, 69, 37_867),
+    "passage_retrieval": Description("general", 240, 240, 60, 60, 840, 35_814),
+    "legal_case_reports": Description("law", 3094, 3094, 770, 770, 14_986, 47_536),
+    "courtlistener_HTML": Description("law", 10_000, 10_000, 2000, 2000, 146, 57_028),
+    "courtlistener_Plain_Text": Description("law", 10_000, 10_000, 2000, 2000, 146, 48_190),
+    "stackoverflow": Description("programming", 1599, 18_005, 400, 7741, 758, 4_544),
 }
+
+
+# ------------------------------------------------------------------ tasks of sources
+
+
+def opened(source: str | Path, split: str = "test"):
+    """The source; "embedded" is the corpus of the profile in params.yaml."""
+    require(split in SPLITS, f"split {split!r}: one of {', '.join(SPLITS)}")
+    if source == "embedded":
+        source = params.data(params.load()["profile"]) / "corpus"
+    return sources.of(source)
 
 
 def load(
@@ -206,60 +69,69 @@ def load(
     """One task.
 
     Args:
-        source: "embedded" (the corpus of the profile in params.yaml), "hub" (LoCoV1), "longembed", or a folder in any
-            layout of lib/benchmark/sources.py.
-        drop_null: leave documents without text out, with their queries, as the authors' loader does; the hub's
-            QASPER tasks have some. Default: on the hub only; elsewhere a null passage is an error. So is a judgement of a
-            document that is not there, but in BEIR's own layout: some of BEIR's collections (ArguAna) have such, and
-            they are left out and counted.
+        source: "embedded" (the corpus of the profile in params.yaml), "hub" (LoCoV1), "longembed",
+            or a folder in any layout of lib/benchmark/sources.py.
+        drop_null: leave documents without text out, with their queries, as the authors' loader
+            does; the hub's QASPER tasks have some. Default: on the hub only; elsewhere a null
+            passage is an error. So is a judgement of a document that is not there, except in
+            BEIR's own layout: some of BEIR's collections (ArguAna) have such, and they are left
+            out and counted.
 
     Raises:
         CorpusError: one line that names the file or id, and the way out.
     """
-    known_split(split)
-    layout = sources.of(source)
-    names = layout.tasks(split)
-    documents, queries, _ = layout.files(task, split)
-    if isinstance(queries, Path) and documents.is_file() and not queries.is_file():
-        raise CorpusError(f"{queries} is missing: a mirror has it, fetch it, or {BUILD}")
-    if task not in names:
-        raise unknown_task(task, names, layout) if names else no_split(layout, split)
-    documents, queries, evidence = layout.rows(task, split)
-    searched = isinstance(layout, sources.Texts)
+    layout = opened(source, split)
+    files = layout.files(task, split)
+    half = isinstance(files[1], Path) and files[0].is_file() and not files[1].is_file()
+    require(not half, f"{files[1]} is missing: a mirror has it, fetch it, or {BUILD}")
+    names = named_tasks(layout, split)
+    near = difflib.get_close_matches(task, names, n=1, cutoff=0.0)
+    require(
+        task in names,
+        f"{layout} has no task {task!r}, did you mean {(near or names)[0]!r}? "
+        f"It has {', '.join(names)}",
+    )
     return assemble(
         task,
         split,
-        documents,
-        queries,
-        evidence,
-        layout.files(task, split),
-        source == "hub" if drop_null is None else drop_null,
-        searched,
-        isinstance(layout, sources.Beir),
+        *layout.rows(task, split),
+        files=files,
+        drop_null=source == "hub" if drop_null is None else drop_null,
+        drop_absent=isinstance(layout, sources.Beir),
+        searched=isinstance(layout, sources.Texts),
     )
 
 
 def tasks(source: str | Path = "embedded", split: str = "test") -> list[str]:
-    """The names of a source's tasks, sorted."""
-    known_split(split)
-    layout = sources.of(source)
-    names = layout.tasks(split)
-    if not names:
-        raise no_split(layout, split)
-    return names
+    """The names of a source's tasks, sorted.
+
+    Raises:
+        CorpusError: as `load`, or the source has no such split.
+    """
+    return named_tasks(opened(source, split), split)
 
 
 def splits(source: str | Path = "embedded") -> list[str]:
     """Which of train, validation and test a source has: looked up, not assumed."""
-    return sources.of(source).splits()
+    return opened(source).splits()
+
+
+def named_tasks(layout, split: str) -> list[str]:
+    names = layout.tasks(split)
+    if not names:
+        there = ", ".join(layout.splits())
+        way = f"it has {there}" if there else f"fetch it, or {BUILD}"
+        raise CorpusError(f"{layout} has no {split} split: {way}")
+    return names
 
 
 def every(
     source: str | Path = "embedded", also: Iterable[str | Path] = (), split: str = "test"
 ) -> list[Task]:
-    """The tasks of a source, then those of other sources, named `<source>/<task>` by the last part of their source's name.
+    """The tasks of a source, then those of other sources, named `<source>/<task>`.
 
-    A name proves nothing (a source may call a task `BeIR/scifact`): whose a task is, its field `source` says.
+    <source> is the last part of the other source's path. A name proves nothing (a source may call
+    a task `BeIR/scifact`): the field `source` of a task says where it is from.
 
     Raises:
         CorpusError: as `load`, or two sources, or two tasks, of one name.
@@ -268,34 +140,34 @@ def every(
     names: dict[str, str | Path] = {}
     for other in also:
         prefix = Path(other).resolve().name
-        if not prefix:
-            raise CorpusError(f"{other} has no name of its own: give a folder below it")
-        if prefix in names:
-            raise CorpusError(f"{names[prefix]} and {other} are both called {prefix}: rename one")
+        require(prefix, f"{other} has no name of its own: give a folder below it")
+        first = names.get(prefix)
+        require(first is None, f"{first} and {other} are both called {prefix}: rename one")
         names[prefix] = other
         found += [
             replace(load(name, other, split), name=f"{prefix}/{name}", source=prefix)
             for name in tasks(other, split)
         ]
-        if not found[-1].queries:
-            raise CorpusError(
-                f"{other} has texts and no queries, so nothing in it can be scored: take it out (notebook 00 ends by searching such a folder)"
-            )
-    twice = [name for name, n in Counter(task.name for task in found).items() if n > 1]
-    if twice:
-        raise CorpusError(
-            f"two tasks are called {twice[0]!r}, one of {source} and one of evaluate.also: rename one"
+        require(
+            found[-1].queries,
+            f"{other} has texts and no queries, so nothing in it can be scored: take it out "
+            "(notebook 00 ends by searching such a folder)",
         )
+    name, times = Counter(task.name for task in found).most_common(1)[0]
+    require(
+        times == 1,
+        f"two tasks are called {name!r}, one of {source} and one of evaluate.also: rename one",
+    )
     return found
 
 
 def training_split(
     source: str | Path, allow_test_training: bool = False, there: list[str] | None = None
 ) -> str:
-    """The split to fine-tune on: train; or, where a source has none and it is allowed in so many words, test.
+    """The split to fine-tune on: train; of a source without one, test if that is allowed.
 
     Args:
-        there: the splits of the source, where they are known already.
+        there: the splits of the source, if they are known already.
 
     Raises:
         CorpusError: there is no train split, and no permission.
@@ -303,13 +175,15 @@ def training_split(
     there = splits(source) if there is None else there
     if "train" in there:
         return "train"
-    if allow_test_training and "test" in there:
-        return "test"
-    raise CorpusError(
-        f"{source} has no train split (it has {', '.join(there) or 'none'}), and training on what is tested proves nothing: give a source with a train split; or "
-        "set finetune.allow_test_training: true (make repro … SET=finetune.allow_test_training=true), and the report says so beside each number; "
-        "or rank it with what was trained elsewhere (evaluate.also)"
+    require(
+        allow_test_training and "test" in there,
+        f"{source} has no train split (it has {', '.join(there) or 'none'}), and training on what "
+        "is tested proves nothing: give a source with a train split; or set "
+        "finetune.allow_test_training: true (make repro … SET=finetune.allow_test_training=true), "
+        "and the report says so beside each number; or rank it with what was trained elsewhere "
+        "(evaluate.also)",
     )
+    return "test"
 
 
 # ------------------------------------------------------------------ one task
@@ -323,111 +197,134 @@ def assemble(
     evidence: Iterable[dict] = (),
     files: tuple = ("", "", ""),
     drop_null: bool = False,
-    searched: bool = False,
     drop_absent: bool = False,
+    searched: bool = False,
 ) -> Task:
-    """A task from its rows, or the error that says which row is wrong; `searched`: it may do without queries.
+    """A task from its rows, or the error that says which row is wrong.
 
-    `drop_absent`: judgements of documents that are not there are left out, with the queries that they alone answer.
+    Args:
+        files: that the rows are of, for messages.
+        drop_null: leave documents with a null passage out.
+        drop_absent: leave judgements of documents that are not there out. Queries that only such
+            documents answer are left out too.
+        searched: the task may do without queries, and its ids need not fit into a run file.
     """
-    where, where_asked, where_evidence = files
-    texts: dict[str, str] = {}
-    null: set[str] = set()
-    at: dict[str, int] = {}
-    for row_number, row in enumerate(documents, start=1):
-        if row["pid"] is None:
-            raise CorpusError(
-                f"{where}: a document of {name} has no pid (row {row_number}): give it one"
-            )
-        pid, passage = (
-            identifier(
-                row["pid"], f"{where}: the id of a document of {name} (row {row_number})", searched
+    texts, null = read_documents(name, documents, files[0], drop_null, searched)
+    asked, qrels, absent = read_queries(name, queries, files[1], texts, null, drop_absent)
+    require(
+        asked or searched,
+        f"{files[1]}: task {name} has no queries: fetch the file again, or {BUILD}",
+    )
+    spans = read_evidence(name, evidence, files[2], qrels, null)
+    return Task(name, split, texts, asked, qrels, spans, len(null | absent))
+
+
+def read_documents(
+    name: str, rows: Iterable[dict], where, drop_null: bool, searched: bool
+) -> tuple[dict[str, str], set[str]]:
+    """({pid: text}, documents left out because their passage is null)."""
+    texts: dict[str, str | None] = {}
+    row_of: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        id_name = f"{where}: the id of a document of {name} (row {number})"
+        pid, passage = identifier(row["pid"], id_name, searched), row["passage"]
+        first = row_of.setdefault(pid, number)
+        require(
+            first == number,
+            f"{where}: task {name} has document id {pid!r} twice (its rows {first} and {number}): "
+            "make ids unique",
+        )
+        require(
+            isinstance(passage, str) or passage is None and drop_null,
+            f"{where}: document {pid!r} of {name} "
+            + (
+                f"has a null passage (row {number}): give it a text, or leave such documents out "
+                "with drop_null=True"
+                if passage is None
+                else f"is {str(passage)[:40]} and no text (row {number}): give it one"
             ),
-            row["passage"],
         )
-        if pid in at:
-            raise CorpusError(
-                f"{where}: task {name} has document id {pid!r} twice (its rows {at[pid]} and {row_number}): make ids unique"
-            )
-        at[pid] = row_number
-        if passage is None and drop_null:
-            null.add(pid)
-        elif passage is None:
-            raise CorpusError(
-                f"{where}: document {pid!r} of {name} has a null passage (row {row_number}): give it a text, or leave such documents out with drop_null=True"
-            )
-        elif not isinstance(passage, str):
-            raise CorpusError(
-                f"{where}: document {pid!r} of {name} is {passage!r:.40} and no text (row {row_number}): give it one"
-            )
-        else:
-            texts[pid] = passage
-    if not texts:
-        raise CorpusError(
-            f"{where}: task {name} has no documents: fetch the file again, or {BUILD}"
-        )
+        texts[pid] = passage
+    null = {pid for pid, text in texts.items() if text is None}
+    texts = {pid: text for pid, text in texts.items() if text is not None}
+    require(texts, f"{where}: task {name} has no documents: fetch the file again, or {BUILD}")
+    return texts, null
+
+
+def read_queries(
+    name: str, rows: Iterable[dict], where, texts: dict, null: set[str], drop_absent: bool
+) -> tuple[dict[str, str], dict[str, dict[str, int]], set[str]]:
+    """(queries, qrels, documents that are judged and not there)."""
     asked: dict[str, str] = {}
-    absent: set[str] = set()
     qrels: dict[str, dict[str, int]] = {}
-    for row_number, row in enumerate(queries, start=1):
-        if row["qid"] is None:
-            raise CorpusError(
-                f"{where_asked}: a query of {name} has no qid (row {row_number}): give it one"
-            )
-        asker = f"{where_asked}: the id of a query of {name} (row {row_number})"
-        qid, query = identifier(row["qid"], asker), row["query"]
-        if qid in qrels:
-            raise CorpusError(
-                f"{where_asked}: task {name} has query id {qid!r} twice: make ids unique"
-            )
-        if not isinstance(query, str) or not query.strip():
-            raise CorpusError(
-                f"{where_asked}: query {qid!r} of {name} is empty: give it a text, or take it out"
-            )
-        judged = judgements(row, f"{where_asked}: query {qid!r} of {name}")
-        missing = [pid for pid in judged if pid not in texts and pid not in null]
-        absent.update(missing)
-        if missing and not drop_absent:
-            raise CorpusError(
-                f"{where_asked}: query {qid!r} of {name} is answered by document {missing[0]!r}, which is not there ({len(missing)} of {len(judged)} answers): complete the documents, or take the judgement out"
-            )
-        judged = {pid: gain for pid, gain in judged.items() if pid in texts}
-        if judged:
-            asked[qid], qrels[qid] = query, judged
-    if not asked and not searched:
-        raise CorpusError(
-            f"{where_asked}: task {name} has no queries: fetch the file again, or {BUILD}"
+    absent: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        qid = identifier(row["qid"], f"{where}: the id of a query of {name} (row {number})")
+        query, query_name = row["query"], f"{where}: query {qid!r} of {name}"
+        require(
+            qid not in qrels, f"{where}: task {name} has query id {qid!r} twice: make ids unique"
         )
+        require(
+            isinstance(query, str) and query.strip(),
+            f"{query_name} is empty: give it a text, or take it out",
+        )
+        gains = judgements(row, query_name)
+        missing = [pid for pid in gains if pid not in texts and pid not in null]
+        absent.update(missing)
+        require(
+            drop_absent or not missing,
+            f"{query_name} is answered by document {(missing or [''])[0]!r}, which is not there "
+            f"({len(missing)} of {len(gains)} answers): complete the documents, or take the "
+            "judgement out",
+        )
+        gains = {pid: gain for pid, gain in gains.items() if pid in texts}
+        if gains:
+            asked[qid], qrels[qid] = query, gains
+    return asked, qrels, absent
+
+
+def read_evidence(
+    name: str, rows: Iterable[dict], where, qrels: dict, null: set[str]
+) -> dict[str, tuple[str, float, float]]:
+    """{qid: (pid, start, end)} of the queries whose evidence is known."""
     spans = {}
-    for row in evidence:
+    for row in rows:
         qid, pid = (
-            identifier(row[key], f"{where_evidence}: the {key} of {name}'s evidence")
+            identifier(row[key], f"{where}: the {key} of {name}'s evidence")
             for key in ("qid", "pid")
         )
         start, end = row["start_frac"], row["end_frac"]
         if qid not in qrels or start is None or pid in null:
             continue
-        if pid not in qrels[qid] or end is None or not 0 <= start <= end <= 1:
-            raise CorpusError(
-                f"{where_evidence}: the evidence of query {qid!r} of {name} does not lie inside document {pid!r}, or that is no answer: correct or delete the evidence file"
-            )
+        require(
+            pid in qrels[qid] and end is not None and 0 <= start <= end <= 1,
+            f"{where}: the evidence of query {qid!r} of {name} does not lie inside document "
+            f"{pid!r}, or that is no answer: correct or delete the evidence file",
+        )
         spans[qid] = (pid, float(start), float(end))
-    return Task(name, split, texts, asked, qrels, spans, len(null | absent))
+    return spans
 
 
 def identifier(value, where: str, searched: bool = False) -> str:
-    """An id as a string: a number as it is written, 3.0 as 3 (a column with a gap makes numbers of ids floats).
+    """An id as a string: a number as it is written, 3.0 as 3.
+
+    (A column of numbers with a gap makes floats of its ids.)
 
     Raises:
-        CorpusError: it is no string and no number, or a TREC file could not hold it; `searched`: nothing is written of it.
+        CorpusError: it is no string and no whole number, or no TREC file can hold it and it is not
+            only `searched`.
     """
     name = plain(value)
-    if not isinstance(value, (str, int)) and name == str(value) or isinstance(value, bool):
-        raise CorpusError(f"{where} is {value!r}: an id is a text or a whole number")
-    if runs.unwritable([name]) is not None and not searched:
-        raise CorpusError(
-            f"{where} is {name!r}: a run file has one word for it, so it needs a character and takes no white space and no half character; rename it"
-        )
+    whole = isinstance(value, (str, int)) or name != str(value)
+    require(
+        whole and not isinstance(value, bool),
+        f"{where} is {value!r}: an id is a text or a whole number",
+    )
+    require(
+        searched or runs.unwritable([name]) is None,
+        f"{where} is {name!r}: a run file has one word for it, so it needs a character and takes "
+        "no white space and no half character; rename it",
+    )
     return name
 
 
@@ -438,60 +335,43 @@ def plain(value) -> str:
 def judgements(row: dict, where: str) -> dict[str, int]:
     """{pid: gain} of a query's row, those that are relevant.
 
-    answer_pids may be a list, each worth 1 or its number in answer_gains; {pid: gain}; or, as a map column of parquet
-    comes out, a list of (pid, gain). A struct column has all pids in every row: null where a query says nothing.
+    answer_pids may be a list, each worth 1 or its number in answer_gains; {pid: gain}; or, as a
+    map column of parquet comes out, a list of (pid, gain). A struct column has all pids in every
+    row: null where a query says nothing.
     """
+    gains: dict[str, int] = {}
+    for pid, gain in judged_pairs(row, where):
+        if gain is None or gain != gain:  # null, or what a table of numbers makes of it
+            continue
+        number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
+        require(
+            number and gain == int(gain),
+            f"{where} grades {pid!r} with {gain!r}: a grade is a whole number",
+        )
+        first = gains.setdefault(plain(pid), int(gain))
+        require(
+            first == int(gain),
+            f"{where} grades {pid!r} twice, with {first} and {gain}: keep one",
+        )
+    gains = {pid: gain for pid, gain in gains.items() if gain > 0}
+    require(gains, f"{where} has no answer_pids that are relevant: judge it, or take it out")
+    return gains
+
+
+def judged_pairs(row: dict, where: str) -> list[tuple]:
     answers, gains = row["answer_pids"], row.get("answer_gains")
     if isinstance(answers, dict):
-        pairs = list(answers.items())
-    elif isinstance(answers, list) and gains is not None:
-        if not isinstance(gains, list) or len(gains) != len(answers):
-            raise CorpusError(
-                f"{where}: answer_gains has {gains!r:.60} for {len(answers)} answer_pids: one gain for each"
-            )
-        pairs = list(zip(answers, gains))
-    elif isinstance(answers, list):
-        pairs = [
-            tuple(answer) if isinstance(answer, (tuple, list)) and len(answer) == 2 else (answer, 1)
-            for answer in answers
-        ]
-    else:
-        pairs = []
-    judged: dict[str, int] = {}
-    for pid, gain in pairs:
-        if (
-            gain is None or gain != gain
-        ):  # nothing said: null, or what a table of numbers makes of it
-            continue
-        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or gain != int(gain):
-            raise CorpusError(f"{where} grades {pid!r} with {gain!r}: a grade is a whole number")
-        pid = plain(pid)
-        if judged.setdefault(pid, int(gain)) != int(gain):
-            raise CorpusError(
-                f"{where} grades {pid!r} twice, with {judged[pid]} and {int(gain)}: keep one"
-            )
-    judged = {pid: gain for pid, gain in judged.items() if gain > 0}
-    if not judged:
-        raise CorpusError(f"{where} has no answer_pids that are relevant: judge it, or take it out")
-    return judged
-
-
-def known_split(split: str) -> None:
-    if split not in SPLITS:
-        raise CorpusError(f"split {split!r}: one of {', '.join(SPLITS)}")
-
-
-def no_split(layout, split: str) -> CorpusError:
-    there = layout.splits()
-    return CorpusError(
-        f"{layout} has no {split} split: "
-        + (f"it has {', '.join(there)}" if there else f"fetch it, or {BUILD}")
-    )
-
-
-def unknown_task(task: str, names: list[str], where) -> CorpusError:
-    near = difflib.get_close_matches(task, names, n=1, cutoff=0.0)
-    return CorpusError(
-        f"{where} has no task {task!r}"
-        + (f", did you mean {near[0]!r}? It has {', '.join(names)}" if names else ": it is empty")
-    )
+        return list(answers.items())
+    if not isinstance(answers, list):
+        return []
+    if gains is not None:
+        require(
+            isinstance(gains, list) and len(gains) == len(answers),
+            f"{where}: answer_gains has {gains!r:.60} for {len(answers)} answer_pids: one gain "
+            "for each",
+        )
+        return list(zip(answers, gains))
+    return [
+        tuple(answer) if isinstance(answer, (tuple, list)) and len(answer) == 2 else (answer, 1)
+        for answer in answers
+    ]

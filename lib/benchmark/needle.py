@@ -1,13 +1,14 @@
 """Needles in haystacks: does it matter where in a document the answer stands?
 
-    haystacks(tasks, tokenizer, …)      {place: task}: the same needles and the same hay, the needle on another place each time
+    haystacks(tasks, tokenizer, …)      {place: task}: the same needles and the same hay, the
+                                        needle on another place each time
 
-A document is 40 passages, and one of them answers its query: the one on place p, counted from 0. The other 39 were
-drawn once for each document, so that from one p to the next nothing changes but the order. An encoder that reads all
-of a document and uses it evenly finds as much at every p.
+A document is 40 passages, and one of them answers its query: the one on place p, counted from 0.
+The other 39 were drawn once for each document, so that from one p to the next nothing changes but
+the order. An encoder that reads all of a document and uses it evenly finds as much at every p.
 
-Source: the paper's Table 15, which does this with passages of Natural Questions. Ours are the passages in which the
-tasks' answers stand.
+Source: the paper's Table 15, which does this with passages of Natural Questions. Ours are the
+passages in which the tasks' answers stand.
 """
 
 import numpy as np
@@ -26,10 +27,11 @@ def haystacks(
 
     Args:
         tasks: whose queries with known evidence are asked, those of several tasks alike.
-        passage_tokens: of each passage the first so many tokens are taken.
+        passage_tokens: of each passage, so many tokens are taken, its first.
 
     Returns:
-        Tasks named `needle_<place>`; none where the tasks know too few passages: one for each needle and 39 others.
+        Tasks named `needle_<place>`; none if the tasks know too few passages: one for each needle
+        and 39 others.
     """
     passages: dict[str, str] = {}
     for task in sorted(tasks, key=lambda task: task.name):

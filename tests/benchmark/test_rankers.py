@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 from lib.benchmark import rankers
 from lib.benchmark.bm25 import Bm25
 from lib.benchmark.hosted import HostedError
-from lib.benchmark.rankers import Foreign, RankerError
+from lib.benchmark.rankers import ExternalEncoder, RankerError
 from lib.pipeline import params
 
 TEXT = "red fox runs by night the owl sleeps by day"  # ten tokens of the tests' tokenizer
@@ -31,8 +31,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def foreign(tokenizer, **options) -> Foreign:
-    return Foreign(letters, letters, tokenizer, **options)
+def foreign(tokenizer, **options) -> ExternalEncoder:
+    return ExternalEncoder(letters, letters, tokenizer, **options)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,9 @@ def test_the_first_tokens_are_read_and_what_is_left_is_counted(tokenizer, max_le
     vectors, owner = one.encode_documents([TEXT, "hen"], show_progress=False)
     np.testing.assert_allclose(vectors, unit(letters([read, "hen"])), atol=1e-6)
     assert (
-        owner.tolist() == [0, 1] and one.longer == [read != TEXT, False] and one.reads == max_length
+        owner.tolist() == [0, 1]
+        and one.longer == [read != TEXT, False]
+        and one.context_length == max_length
     )
     np.testing.assert_allclose(one.encode_queries([TEXT]), vectors[:1], atol=1e-6)
 
@@ -78,15 +80,15 @@ def test_windows_are_put_together_by_their_definition(tokenizer, chunk, window, 
     assert (
         owner.tolist() == [0, *[1] * len(expected), 2]
         and one.longer == [False, len(parts) > 1, False]
-        and one.reads is None
+        and one.context_length is None
     )
-    assert one.reading(5).reads == 5 and one.reading(5).chunk is None
+    assert one.limited(5).context_length == 5 and one.limited(5).chunk is None
 
 
 def test_a_prompt_takes_its_room(tokenizer):
     """Two specials and three of prompt leave five of ten, so that no window loses its end."""
     seen = []
-    one = Foreign(
+    one = ExternalEncoder(
         lambda texts: seen.extend(texts) or letters(texts),
         letters,
         tokenizer,
@@ -100,7 +102,7 @@ def test_a_prompt_takes_its_room(tokenizer):
 
 def test_a_model_is_given_each_text_once(tokenizer):
     seen = []
-    one = Foreign(
+    one = ExternalEncoder(
         lambda texts: seen.extend(texts) or letters(texts), letters, tokenizer, max_length=4
     )
     vectors, _ = one.encode_documents(
@@ -137,7 +139,9 @@ def test_what_cannot_be_read_is_refused(tokenizer, options, part):
 )
 def test_vectors_are_checked_before_they_are_believed(tokenizer, answer):
     with pytest.raises(RankerError, match="2 texts gave vectors of shape"):
-        Foreign(answer, letters, tokenizer).encode_documents(["red", "fox"], show_progress=False)
+        ExternalEncoder(answer, letters, tokenizer).encode_documents(
+            ["red", "fox"], show_progress=False
+        )
 
 
 # ------------------------------------------------------------------ rows
@@ -162,7 +166,9 @@ def row(tmp_path, monkeypatch, tokenizer):
 
 def test_without_a_model_a_row_counts_words(row):
     assert (
-        isinstance(row({}), Bm25) and row({}).reads is None and row({"first_tokens": 7}).reads == 7
+        isinstance(row({}), Bm25)
+        and row({}).context_length is None
+        and row({"first_tokens": 7}).context_length == 7
     )
     with pytest.raises(
         params.ParamsError,

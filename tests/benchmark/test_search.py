@@ -427,7 +427,7 @@ def test_the_best_window_finds_what_stands_at_the_end(tiny, tokenizer):
     one = task(documents=documents, queries={"1": "red fox runs by night"}, qrels={"1": {"a": 1}})
     encoder = search.Encoder(tiny(), tokenizer, max_length=12, chunk="best", stride=5)
     run, longer = search.rank(encoder, [one], show_progress=False)["toy"]
-    assert list(run["1"])[0] == "a" and longer == 3 and encoder.reads is None
+    assert list(run["1"])[0] == "a" and longer == 3 and encoder.context_length is None
     whole = search.Encoder(tiny(), tokenizer, max_length=12, truncate=True)
     parts = whole.encode(["hen " * 10, "red fox runs by night"], show_progress=False)
     assert run["1"]["b"] == pytest.approx(float(parts[0] @ parts[1]), abs=1e-5)
@@ -515,7 +515,11 @@ def test_how_many_queries_lack_themselves_is_said_where_some_do():
 def test_documents_that_bm25_reads_in_part_are_counted(tokenizer):
     cut = [search.rank(search.Bm25(n, tokenizer), [task()])["toy"][1] for n in (None, 1, 2, 59, 60)]
     assert cut == [0, 3, 1, 1, 0]
-    assert search.Bm25(60, tokenizer).reading(2).reads == 2 == search.Bm25(2).reading(60).reads
+    assert (
+        search.Bm25(60, tokenizer).limited(2).context_length
+        == 2
+        == search.Bm25(2).limited(60).context_length
+    )
 
 
 def test_evaluate_reports_mean_interval_and_counts():

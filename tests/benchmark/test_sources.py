@@ -12,7 +12,7 @@ import pytest
 
 from lib.benchmark import locov1, metrics, search, sources
 from lib.benchmark.task import CorpusError
-from lib.corpus import build
+from lib.corpus.pretraining import folder_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = {"d1": "the red fox runs by night", "d2": "Die Füchsin 🦊 schläft", "d3": "owl by day"}
@@ -135,7 +135,7 @@ def test_hidden_files_are_no_tasks_and_no_text(beir, tmp_path):
     for name in (".git/x.txt", "._a.txt"):
         (tmp_path / "text" / name).write_bytes(b"\xff")
     (tmp_path / "text" / "a.txt").write_text("\ufeffowl", encoding="utf-8")
-    assert [row[:2] for row in build.folder_text(tmp_path / "text")] == [("owl", "a.txt")]
+    assert [row[:2] for row in folder_text(tmp_path / "text")] == [("owl", "a.txt")]
 
 
 def test_a_text_that_is_a_number_is_named_as_one(tmp_path):

@@ -18,7 +18,7 @@ mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 
 import lib.model.m2bert  # noqa: E402, F401  registers the architecture
 from lib.benchmark import locov1, metrics, rankers, search
-from lib.corpus.build import given_tokenizer  # noqa: E402
+from lib.model.tokens import given_tokenizer  # noqa: E402
 from lib.model import checkpoint, published  # noqa: E402
 
 TEXTS = [
