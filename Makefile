@@ -45,24 +45,24 @@ export DATA TEXT SET
 COLLECTION = $(if $(DATA),"--data=$$DATA") $(if $(TEXT),"--text=$$TEXT") $(if $(SET),"--set=$$SET")
 
 repro: environment
-	@$(BIN)/python -m lib.pipeline.profile repro $(PROFILE) $(COLLECTION) $(ARGS)
+	@$(BIN)/python -m lib.pipeline repro $(PROFILE) $(COLLECTION) $(ARGS)
 
 test: environment
 	@$(BIN)/python -m pytest $(ARGS)
 
 interop: environment
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock
-	@$(BIN)/python -m pytest tests/test_interop.py tests/test_hosted.py $(ARGS)
+	@$(BIN)/python -m pytest tests/model/test_interop.py tests/benchmark/test_hosted.py $(ARGS)
 
 triton: environment
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
-	@$(BIN)/python -m pytest tests/test_monarch_conv.py tests/test_monarch_mlp.py $(ARGS)
+	@$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb
 
 report: environment
-	@$(BIN)/python -m lib.pipeline.profile report $(PROFILE) $(COLLECTION)
+	@$(BIN)/python -m lib.pipeline report $(PROFILE) $(COLLECTION)
 
 # Locked, so that two first runs at once build it once; the system frees the lock of a make that was killed.
 environment:

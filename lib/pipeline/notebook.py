@@ -1,8 +1,8 @@
 """Notebooks as steps of a pipeline: the same bytes in, the same bytes out, and never a process left behind.
 
-    python -m lib.pipeline.notebook strip notebooks data/source          clean copies, for the pipeline
-    python -m lib.pipeline.notebook strip --in-place notebooks           the same in place, before a commit
-    python -m lib.pipeline.notebook run data/source/03_pretrain.ipynb data/executed/pretrain-mixed_2k.ipynb profile=laptop row=mixed_2k out=data
+    strip(source, destination)              clean copies of a folder's notebooks
+    run_stage(notebook, stage, row, …)      a stage of the pipeline, its paths by convention
+    run(source, output, given, timing)      one notebook
 
 A run executes a notebook with papermill and keeps of it what does not depend
 on when, where and by whom it was run. If it fails, one line says in which cell
@@ -10,7 +10,6 @@ and why, and the notebook as far as it came is kept beside the output as
 `<output>.failed.ipynb`.
 """
 
-import argparse
 import ast
 import ctypes
 import hashlib
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 
 from lib.pipeline import files, params
+from lib.pipeline.errors import WorkbenchError
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python"}
@@ -51,7 +51,7 @@ KERNEL_ENVIRONMENT = {
 TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)} | {"None": type(None)}
 
 
-class NotebookError(RuntimeError):
+class NotebookError(WorkbenchError):
     """A notebook cannot be read or run; the message is one line."""
 
 
@@ -218,6 +218,29 @@ def overwritten(text: str) -> str:
 
 
 # ------------------------------------------------------------------ run
+
+
+def run_stage(
+    notebook: str, stage: str, row: str | None, profile: str, measured: bool = False
+) -> dict:
+    """Run data/source/<notebook>.ipynb as a stage, or as one row of a stage; its cost, as `run`.
+
+    It is written to data/executed/<stage>-<row>.ipynb, and its cost to the profile's timings.
+
+    Args:
+        measured: the notebook shows what it measured, which differs from run to run: it goes to
+            the timings too.
+    """
+    root = params.root()
+    timings = root / "data" / "report" / profile / "timings"
+    name = f"{stage}-{row}.ipynb" if row else f"{stage}.ipynb"
+    given = {"profile": profile, "out": "data"} | ({"row": row} if row else {})
+    return run(
+        root / "data" / "source" / f"{notebook}.ipynb",
+        (timings if measured else root / "data" / "executed") / name,
+        given,
+        timings,
+    )
 
 
 def run(
@@ -414,7 +437,7 @@ def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str])
             return [
                 sys.executable,
                 "-m",
-                "lib.pipeline.notebook",
+                "lib.pipeline",
                 "kernel",
                 "-f",
                 self.connection_file,
@@ -578,60 +601,3 @@ def kernel(arguments: list[str]) -> None:
     IPKernelApp.launch_instance(
         argv=[*arguments, "--log-level=CRITICAL"]
     )  # it reports the interrupt that ends it as an error
-
-
-# ------------------------------------------------------------------ command line
-
-
-def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["kernel"]:
-        kernel(arguments[1:])
-        return 0
-    # jsonschema would compile a grammar for URIs when it is imported: 2 s of every stage, and no notebook asks for it.
-    sys.modules.setdefault("rfc3987_syntax", None)
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.pipeline.notebook", description="Strip notebooks, or run one."
-    )
-    command = arguments[0] if arguments[:1] in (["strip"], ["run"]) else None
-    if command == "strip":
-        parser.prog += " strip"
-        parser.add_argument("--in-place", action="store_true")
-        parser.add_argument("source", type=Path)
-        parser.add_argument("destination", type=Path, nargs="?")
-    elif command == "run":
-        parser.prog += " run"
-        parser.add_argument("source", type=Path)
-        parser.add_argument("output", type=Path)
-        parser.add_argument("--timing", type=Path, metavar="FOLDER")
-        parser.add_argument("given", nargs="*", metavar="name=value")
-    else:
-        parser.add_argument("command", choices=("strip", "run"))
-    options = parser.parse_intermixed_args(arguments[1:] if command else arguments)
-    try:
-        if command == "strip":
-            if options.in_place == bool(options.destination):
-                parser.error("give a destination, or --in-place")
-            strip(options.source, options.destination or options.source)
-            return 0
-        if wrong := [text for text in options.given if "=" not in text]:
-            parser.error(f"{wrong[0]!r} is not name=value")
-        cost = run(
-            options.source,
-            options.output,
-            dict(text.split("=", 1) for text in options.given),
-            options.timing,
-        )
-        print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
-        return 0
-    except Stopped as error:
-        print(f"{error}", file=sys.stderr)
-        return 130
-    except (NotebookError, params.ParamsError) as error:
-        print(f"{error}", file=sys.stderr)
-    except OSError as error:
-        print(f"{error.filename or options.source}: {error.strerror or error}", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from lib.pipeline.errors import WorkbenchError
+
 PAPER_LENGTHS = (128, 2048, 8192, 32768)
 # What the notebooks read of each stage; `base` holds all of it and nothing else.
 KEYS = {
@@ -137,7 +139,7 @@ AT_LEAST_ONE = {
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # names reach shell lines and file names
 
 
-class ParamsError(ValueError):
+class ParamsError(WorkbenchError):
     """params.yaml, or what is asked of it, is wrong; the message names the key."""
 
 

@@ -1,10 +1,10 @@
 """The pipeline at a profile: in place for the one that params.yaml names, in a folder of its own for any other.
 
-    python -m lib.pipeline.profile repro                       everything, at the profile of params.yaml
-    python -m lib.pipeline.profile repro smoke                 everything, at smoke, in .work/smoke
-    python -m lib.pipeline.profile repro smoke finetune@opl    one row (or any other arguments of `dvc repro`)
-    python -m lib.pipeline.profile repro smoke --data ~/mine   everything on another collection, in .work/smoke-mine-<hash>
-    python -m lib.pipeline.profile report smoke                open its report
+    python -m lib.pipeline repro                       everything, at the profile of params.yaml
+    python -m lib.pipeline repro smoke                 everything, at smoke, in .work/smoke
+    python -m lib.pipeline repro smoke finetune@opl    one row (or any other arguments of `dvc repro`)
+    python -m lib.pipeline repro smoke --data ~/mine   everything on another collection, in .work/smoke-mine-<hash>
+    python -m lib.pipeline report smoke                open its report
 
     --data    the tasks: a folder in any layout of lib/benchmark/sources.py, hub, or longembed
     --text    the pretraining text: a folder of parquet, jsonl or txt, or hub
@@ -60,9 +60,11 @@ def repro(arguments: list[str]) -> int:
     """
     root, design = params.root(), params.load()
     given, arguments = options(arguments)
-    profile, arguments = split(arguments, design, foreach(root / "dvc.yaml"))
+    stages = foreach(root / "dvc.yaml")
+    profile, arguments = split(arguments, design, stages)
     home = folder(root, profile, given)
     if home == root:
+        make_folders(root, profile, stages)
         configure(root, no_scm=not (root / ".git").exists())
         code = dvc(root, ["repro", *arguments])
     else:
@@ -73,6 +75,7 @@ def repro(arguments: list[str]) -> int:
             f"another run at {home.name} is at work in {home.relative_to(root)}: wait until it ends",
         ):
             copy(root, home, design, profile)
+            make_folders(home, profile, stages)
             values = {**design["data"]["base"], **design["data"].get(profile, {})}
             depend(
                 home / "dvc.yaml", sorted({values["source"], values["pretraining"]} - set(SOURCES))
@@ -179,6 +182,13 @@ def changed(design: dict, profile: str, given: dict) -> dict:
         values(section)[key] = params.parse(f"value: {value}", f"SET={text}")["value"]
     params.check(design)
     return design
+
+
+def make_folders(home: Path, profile: str, stages: dict[str, str | None]) -> None:
+    """The report's folders of the stages with rows: other stages read them, even without a row."""
+    for stage, table in stages.items():
+        if table:
+            (home / "data" / "report" / profile / stage).mkdir(parents=True, exist_ok=True)
 
 
 def depend(path: Path, folders: list[str]) -> None:
@@ -403,6 +413,8 @@ def report(arguments: list[str]) -> int:
     """
     root, design = params.root(), params.load()
     given, rest = options(arguments)
+    if len(rest) > 1:
+        raise ParamsError(f"report: takes one profile, got {' '.join(rest)}")
     profile = rest[0] if rest else design["profile"]
     params.known(profile, design["lengths"], "profile")
     home = folder(root, profile, given)
@@ -417,33 +429,3 @@ def report(arguments: list[str]) -> int:
     print(page)
     webbrowser.open(page.as_uri())
     return 0
-
-
-def main(arguments: list[str]) -> int:
-    try:
-        usage = (
-            arguments[:1] not in (["repro"], ["report"])
-            or arguments[0] == "report"
-            and len(options(arguments[1:])[1]) > 1
-        )
-    except ParamsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if usage:
-        print(
-            "usage: python -m lib.pipeline.profile repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value] [arguments of dvc repro]\n"
-            "       python -m lib.pipeline.profile report [PROFILE] [--data=FOLDER]",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        return repro(arguments[1:]) if arguments[0] == "repro" else report(arguments[1:])
-    except ParamsError as error:
-        print(error, file=sys.stderr)
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

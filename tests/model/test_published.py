@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lib.benchmark import locov1, metrics, search
-from lib.corpus.build import CorpusError
+from lib.pipeline.errors import CorpusError
 from lib.model import checkpoint, published
 from lib.model.checkpoint import CheckpointError
 from lib.pipeline import params

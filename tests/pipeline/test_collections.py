@@ -65,7 +65,7 @@ def passage(words: int, seed: int) -> str:
 def repro(house: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-m", "lib.pipeline.profile", "repro", "smoke", *arguments],
+        [sys.executable, "-m", "lib.pipeline", "repro", "smoke", *arguments],
         cwd=house,
         env=environment,
         text=True,

@@ -20,6 +20,7 @@ from lib.pipeline.notebook import NotebookError
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCE = "data/source/09_a.ipynb"
 PARAMETERS = 'profile = "smoke"\nrow = "opl"\nout = "data/scratch"'
 
 
@@ -37,7 +38,7 @@ def house(tmp_path, monkeypatch):
 
 
 def save(path: Path, *cells: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(
         new_notebook(
             cells=[
@@ -54,7 +55,7 @@ def save(path: Path, *cells: str) -> Path:
 def command(*arguments, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return subprocess.Popen(
-        [sys.executable, "-m", "lib.pipeline.notebook", *map(str, arguments)],
+        [sys.executable, "-m", "lib.pipeline", *map(str, arguments)],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -143,7 +144,7 @@ def test_a_copy_goes_when_its_notebook_goes_and_a_broken_notebook_changes_nothin
 def test_committed_notebooks_are_stripped_and_say_who_they_are(path):
     text = path.read_text(encoding="utf-8")
     assert text == notebook.dumps(notebook.plain(notebook.bare(notebook.read(path)))), (
-        "run `python -m lib.pipeline.notebook strip --in-place notebooks`"
+        "run `python -m lib.pipeline strip --in-place notebooks`"
     )
     cells = json.loads(text)["cells"]
     assert len({cell["id"] for cell in cells}) == len(cells)
@@ -190,16 +191,18 @@ plt.show()
 
 
 def test_two_runs_give_the_same_bytes_and_keep_the_figure(house):
-    source = save(house / "source" / "09_a.ipynb", NOISY, FIGURE, "f'{profile} {row} {out}'")
-    (house / "executed").mkdir()
-    (house / "executed" / "a.failed.ipynb").write_text("of a run that failed; this one will not")
-    given = ["--timing", "timings", "profile=laptop", 'row=it\'s "$HOME"', "out=data"]
-    first = command("run", source, "executed/a.ipynb", *given)
+    save(house / SOURCE, NOISY, FIGURE, "f'{profile} {row} {out}'")
+    executed = house / "data/executed"
+    executed.mkdir()
+    row = 'it\'s "$HOME"'
+    (executed / f"a-{row}.failed.ipynb").write_text("of a run that failed; this one will not")
+    first = command("run", "09_a", "a", row, "--profile=laptop")
     second = command(
         "run",
-        source,
-        "executed/b.ipynb",
-        *given,
+        "09_a",
+        "b",
+        row,
+        "--profile=laptop",
         env={
             "TZ": "Asia/Tokyo",
             "LC_ALL": "C",
@@ -213,13 +216,13 @@ def test_two_runs_give_the_same_bytes_and_keep_the_figure(house):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "on stderr" in err and re.search(r"\d s, \d.*GiB", out)  # shown, but not kept
-    a, b = ((house / "executed" / f"{name}.ipynb").read_text(encoding="utf-8") for name in "ab")
+    a, b = ((executed / f"{name}-{row}.ipynb").read_text(encoding="utf-8") for name in "ab")
     assert a == b
     for trace in ("on stderr", "with a path", str(house), str(ROOT), "0x7", "papermill", "2026"):
         assert trace not in a, trace
-    executed = nbformat.reads(a, as_version=4)
-    nbformat.validate(executed)
-    noisy, figure, identity = executed.cells[3:6]
+    page = nbformat.reads(a, as_version=4)
+    nbformat.validate(page)
+    noisy, figure, identity = page.cells[3:6]
     assert noisy.outputs[0].text.splitlines()[1:3] == ["0 1 2 ", "100 %"] and noisy.outputs[
         0
     ].text.endswith(f" 0 {16 * 2**30}\n")
@@ -228,47 +231,51 @@ def test_two_runs_give_the_same_bytes_and_keep_the_figure(house):
 
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter().from_notebook_node(executed)
-    assert "data:image/svg+xml" in page and "100 %" in page
-    cost = json.loads((house / "timings" / "stages" / "a.json").read_text())
-    assert cost["stage"] == "a" and 0 < cost["seconds"] < 120 and 0.02 < cost["peak_gib"] < 2
-    assert not list((house / "executed").glob(".*")) and not list(
-        (house / "executed").glob("*failed*")
-    )
+    html, _ = HTMLExporter().from_notebook_node(page)
+    assert "data:image/svg+xml" in html and "100 %" in html
+    timings = house / "data/report/laptop/timings/stages"
+    cost = json.loads((timings / f"a-{row}.json").read_text())
+    assert cost["stage"] == f"a-{row}" and 0 < cost["seconds"] < 120 and 0.02 < cost["peak_gib"] < 2
+    assert not list(executed.glob(".*")) and not list(executed.glob("*failed*"))
+
+
+def test_a_notebook_that_measures_is_written_to_the_timings(house):
+    save(house / SOURCE, "1")
+    done = command("run", "09_a", "efficiency", "--profile=laptop", "--measured")
+    assert done.wait(60) == 0, done.communicate()
+    assert (house / "data/report/laptop/timings/efficiency.ipynb").is_file()
+    assert not (house / "data/executed/efficiency.ipynb").exists()
 
 
 def test_a_failing_cell_is_one_line_and_the_notebook_so_far_is_kept(house):
-    source = save(
-        house / "source" / "09_a.ipynb",
+    save(
+        house / SOURCE,
         "from lib.pipeline.params import ParamsError\nprint('reached')",
         "raise ParamsError('unknown row\\n in \"opll\"')",
         "print('never')",
     )
-    (house / "executed").mkdir()
-    (house / "executed" / "a.ipynb").write_text("of an earlier run")
-    process = command("run", source, "executed/a.ipynb", "row=opll")
+    (house / "data/executed").mkdir()
+    (house / "data/executed" / "a-opll.ipynb").write_text("of an earlier run")
+    process = command("run", "09_a", "a", "opll", "--profile=laptop")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and out == ""
     (line,) = err.splitlines()
     assert line.startswith(
-        '09_a (row=opll): ParamsError: unknown row in "opll", in cell 4 ('
-    ) and line.endswith("all of it in executed/a.failed.ipynb")
-    kept = (house / "executed" / "a.failed.ipynb").read_text(encoding="utf-8")
+        '09_a (profile=laptop, out=data, row=opll): ParamsError: unknown row in "opll", in cell 4 ('
+    ) and line.endswith("all of it in data/executed/a-opll.failed.ipynb")
+    kept = (house / "data/executed" / "a-opll.failed.ipynb").read_text(encoding="utf-8")
     assert "reached" in kept and "Traceback" in kept and str(house) not in kept
-    assert (house / "executed" / "a.ipynb").read_text() == "of an earlier run"
+    assert (house / "data/executed" / "a-opll.ipynb").read_text() == "of an earlier run"
 
 
 def test_a_kernel_killed_by_the_system_is_told_from_a_mistake(house):
-    source = save(
-        house / "source" / "09_a.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    )
-    process = command("run", source, "executed/a.ipynb")
+    save(house / SOURCE, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    process = command("run", "09_a", "a", "--profile=laptop")
     _, err = process.communicate(timeout=60)
     (line,) = err.splitlines()
     assert process.returncode == 1 and "killed by the system" in line and "out of memory" in line
-    assert (house / "executed" / "a.failed.ipynb").is_file() and not (
-        house / "executed" / "a.ipynb"
-    ).exists()
+    assert (house / "data/executed" / "a.failed.ipynb").is_file()
+    assert not (house / "data/executed" / "a.ipynb").exists()
 
 
 ENDLESS = "import os, sys, time\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
@@ -284,9 +291,9 @@ def kernel_of(process: subprocess.Popen) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_kernel_outlives_its_run(house):
-    source = save(house / "source" / "09_a.ipynb", ENDLESS)
+    save(house / SOURCE, ENDLESS)
     runs = {
-        name: command("run", source, f"executed/{name}.ipynb")
+        name: command("run", "09_a", name, "--profile=laptop")
         for name in ("SIGINT", "SIGTERM", "SIGKILL")
     }
     shell = subprocess.Popen(
@@ -297,10 +304,11 @@ def test_no_kernel_outlives_its_run(house):
             "sh",
             sys.executable,
             "-m",
-            "lib.pipeline.notebook",
+            "lib.pipeline",
             "run",
-            str(source),
-            "executed/shell.ipynb",
+            "09_a",
+            "shell",
+            "--profile=laptop",
         ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         text=True,
@@ -318,8 +326,9 @@ def test_no_kernel_outlives_its_run(house):
     for name in ("SIGINT", "SIGTERM"):
         _, err = runs[name].communicate(timeout=30)
         assert runs[name].returncode == 130 and f"stopped by {name} in cell" in err.splitlines()[-1]
-        assert (house / "executed" / f"{name}.failed.ipynb").is_file()
-    assert all(path.name.endswith(".failed.ipynb") for path in (house / "executed").iterdir())
+        assert (house / "data/executed" / f"{name}.failed.ipynb").is_file()
+    executed = list((house / "data/executed").iterdir())
+    assert all(path.name.endswith(".failed.ipynb") for path in executed)
     runs["SIGKILL"].wait(timeout=10)
 
 
@@ -448,16 +457,12 @@ def test_annotated_parameters_reach_the_notebook(house):
     )
     (house / "notebooks").mkdir()
     nbformat.write(page, house / "notebooks" / "09_a.ipynb")
-    notebook_run = command(
-        "run",
-        "notebooks/09_a.ipynb",
-        "executed/a.ipynb",
-        "row=8",
-        "rate=1",
-        "top=[-1, None]",
-        cwd=house,
+    code = (
+        "from lib.pipeline import notebook\nnotebook.run('notebooks/09_a.ipynb', "
+        "'executed/a.ipynb', {'row': '8', 'rate': '1', 'top': '[-1, None]'})"
     )
-    assert notebook_run.wait(120) == 0, notebook_run.communicate()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
     assert (
         nbformat.read(house / "executed" / "a.ipynb", as_version=4)
         .cells[-1]
@@ -492,8 +497,8 @@ def test_text_loses_what_belongs_to_one_run(house):
 
 
 def run_of(house, *cells, **environment):
-    save(house / "a.ipynb", 'profile = "smoke"', *cells)
-    done = command("run", "a.ipynb", "out/a.ipynb", env=os.environ | environment)
+    save(house / SOURCE, 'profile = "smoke"', *cells)
+    done = command("run", "09_a", "a", "--profile=laptop", env=os.environ | environment)
     _, err = done.communicate(timeout=120)
     return done.returncode, err.strip().splitlines()
 
@@ -503,15 +508,15 @@ def test_a_cell_that_ends_the_notebook_is_no_success(house):
     code, said = run_of(house, "import sys\nsys.exit(0)", "print('behind')")
     assert (
         code == 1
-        and "in cell 3 (" in said[-1]
+        and "in cell 4 (" in said[-1]
         and "ended the notebook before its end" in said[-1]
-        and not (house / "out/a.ipynb").exists()
+        and not (house / "data/executed/a.ipynb").exists()
     )
 
 
 def test_a_magic_that_is_not_there_is_said_in_words(house):
     code, said = run_of(house, "%nosuchmagic")
-    assert code == 1 and "the cell failed" in said[-1] and "in cell 3" in said[-1]
+    assert code == 1 and "the cell failed" in said[-1] and "in cell 4" in said[-1]
 
 
 def test_a_temporary_folder_may_have_braces_in_its_name(house, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lib.pipeline import params, profile
+from lib.pipeline.__main__ import main
 from lib.pipeline.params import ParamsError
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def house(tmp_path, monkeypatch):
 
 def repro(*arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "lib.pipeline.profile", "repro", *arguments],
+        [sys.executable, "-m", "lib.pipeline", "repro", *arguments],
         env=os.environ | environment,
         text=True,
         capture_output=True,
@@ -145,17 +146,18 @@ def test_two_runs_of_one_profile_at_once_are_one_too_many(house):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killing_the_run_kills_the_kernel(house):
     cells = [
-        new_code_cell('profile = "smoke"', metadata={"tags": ["parameters"]}),
+        new_code_cell('profile = out = "a"', metadata={"tags": ["parameters"]}),
         new_code_cell(
             "import os, sys\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
         ),
     ]
-    nbformat.write(new_notebook(cells=cells), house / "notebooks" / "a.ipynb")
+    nbformat.write(new_notebook(cells=cells), house / "notebooks" / "00_a.ipynb")
     (house / "dvc.yaml").write_text(
-        "stages:\n  endless:\n    cmd: python -m lib.pipeline.notebook run notebooks/a.ipynb data/a.ipynb && echo\n"
+        "stages:\n  endless:\n    cmd: python -m lib.pipeline strip notebooks data/source"
+        " && python -m lib.pipeline run 00_a endless --profile smoke && echo\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-m", "lib.pipeline.profile", "repro", "smoke"],
+        [sys.executable, "-m", "lib.pipeline", "repro", "smoke"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -227,7 +229,7 @@ def test_another_collection_runs_in_a_folder_of_its_own_and_is_looked_at_again_w
         "embedded",
         *rows,
     ]  # and the embedded run is another one
-    assert profile.main(["report", "smoke", f"--data={mine}"]) == 0
+    assert main(["report", "smoke", f"--data={mine}"]) == 0
 
 
 def test_a_relative_folder_is_one_and_the_same(house, mine, monkeypatch):
@@ -289,7 +291,7 @@ def test_the_cache_is_where_dvc_has_it(house, monkeypatch, said, place):
 
 def test_a_configuration_that_cannot_be_read_is_named(house, capsys):
     (house / ".dvc" / "config.local").write_text("nonsense\n[cache\n")
-    assert profile.main(["repro", "smoke"]) == 1
+    assert main(["repro", "smoke"]) == 1
     said = capsys.readouterr().err
     assert "config.local" in said and said.count("\n") == 1
 
@@ -341,7 +343,7 @@ def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
 def test_a_wrong_collection_or_setting_is_refused_before_anything_runs(
     house, arguments, message, capsys
 ):
-    assert profile.main(["repro", *arguments]) == 1
+    assert main(["repro", *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (house / ".work").exists()
 
@@ -396,13 +398,14 @@ def test_a_wrong_design_stops_the_run_before_its_first_stage(house):
 def test_a_report_that_is_not_there_says_how_to_make_it(house, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(profile.webbrowser, "open", opened.append)
-    assert profile.main(["report", "smoke"]) == 1
+    assert main(["report", "smoke"]) == 1
     assert capsys.readouterr().err == "no report at smoke yet: make repro PROFILE=smoke\n"
     (house / "data/report/smoke").mkdir(parents=True)
     (house / "data/report/smoke/index.html").write_text("")
     assert (
-        profile.main(["report", "smoke"]) == 0
+        main(["report", "smoke"]) == 0
         and opened[0].startswith("file://")
         and opened[0].endswith("smoke/index.html")
     )
-    assert profile.main(["report", "smoke", "paper"]) == 2
+    assert main(["report", "smoke", "paper"]) == 1
+    assert "takes one profile" in capsys.readouterr().err

@@ -20,26 +20,24 @@ from packaging.version import Version
 from ruamel.yaml import YAML
 
 from lib.pipeline import files, notebook, params
+from lib.report import results
 
 ROOT = Path(__file__).parents[2]
 DESIGN = params.load(ROOT / "params.yaml")
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-ORDER = [
-    "strip",
-    "data",
-    "pretrain",
-    "continue",
-    "distill",
-    "finetune",
-    "published",
-    "evaluate",
-    "baseline",
-    "ablation",
-    "efficiency",
-    "lesson",
-    "figures",
-    "report",
-]
+ORDER = (
+    "strip data pretrain continue distill finetune published evaluate baseline ablation efficiency "
+    "lesson overview site"
+).split()
+# The rooms of lib in reading order: none imports a room that stands after it.
+ROOMS = "pipeline operators kernels model benchmark training corpus efficiency report".split()
+# Rooms that a stage may import without depending on them.
+SHORT_LIST = {
+    "report": "how results look: it makes only the pages stale",
+    "pipeline": "how notebooks run: their numbers are the same",
+    "kernels": "the same numbers, faster: lib/kernels/VERSION counts in its place",
+}
+PAGES = {"ablation", "overview", "site"}
 
 
 def body(stage: str) -> dict:
@@ -47,13 +45,11 @@ def body(stage: str) -> dict:
 
 
 def notebooks(stage: str) -> list[str]:
-    """The notebooks a stage runs, by name: one, or one a row."""
-    names = re.findall(r"run data/source/(\S+)\.ipynb", body(stage)["cmd"])
+    """The notebooks that a stage runs, by name: one, or one per row."""
+    names = re.findall(r"lib\.pipeline run (\S+) ", body(stage)["cmd"])
     if names == ["${item.notebook}"]:
-        return [
-            row["notebook"]
-            for row in DESIGN[re.sub(r"\W", "", PIPELINE[stage]["foreach"])].values()
-        ]
+        table = re.sub(r"\W", "", PIPELINE[stage]["foreach"])
+        return [row["notebook"] for row in DESIGN[table].values()]
     return names
 
 
@@ -64,43 +60,80 @@ def cells(name: str) -> str:
     return "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")
 
 
-def imported(code: str) -> set[str]:
-    """The modules of lib that a piece of code imports, anywhere in it."""
-    found = set()
+def module(name: str) -> str:
+    """The file of lib that holds `lib.room.module.name`; "" for a name that is not lib's."""
+    parts = name.split(".")
+    while parts and parts[0] == "lib":
+        path = "/".join(parts)
+        for file in (f"{path}.py", f"{path}/__init__.py"):
+            if (ROOT / file).is_file():
+                return file
+        parts.pop()
+    return ""
+
+
+@cache
+def imported(code: str) -> frozenset[str]:
+    """The files of lib that a piece of code imports, at its top or inside a function."""
+    names = []
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and node.module == "lib":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lib.")
-            }
-    return found
+            names += [alias.name for alias in node.names]
+    return frozenset(map(module, names)) - {"", "lib/__init__.py"}
 
 
 def used(code: str) -> set[str]:
-    """The same, and what those import in turn."""
-    found, fresh = set(), imported(code)
+    """The files of lib that a piece of code imports, directly or not."""
+    files, fresh = set(), set(imported(code))
     while fresh:
-        found |= fresh
-        fresh = (
-            set().union(
-                *(
-                    imported((ROOT / "lib" / f"{name}.py").read_text(encoding="utf-8"))
-                    for name in fresh
-                )
-            )
-            - found
-        )
-    return found
+        files |= fresh
+        texts = [(ROOT / file).read_text(encoding="utf-8") for file in fresh]
+        fresh = set().union(*map(imported, texts)) - files
+    return files
 
 
-RUNS = [
-    stage
-    for stage in ORDER
-    if stage in PIPELINE and "lib.pipeline.notebook run" in body(stage)["cmd"]
-]
+def stage_code(stage: str) -> str:
+    names = notebooks(stage)
+    command = re.match(r"python -m (lib\.\w+\.\w+)", body(stage)["cmd"])
+    return "\n".join(map(cells, names)) if names else f"import {command[1]}" if command else ""
+
+
+def covers(dependency: str, file: str) -> bool:
+    return file == dependency or file.startswith(f"{dependency}/")
+
+
+RUNS = [stage for stage in ORDER if stage in PIPELINE and notebooks(stage)]
+
+
+# ------------------------------------------------------------------ the rooms of lib
+
+GRAPH = {
+    file: imported((ROOT / file).read_text(encoding="utf-8")) - {file}
+    for file in sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lib").rglob("*.py"))
+}
+# Imports that still go against the order: (importing file, imported file).
+KNOWN: set[tuple[str, str]] = set()
+
+
+def test_no_room_imports_a_room_that_stands_after_it():
+    def place(file: str) -> int:
+        return ROOMS.index(file.split("/")[1])
+
+    against = {
+        (file, other)
+        for file, others in GRAPH.items()
+        for other in others
+        if file != "lib/__init__.py" and place(other) > place(file)
+    }
+    assert against <= KNOWN, sorted(against - KNOWN)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    edges = [(file, other) for file, others in GRAPH.items() for other in others]
+    circles = networkx.strongly_connected_components(networkx.DiGraph(edges))
+    assert not [sorted(circle) for circle in circles if len(circle) > 1]
 
 
 # ------------------------------------------------------------------ stages
@@ -111,47 +144,90 @@ def test_the_stages_are_these_in_this_order():
 
 
 @pytest.mark.parametrize("stage", ORDER)
-def test_a_stage_declares_the_modules_it_imports_and_no_others(stage):
-    module = re.match(r"python -m lib\.(\w+)", body(stage)["cmd"])[1]
-    code = "\n".join(map(cells, notebooks(stage))) if stage in RUNS else f"import lib.{module}"
-    declared = {Path(path).name for path in body(stage)["deps"] if path.startswith("lib/")}
-    assert declared == {f"{name}.py" for name in used(code)} | (
-        {"mixer.cpp"} if "native" in used(code) else set()
-    )
+def test_a_stage_depends_on_the_rooms_that_it_imports_or_they_stand_on_the_short_list(stage):
+    files = used(stage_code(stage))
+    declared = {path for path in body(stage)["deps"] if path.startswith("lib/")}
+    for file in files:
+        room = file.split("/")[1]
+        assert room in SHORT_LIST or any(covers(path, file) for path in declared), (
+            f"{stage} imports {file}"
+        )
+    kernels = any(file.startswith("lib/kernels/") for file in files)
+    assert ("lib/kernels/VERSION" in declared) == (kernels and stage not in PAGES)
+    for path in declared - {"lib/kernels/VERSION"}:
+        assert any(covers(path, file) for file in files), f"{stage} does not use {path}"
+
+
+@pytest.mark.parametrize(
+    ("edited", "stale"),
+    [
+        ("lib/kernels/cpu.py", set()),
+        ("lib/kernels/triton_kernels.py", set()),
+        ("lib/pipeline/notebook.py", set()),
+        ("lib/report/results.py", PAGES),
+        ("lib/report/card.py", PAGES),
+        ("lib/corpus/build.py", {"data", "lesson"}),
+        ("lib/training/losses.py", {"pretrain", "continue", "distill", "finetune", "lesson"}),
+    ],
+)
+def test_an_edit_makes_stale_these_stages_and_no_others(edited, stale):
+    """What follows from them DVC decides by content."""
+    touched = {
+        stage for stage in ORDER if any(covers(path, edited) for path in body(stage)["deps"])
+    }
+    assert touched == stale
+
+
+def test_dvc_yaml_can_be_read_in_a_minute():
+    lines = (ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 180 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_stage_declares_the_params_and_inputs_its_notebooks_read(stage):
+    declared, deps = set(body(stage).get("params", [])), body(stage)["deps"]
     for name in notebooks(stage):
-        code, declared = cells(name), set(body(stage).get("params", []))
+        code = cells(name)
         for section in re.findall(r"params\.settings\(\s*profile,\s*[\"'](\w+)[\"']", code):
             assert {f"{section}.base", f"{section}.${{profile}}"} <= declared, (
                 f"{name} reads {section}"
             )
         for table in re.findall(r"params\.rows\(\s*profile,\s*[\"'](\w+)[\"']", code):
-            assert {table, f"{table}.${{key}}"} & declared, f"{name} reads the table {table}"
+            parts = {"evaluated": ("retrievers", "published")}.get(table, (table,))
+            for part in parts:
+                assert {part, f"{part}.${{key}}"} & declared, f"{name} reads the table {table}"
         if "params.length(" in code:
             assert "lengths.${profile}" in declared
-        if "report.paper(" in code:
-            assert "data/paper" in body(stage)["deps"]
+        if "results.paper(" in code:
+            assert "data/paper" in deps
         for folder in ("corpus", "models", "runs"):
             if re.search(rf"\bdata(\(profile\))? / \"{folder}\"", code) and (stage, folder) not in {
                 ("data", "corpus"),
                 ("pretrain", "models"),
                 ("baseline", "models"),
             }:
-                assert any(dep.startswith(f"data/{folder}") for dep in body(stage)["deps"]), (
+                assert any(dep.startswith(f"data/{folder}") for dep in deps), (
                     f"{name} reads data/{folder}"
                 )
-        for table in re.findall(r'"tables" / "(\w+\.csv)"', code):
-            assert f"data/report/${{profile}}/tables/{table}" in body(stage)["deps"], (
-                f"{name} reads the table {table}"
-            )
+        for other in read_of_the_report(code):
+            assert f"data/report/${{profile}}/{other}" in deps, f"{name} reads the stage {other}"
+
+
+def read_of_the_report(code: str) -> set[str]:
+    """The stages whose folders a notebook reads through lib.report."""
+    steps = re.findall(r"results\.(?:load_metrics|curves|source)\(\s*profile, \"(\w+)\"", code)
+    steps += ["evaluate"] * ("results.scores(" in code)
+    return {stage for step in steps for stage in results.STAGES.get(step, {step: ""})}
 
 
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_notebook_gets_every_parameter_it_declares(stage):
-    given = set(re.findall(r"(\w+)=\S+", body(stage)["cmd"]))
+    row = " ${key}" if "foreach" in PIPELINE[stage] else ""
+    source = "${item.notebook}" if stage in ("ablation", "lesson") else notebooks(stage)[0]
+    assert body(stage)["cmd"].removesuffix(" --measured") == (
+        f"python -m lib.pipeline run {source} {stage}{row} --profile ${{profile}}"
+    )
+    assert f"data/source/{source}.ipynb" in body(stage)["deps"]
     for name in notebooks(stage):
         page = notebook.read(ROOT / "notebooks" / f"{name}.ipynb")
         declared = {
@@ -160,31 +236,27 @@ def test_a_notebook_gets_every_parameter_it_declares(stage):
             if "parameters" in cell.metadata.get("tags", [])
             for key in notebook.declared(cell.source)
         }
-        assert given == declared, name
-        dependency = f"data/source/{name}.ipynb"
-        assert {dependency, "data/source/${item.notebook}.ipynb"} & set(body(stage)["deps"])
+        assert declared == {"profile", "out"} | ({"row"} if row else set()), name
 
 
 @pytest.mark.parametrize("stage", ORDER)
 def test_an_output_is_cached_or_shown_by_git_and_never_a_timing(stage):
-    """Not both: DVC refuses what git tracks. And what is neither metric nor plot keeps a stage out of the run cache."""
-    listed = [
-        (kind, output)
-        for kind in ("outs", "metrics", "plots")
-        for output in body(stage).get(kind, [])
-    ]
-    for kind, output in listed:
+    """Not both: DVC refuses what git tracks."""
+    for output in body(stage)["outs"]:
         path, options = (output, {}) if isinstance(output, str) else next(iter(output.items()))
         shown = path.startswith("data/report/") and not path.endswith("/notebooks")
         assert options.get("cache", True) is not shown, path
-        assert kind == (
-            "metrics"
-            if path.endswith(".json")
-            else "plots"
-            if shown and not path.endswith(".html")
-            else "outs"
-        ), path
         assert "/timings" not in path
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_a_stage_owns_its_folder_of_the_report_and_its_executed_notebook(stage):
+    row = "/${key}" if "foreach" in PIPELINE[stage] else ""
+    outs = body(stage)["outs"]
+    assert {f"data/report/${{profile}}/{stage}{row}": {"cache": False}} in outs
+    name = f"{stage}{row.replace('/', '-')}"
+    measured = body(stage)["cmd"].endswith(" --measured")
+    assert (f"data/executed/{name}.ipynb" in outs) != measured
 
 
 def test_names_and_notebooks_in_the_design_exist_and_their_stages_are_these():
@@ -212,11 +284,9 @@ def test_whoever_adds_up_waits_for_every_row(graph):
     rows = {f"evaluate@{row}" for row in DESIGN["retrievers"]} | {
         f"baseline@{row}" for row in DESIGN["baselines"]
     }
-    for stage in ("figures", "report", *(f"ablation@{name}" for name in DESIGN["ablations"])):
+    for stage in ("overview", "site", *(f"ablation@{name}" for name in DESIGN["ablations"])):
         assert rows <= waits(graph, stage)
-    assert waits(graph, "report") == set(graph) - {"report"} - {"efficiency"} | (
-        {"efficiency"} & waits(graph, "report")
-    )
+    assert waits(graph, "site") == set(graph) - {"site"}
     assert "data" not in waits(graph, "efficiency")
 
 
@@ -263,14 +333,14 @@ def test_a_pipeline_writes_the_same_lock_in_another_place_by_another_user(tmp_pa
     stages = """\
 stages:
   strip:
-    cmd: python -m lib.pipeline.notebook strip notebooks data/source
+    cmd: python -m lib.pipeline strip notebooks data/source
     deps: [notebooks]
     outs: [data/source]
   work:
-    cmd: python -m lib.pipeline.notebook run data/source/00_a.ipynb data/executed/a.ipynb --timing data/report/laptop/timings profile=${profile} out=data
+    cmd: python -m lib.pipeline run 00_a work --profile ${profile}
     deps: [data/source/00_a.ipynb, lib]
     params: ['lengths.${profile}']
-    outs: [data/executed/a.ipynb]
+    outs: [data/executed/work.ipynb]
     metrics:
       - data/result.json: {cache: false}
 """
@@ -300,7 +370,7 @@ stages:
             (
                 house,
                 subprocess.Popen(
-                    [sys.executable, "-m", "lib.pipeline.profile", "repro"],
+                    [sys.executable, "-m", "lib.pipeline", "repro"],
                     cwd=house,
                     umask=mask,
                     text=True,
@@ -314,9 +384,9 @@ stages:
         out, _ = process.communicate(timeout=180)
         assert process.returncode == 0, out
     locks = [(house / "dvc.lock").read_text() for house, _ in runs]
-    assert locks[0] == locks[1] and "executed/a.ipynb" in locks[0]
+    assert locks[0] == locks[1] and "executed/work.ipynb" in locks[0]
     again = subprocess.run(
-        [sys.executable, "-m", "lib.pipeline.profile", "repro"],
+        [sys.executable, "-m", "lib.pipeline", "repro"],
         cwd=runs[0][0],
         text=True,
         capture_output=True,

@@ -1,0 +1,92 @@
+"""The commands of the pipeline, which `make` and dvc.yaml use.
+
+python -m lib.pipeline strip notebooks data/source      notebooks without outputs, for DVC
+python -m lib.pipeline strip --in-place notebooks       the same in place, before a commit
+python -m lib.pipeline run 03_pretrain pretrain mixed_2k --profile laptop
+python -m lib.pipeline repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value]
+                             [arguments of `dvc repro`]
+python -m lib.pipeline report [PROFILE] [--data=FOLDER]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.pipeline.errors import WorkbenchError
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command. The exit code: 0; 1 after one line about what is wrong; 2 after the usage."""
+    command, *rest = arguments or [""]
+    if command not in COMMANDS:
+        print(__doc__.partition("\n\n")[2], end="", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except WorkbenchError as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or command}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(error, file=sys.stderr)
+        return 130
+    return 1
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    # jsonschema would compile a grammar for URIs: 2 s of every stage, and no notebook needs it.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    return argparse.ArgumentParser(prog=f"python -m lib.pipeline {command}")
+
+
+def strip(arguments: list[str]) -> int:
+    from lib.pipeline import notebook
+
+    reader = parser("strip")
+    reader.add_argument("--in-place", action="store_true")
+    reader.add_argument("source", type=Path)
+    reader.add_argument("destination", type=Path, nargs="?")
+    options = reader.parse_args(arguments)
+    if options.in_place == bool(options.destination):
+        reader.error("give a destination, or --in-place")
+    notebook.strip(options.source, options.destination or options.source)
+    return 0
+
+
+def run(arguments: list[str]) -> int:
+    from lib.pipeline import notebook
+
+    reader = parser("run")
+    reader.add_argument("notebook", help="its name in data/source, without .ipynb")
+    reader.add_argument("stage")
+    reader.add_argument("row", nargs="?")
+    reader.add_argument("--profile", required=True)
+    reader.add_argument("--measured", action="store_true", help="write it to the timings")
+    cost = notebook.run_stage(**vars(reader.parse_intermixed_args(arguments)))
+    print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
+    return 0
+
+
+def repro(arguments: list[str]) -> int:
+    from lib.pipeline import profile
+
+    return profile.repro(arguments)
+
+
+def report(arguments: list[str]) -> int:
+    from lib.pipeline import profile
+
+    return profile.report(arguments)
+
+
+def kernel(arguments: list[str]) -> int:
+    from lib.pipeline import notebook
+
+    notebook.kernel(arguments)
+    return 0
+
+
+COMMANDS = {"strip": strip, "run": run, "repro": repro, "report": report, "kernel": kernel}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
