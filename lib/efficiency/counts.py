@@ -9,7 +9,8 @@ of the same width, depth and intermediate size.
     transformer_flops(config, length)
     m2bert_activations(config, length), transformer_activations(config, length)
     parameters(config)               weights, by building the model without memory
-    cost(config, length, …)          products, all operations, and bytes of a text: what a roofline needs
+    cost(config, length, …)          matrix multiplications, all operations, bytes: for a roofline
+    encoder_costs(config, L, batch)  the same per token for lib/kernels on a GPU, part by part
 
 Conventions: a multiply-add is 2 operations; a real FFT of n points is
 2.5 n log₂ n (half of the textbook 5 n log₂ n of a complex one); norms,
@@ -28,7 +29,7 @@ from lib.operators.long_conv import fft_length
 
 
 def twin(config: M2BertConfig) -> BertConfig:
-    """The Transformer of the same width, depth, intermediate size, vocabulary and length; heads of 64 channels."""
+    """The Transformer of the same sizes, vocabulary and length, with heads of 64 channels."""
     return BertConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -56,7 +57,7 @@ def parameters(config) -> int:
 
 
 def convolution_flops(length: int, filters: int = 1) -> float:
-    """One channel of one text: into the spectrum, times the kernel's spectrum, and back; L² became L log L.
+    """One channel of one text: an FFT, times the filter's spectrum, and back; L² became L log L.
 
     filters · (2 · 2.5 n log₂ n + 6 (n/2 + 1)),   n ≥ 2L - 1
     """
@@ -65,7 +66,7 @@ def convolution_flops(length: int, filters: int = 1) -> float:
 
 
 def attention_flops(length: int) -> float:
-    """One channel of one text: Q Kᵀ and the weighted sum of V, 2 L² each. Flash or not: the same operations."""
+    """One channel of one text: Q Kᵀ and the weighted sum of V, 2 L² each, flash or not."""
     return 4.0 * length**2
 
 
@@ -75,25 +76,24 @@ def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str,
     projections   8 L D²                                in (D -> 3D) and out
     short_conv    18 L D                                width 3 on 3D channels
     long_conv     D · convolution_flops                 gated and residual
-    kernels       4 · 2 L (E O + 2 O² + O D) / B  + …   the filters' MLPs and spectra: once a forward pass, shared by its B texts
+    kernels       4 · 2 L (E O + 2 O² + O D) / B  + …   the filters' MLPs and spectra: once per
+                                                        forward pass, shared by its B texts
     mlp           6 L D I / K                           block-diagonal, gated
     pooler        2 D²
     """
-    L, D, I, K = length, config.hidden_size, config.intermediate_size, config.mlp_blocks
+    L, D, inner, K = length, config.hidden_size, config.intermediate_size, config.mlp_blocks
     filters = 2 if config.residual_long_conv else 1
     directions = 2 if config.bidirectional else 1
-    O, E, n = config.filter_order, config.filter_emb_dim, fft_length(2 * length - 1)
-    taps = 2 * L * (E * O + 2 * O**2 + O * D)
+    order, E, n = config.filter_order, config.filter_emb_dim, fft_length(2 * length - 1)
+    taps = 2 * L * (E * order + 2 * order**2 + order * D)
     layer = {
         "projections": 8 * L * D**2,
         "short_conv": 18 * L * D,
         "long_conv": D * convolution_flops(L, filters),
         "kernels": filters * (directions * taps + D * 2.5 * n * math.log2(n)) / batch,
-        "mlp": 6 * L * D * I / K,
+        "mlp": 6 * L * D * inner / K,
     }
-    return {part: config.num_hidden_layers * float(count) for part, count in layer.items()} | {
-        "pooler": 2.0 * D**2
-    }
+    return of_layers(config, layer)
 
 
 def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
@@ -104,53 +104,66 @@ def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
     mlp           4 L D I       dense
     pooler        2 D²
     """
-    L, D, I = length, config.hidden_size, config.intermediate_size
-    layer = {"projections": 8 * L * D**2, "attention": D * attention_flops(L), "mlp": 4 * L * D * I}
-    return {part: config.num_hidden_layers * float(count) for part, count in layer.items()} | {
-        "pooler": 2.0 * D**2
+    L, D, inner = length, config.hidden_size, config.intermediate_size
+    layer = {
+        "projections": 8 * L * D**2,
+        "attention": D * attention_flops(L),
+        "mlp": 4 * L * D * inner,
     }
+    return of_layers(config, layer)
+
+
+def of_layers(config, layer: dict[str, float]) -> dict[str, float]:
+    """All layers and the pooler."""
+    flops = {part: config.num_hidden_layers * float(count) for part, count in layer.items()}
+    return flops | {"pooler": 2.0 * config.hidden_size**2}
 
 
 def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> float:
     """Numbers that one layer keeps for its backward pass, per text.
 
-    Per token and channel: the mixer's input, three projections before and after the short convolution, each
-    convolution's input as a spectrum of 2 (n/L ≈ 2 real numbers), the gated one's output at its full FFT size,
-    and the inputs of the output projection, of the MLP, and of its norm. Per token: 4 I in the gated MLP.
-    The kernels and their MLPs are shared by the batch. This is what autograd keeps in torch; lib/kernels/mixer.cpp keeps less.
+    Per token and channel: the mixer's input, three projections before and after the short
+    convolution, each convolution's input as a spectrum (n/L ≈ 2 real numbers), the gated one's
+    output at its full FFT size, and the inputs of the output projection, of the MLP and of its
+    norm. Per token: 4 I in the gated MLP. The filters and their MLPs are shared by the batch. This
+    is what autograd keeps in torch; lib/kernels/mixer.cpp keeps less.
     """
-    L, D, I = length, config.hidden_size, config.intermediate_size
-    filters, directions = (
-        (2 if config.residual_long_conv else 1),
-        (2 if config.bidirectional else 1),
-    )
+    L, D, inner = length, config.hidden_size, config.intermediate_size
+    filters = 2 if config.residual_long_conv else 1
+    directions = 2 if config.bidirectional else 1
     n = fft_length(2 * L - 1)
-    per_text = L * (10 * D + 4 * I) + n * D * (filters + 1)
+    per_text = L * (10 * D + 4 * inner) + n * D * (filters + 1)
     shared = filters * (directions * L * (9 * config.filter_order + D) + L * D + n * D)
     return float(per_text + shared / batch)
 
 
 def transformer_activations(config: BertConfig, length: int, flash: bool = False) -> float:
-    """Numbers that one layer keeps for its backward pass, per text: L (9 D + 2 I), and heads · L² attention weights.
+    """Numbers that one layer keeps for its backward pass, per text.
 
-    Flash attention recomputes the weights instead of keeping them: its L² is time, not memory.
+        L (9 D + 2 I) + heads · L²
+
+    Flash attention recomputes the heads · L² attention weights instead of keeping them: its L² is
+    time, not memory.
     """
-    L, D, I = length, config.hidden_size, config.intermediate_size
-    return float(L * (9 * D + 2 * I) + (0 if flash else config.num_attention_heads * L**2))
+    L, D, inner = length, config.hidden_size, config.intermediate_size
+    return float(L * (9 * D + 2 * inner) + (0 if flash else config.num_attention_heads * L**2))
 
 
 def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: int = 1) -> float:
-    """Bytes to and from memory per text of one forward pass, if what lies between two steps of a layer is written once and read once.
+    """Bytes to and from memory per text of one forward pass.
 
-    projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D            numbers a token and layer
-    weights 4 D² + 3 D I / K, once for B texts; spectra 2 D (n/2 + 1) complex numbers, once a text, n ≥ 2L - 1 a power of two
+    What lies between two steps of a layer is written once and read once. Numbers per layer:
+
+    each token    projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D
+    each text     spectra: 2 D (n/2 + 1) complex numbers, n ≥ 2L - 1 a power of two
+    B texts       weights: 4 D² + 3 D I / K
     """
-    D, I, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+    D, inner, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
     n = 1 << max(0, 2 * length - 2).bit_length()
     return float(
         itemsize
         * config.num_hidden_layers
-        * (13 * length * D + (4 * D**2 + 3 * D * I / K) / batch + 4 * D * (n // 2 + 1))
+        * (13 * length * D + (4 * D**2 + 3 * D * inner / K) / batch + 4 * D * (n // 2 + 1))
     )
 
 
@@ -159,19 +172,22 @@ def transformer_traffic(
 ) -> float:
     """The same for a Transformer whose attention weights never leave the cache.
 
-    queries, keys, values D + 3D, attention 3D + D, output D + D, MLP D + I, I + D      numbers a token and layer
-    weights 4 D² + 2 D I, once for B texts
+    each token    queries, keys, values D + 3D, attention 3D + D, output D + D, MLP D + I, I + D
+    B texts       weights: 4 D² + 2 D I
     """
-    D, I = config.hidden_size, config.intermediate_size
+    D, inner = config.hidden_size, config.intermediate_size
     return float(
         itemsize
         * config.num_hidden_layers
-        * (length * (12 * D + 2 * I) + (4 * D**2 + 2 * D * I) / batch)
+        * (length * (12 * D + 2 * inner) + (4 * D**2 + 2 * D * inner) / batch)
     )
 
 
 def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, float, float]:
-    """Per text: operations in matrix products, operations in all, bytes. The kernels of M2-BERT are taken as made: they do not depend on the text."""
+    """Per text: operations of matrix multiplications, all operations, bytes.
+
+    M2-BERT's filters are taken as made: they do not depend on the text.
+    """
     if isinstance(config, M2BertConfig):
         parts = m2bert_flops(config, length, batch)
         return (
@@ -187,21 +203,24 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
 
 
 def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> dict[str, float]:
-    """Operations a token of one layer's `mix`, a multiply-add counted as 2. Texts fill H tokens whatever they hold.
+    """Operations per token of one layer's `gpu.mix`. A text of L tokens fills H = M R1 R2.
 
-    products     S D (H/L) (4 M + 8 (R1 + R2)) a transform: two of them forward, three backward
-    pointwise    S D (H/L) 6 for each turn and each spectrum; 21 D for the short convolution and the gates, backward 74 D
+    products     S D (H/L) (4 M + 8 (R1 + R2)) per transform: two transforms forward, three backward
+    pointwise    S D (H/L) 6 per twiddle and spectrum; the short convolution and the gates: 21 D
+                 forward and 74 D backward (x2, and x1 and v twice 30, gates 5, the short
+                 convolution's adjoint 39)
+
+    Args:
+        channels: D. signals: S, 2 with the residual convolution, else 1.
     """
     M, R1, R2 = gpu.factors(L)
     fill = M * R1 * R2 / L
-    inner, turns = (R2, 1) if R1 == 1 else (R1 + R2, 2)
+    inner, twiddles = (R2, 1) if R1 == 1 else (R1 + R2, 2)
     transforms, spectra_read = (3, 2) if backward else (2, 1)
-    short = (
-        74 if backward else 21
-    )  # backward: x2, and x1 and v twice, 30; gates 5; the short convolution's adjoint 39
+    short = 74 if backward else 21
     return {
         "products": signals * channels * fill * transforms * (4 * M + 8 * inner),
-        "pointwise": signals * channels * fill * 6 * (transforms * turns + spectra_read)
+        "pointwise": signals * channels * fill * 6 * (transforms * twiddles + spectra_read)
         + short * channels,
     }
 
@@ -215,14 +234,19 @@ def traffic(
     gradients: bool = False,
     backward: bool = False,
 ) -> dict[str, float]:
-    """Bytes a token of one layer's `mix` to and from memory, if all that a program reads twice it finds in a cache the second time.
+    """Bytes per token of one layer's `gpu.mix` to and from memory.
+
+    What a program reads twice is found in a cache the second time.
+
+    texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and
+               p, ds, dp 9 in the short convolution; times D
+    planes     for three passes only: 8 per signal forward, 12 backward, and 2 more rows of p
+               backward; times D H/L
+    spectra    8 S D H/L, read once for all texts of a batch; backward writes them once more
 
     Args:
-        size: bytes of a number, 2 in bfloat16. gradients: whether conv(x1 v) is written too.
-
-        texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and p, ds, dp 9 in the short convolution; times D
-        planes     three passes alone: 8 a signal forward, 12 backward, and 2 more rows of p backward; times D H/L
-        spectra    8 S D H/L, read once for all texts of a batch, backward written once more
+        size: bytes of a number, 2 in bfloat16.
+        gradients: whether conv(x1 v) is written too.
     """
     M, R1, R2 = gpu.factors(L)
     fill, residual = M * R1 * R2 / L, signals - 1
@@ -238,25 +262,20 @@ def traffic(
 
 
 def encoder_costs(config, L: int, batch: int = 1) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) a token of all layers of an encoder without gradients, bfloat16, part by part.
+    """(operations, bytes) per token of all layers, without gradients, bfloat16, part by part.
 
-    mixer          `mix`
-    projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the output written, and 4 D² weights a batch
-    mlp            6 W I operations, W the next power of two from D / K; read D, write D, and 3 D I / K weights a batch (lib/kernels/gpu_mlp.py), which the cache gives to each of its programs
+    mixer          `gpu.mix`
+    projections    8 D² operations; u is transposed (2 D numbers) and read, p written, y read, the
+                   output written, and 4 D² weights per batch
+    mlp            6 W I operations, W the next power of two from D / K; D read, D written, and
+                   3 D I / K weights per batch (lib/kernels/gpu_mlp.py), which the cache gives to
+                   each of its programs
     """
-    D, I, K, N, S = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.mlp_blocks,
-        config.num_hidden_layers,
-        2 if config.residual_long_conv else 1,
-    )
-    tokens = batch * L
+    D, inner, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+    N, S = config.num_hidden_layers, 2 if config.residual_long_conv else 1
+    tokens, block = batch * L, 1 << (D // K - 1).bit_length()
     return {
         "mixer": (N * sum(flops(L, D, S).values()), N * sum(traffic(L, D, S, batch).values())),
         "projections": (N * 8.0 * D**2, N * 2 * (8 * D + 4 * D**2 / tokens)),
-        "mlp": (
-            N * 6.0 * (1 << (D // K - 1).bit_length()) * I,
-            N * 2 * (2 * D + 3 * D * I / K / tokens),
-        ),
+        "mlp": (N * 6.0 * block * inner, N * 2 * (2 * D + 3 * D * inner / K / tokens)),
     }
