@@ -350,8 +350,7 @@ def judgements(row: dict, where: str) -> dict[str, int]:
         )
         first = gains.setdefault(plain(pid), int(gain))
         require(
-            first == int(gain),
-            f"{where} grades {pid!r} twice, with {first} and {gain}: keep one",
+            first == int(gain), f"{where} grades {pid!r} twice, with {first} and {gain}: keep one"
         )
     gains = {pid: gain for pid, gain in gains.items() if gain > 0}
     require(gains, f"{where} has no answer_pids that are relevant: judge it, or take it out")

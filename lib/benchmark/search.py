@@ -14,6 +14,7 @@ Axes: N documents, Q queries, D width, B rows of a block, G groups of rows.
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -21,22 +22,11 @@ import torch
 from torch import Tensor
 
 from lib.benchmark import metrics, statistics
-from lib.benchmark.bm25 import Bm25, bm25, check_texts
-from lib.benchmark.encoder import Encoder, TooLong
-
-__all__ = [
-    "Bm25",
-    "Encoder",
-    "bm25",
-    "evaluate",
-    "exact_scores",
-    "per_query",
-    "queries_that_are_documents",
-    "rank",
-    "search",
-    "search_windows",
-    "without_itself",
-]
+from lib.benchmark.bm25 import Bm25, check_texts
+from lib.benchmark.bm25 import bm25 as bm25
+from lib.benchmark.encoder import Encoder as Encoder
+from lib.benchmark.encoder import TooLong
+from lib.pipeline.errors import require
 
 SCORES = 2**24  # held at a time: 64 MiB
 ROWS = 2**14  # vectors of documents read at a time
@@ -77,20 +67,23 @@ def search(
         ImportError: faiss is asked for and absent.
     """
     queries, documents = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(documents)
-    if len(queries) != len(qids) or len(documents) != len(pids):
-        raise ValueError(
-            f"one id per vector: got {len(qids)} ids for {len(queries)} queries, "
-            f"{len(pids)} for {len(documents)} documents"
-        )
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
-        raise ValueError(
-            f"vectors are (n, D) with one D: got {queries.shape} for queries, "
-            f"{documents.shape} for documents"
-        )
-    if k < 1 or backend not in BACKENDS:
-        raise ValueError(
-            f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}"
-        )
+    require(
+        len(queries) == len(qids) and len(documents) == len(pids),
+        f"one id per vector: got {len(qids)} ids for {len(queries)} queries, "
+        f"{len(pids)} for {len(documents)} documents",
+        ValueError,
+    )
+    require(
+        queries.ndim == documents.ndim == 2 and queries.shape[1] == documents.shape[1],
+        f"vectors are (n, D) with one D: got {queries.shape} for queries, {documents.shape} for "
+        "documents",
+        ValueError,
+    )
+    require(
+        k > 0 and backend in BACKENDS,
+        f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}",
+        ValueError,
+    )
     check_unique("query", qids)
     check_unique("document", pids)
     return dict(zip(qids, nearest(queries, documents, qids, pids, None, k, backend)))
@@ -176,28 +169,23 @@ def nearest(
         yield from (top.documents() for top in best)
 
 
+@dataclass
 class TopK:
     """The candidates of one query: vectors that could be among its k best.
 
-    Args:
-        error: bound of the error of a float32 score. A candidate lies within it of the k-th best
-            score that is known.
+    A candidate's float32 score is off by `error` at most, and lies within it of the k-th best
+    score that is known.
     """
 
-    def __init__(
-        self,
-        query: np.ndarray,
-        vectors: np.ndarray,
-        pids: list[str],
-        owner: np.ndarray | None,
-        k: int,
-        error: float,
-    ):
-        self.query, self.vectors, self.pids, self.owner = query, vectors, pids, owner
-        self.k, self.error = k, error
-        self.known = -np.inf
-        self.candidates = [(np.zeros(0, np.int64), np.zeros(0, np.float32))]
-        self.count = 0
+    query: np.ndarray
+    vectors: np.ndarray
+    pids: list[str]
+    owner: np.ndarray | None
+    k: int
+    error: float
+    known: float = -np.inf
+    candidates: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # rows, scores
+    count: int = 0
 
     def floor(self) -> float:
         return self.known - self.error
@@ -224,7 +212,7 @@ class TopK:
 
     def exactly(self) -> dict[str, tuple[float, int]]:
         """{id: (score, row)} of the k best candidates, best first."""
-        rows = np.concatenate([rows for rows, _ in self.candidates])
+        rows = np.concatenate([rows for rows, _ in self.candidates] or [np.zeros(0, np.int64)])
         owners = rows if self.owner is None else self.owner[rows]
         names = [self.pids[owner] for owner in owners.tolist()]
         scores = exact_scores(self.query, self.vectors, rows).tolist()

@@ -362,10 +362,7 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> Iterator[dict]:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """{query id: {document id: gain}} of BEIR's three columns; its first line may name them."""
     judged: dict[str, dict[str, int]] = {}
-    with (
-        readable(path, csv.Error),
-        open(path, encoding="utf-8-sig", newline="") as file,
-    ):
+    with readable(path, csv.Error), open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         for number, row in enumerate(rows, start=1):
             if number == 1 and row[-1:] == ["score"] or not row:

@@ -1,6 +1,6 @@
 """Texts to tokens: tokenizers from files, and how much of a text a model reads.
 
-load_tokenizer(folder)                    the tokenizer of a corpus; given_tokenizer(name): anybody's
+load_tokenizer(folder)                    a corpus's tokenizer; given_tokenizer(name): anybody's
 tokenize(texts, tokenizer, max_length)    each text's first tokens; tokenize_whole: all of them
 windows(n, size, stride)                  the windows in which a long text is read
 beginning(text, characters)               a text's first characters, cut between words
@@ -86,7 +86,7 @@ def given_tokenizer(name: str):
         return wordpiece({piece: number for number, piece in enumerate(pieces)})
     if folder.is_dir() or name.count("/") > 1:
         raise CorpusError(
-            f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's files there"
+            f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's there"
         )
     return hub_tokenizer(name)
 
@@ -263,7 +263,7 @@ def encodable(text: str) -> str:
 
 
 def windows(n: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """(start, end) of the windows over n tokens, `size` long, `stride` apart; the last ends at n."""
+    """(start, end) of windows over n tokens, `size` long, `stride` apart; the last ends at n."""
     return [(start, min(start + size, n)) for start in range(0, max(n - size, 0) + stride, stride)]
 
 
