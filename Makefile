@@ -19,7 +19,7 @@ ifeq ($(filter $(EXTRA),cpu gpu),)
 $(error EXTRA=$(EXTRA): cpu or gpu)
 endif
 
-.PHONY: help repro test interop triton lab report environment lock
+.PHONY: help repro test lint interop triton lab report environment lock
 
 help:
 	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
@@ -31,6 +31,7 @@ help:
 	@echo 'make report [PROFILE=smoke]     open the report (with DATA=…, that of your collection)'
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests'
+	@echo 'make lint                       the form of the code (ruff)'
 	@echo 'make interop                    the tests with sentence-transformers, mteb, all-MiniLM-L6-v2 and endpoints, which it installs (450 MB)'
 	@echo 'make triton                     the tests of the kernels for a GPU, in the interpreter of Triton, which it installs (700 MB, Linux)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
@@ -49,6 +50,10 @@ repro: environment
 
 test: environment
 	@$(BIN)/python -m pytest $(ARGS)
+
+lint: environment
+	@$(BIN)/ruff format --check lib tests notebooks
+	@$(BIN)/ruff check lib tests notebooks
 
 interop: environment
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock

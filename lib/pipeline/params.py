@@ -11,26 +11,22 @@ runs. Lengths are in tokens.
 """
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from lib.pipeline.errors import WorkbenchError
+from lib.pipeline.settings import (
+    ROWS,
+    SECTIONS,
+    ParamsError,
+    Settings,
+    nearest,
+    validate,
+)
 
 PAPER_LENGTHS = (128, 2048, 8192, 32768)
-# What the notebooks read of each stage; `base` holds all of it and nothing else.
-KEYS = {
-    "compute": "threads device precision",
-    "data": "source pretraining tokenizer vocabulary books natural packages files_per_package test_documents test_queries validation_documents validation_queries queries_per_document hub_texts",
-    "model": "hidden_size num_hidden_layers intermediate_size mlp_blocks filter_order residual_long_conv pooling initialization mask_padding",
-    "pretrain": "tokens batch_tokens lr embedding_lr mask_rate variable_share warmup final_lr weight_decay mixture extend_filters seed",
-    "finetune": "loss documents documents_seen share queries_per_document query_length negatives scale micro_batch tasks allow_test_training lr embedding_lr lr_documents weight_decay warmup seed",
-    "evaluate": "depth batch_size also needles",
-    "efficiency": "lengths batch repeats shallow_from",
-}
-STAGES = tuple(KEYS)
+STAGES = tuple(SECTIONS)
 TABLES = (
     "pretrained",
     "continued",
@@ -42,59 +38,9 @@ TABLES = (
     "ablations",
     "lessons",
 )
-MODELS = (
-    "pretrained",
-    "continued",
-    "distilled",
-    "retrievers",
-)  # each of their rows is a model trained here
+MODELS = TABLES[:4]  # each of their rows is a model trained here
 TRAINED_BY = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled", "retrievers")}
-
-# What a row holds beside the settings of the stage that trains it.
-OWN_KEYS = {
-    "pretrained": {"length": int},
-    "continued": {"pretrained": str, "length": int},
-    "distilled": {"pretrained": str, "teacher": str},
-    "retrievers": {"pretrained": str},
-    "published": {"checkpoint": str},
-    "baselines": {},
-    "ablations": {"notebook": str, "rows": list},
-    "lessons": {"notebook": str},
-}
-# The same, where it may be left out.
-OPTIONAL = {
-    "published": {"tokenizer": str, "max_length": int},
-    "baselines": {
-        "first_tokens": int,
-        "model": str,
-        "revision": str,
-        "chunk": str,
-        "window": int,
-        "stride": int,
-        "query_prompt": str,
-        "document_prompt": str,
-        "url": str,
-        "key": str,
-        "batch": int,
-        "query_options": dict,
-        "document_options": dict,
-    },
-}
-# Keys of a baseline that say nothing without another one.
-NEEDS = {
-    "revision": "model",
-    "chunk": "model",
-    "window": "chunk",
-    "stride": "chunk",
-    "query_prompt": "model",
-    "document_prompt": "model",
-    "batch": "model",
-    "url": "model",
-    "key": "url",
-    "query_options": "url",
-    "document_options": "url",
-}
-# Where a row's reference may point.
+# The tables that a row's reference may point to.
 REFERENCES = {
     ("continued", "pretrained"): ("pretrained", "continued"),
     ("distilled", "pretrained"): ("pretrained", "continued"),
@@ -102,45 +48,7 @@ REFERENCES = {
     ("retrievers", "pretrained"): ("pretrained", "continued", "distilled"),
     ("ablations", "rows"): ("retrievers", "baselines"),
 }
-CHOICES = {
-    ("compute", "device"): ("auto", "cpu", "cuda", "mps"),
-    ("compute", "precision"): ("float32", "bfloat16"),
-    ("model", "pooling"): ("cls", "mean"),
-    ("model", "initialization"): ("reference", "identity"),
-    ("pretrain", "mixture"): ("short", "long", "mixed"),
-    ("pretrain", "extend_filters"): ("stretch", "tile", "extrapolate"),
-    ("finetune", "loss"): ("opl", "mnrl", "prototype", "none"),
-    ("baselines", "chunk"): ("mean", "max", "best"),
-}
-SHARES = {"mask_rate", "variable_share", "warmup", "final_lr", "share"}  # of something: at most 1
-AT_LEAST_ONE = {
-    "threads",
-    "batch_tokens",
-    "documents",
-    "lr_documents",
-    "queries_per_document",
-    "query_length",
-    "hub_texts",
-    "batch_size",
-    "batch",
-    "repeats",
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "mlp_blocks",
-    "filter_order",
-    "vocabulary",
-    "length",
-    "max_length",
-    "first_tokens",
-    "window",
-    "stride",
-}
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # names reach shell lines and file names
-
-
-class ParamsError(WorkbenchError):
-    """params.yaml, or what is asked of it, is wrong; the message names the key."""
 
 
 # ------------------------------------------------------------------ places
@@ -380,169 +288,50 @@ def check_lengths(lengths: dict) -> None:
 
 def check_stage(design: dict, stage: str) -> None:
     section = design[stage]
-    if not isinstance(section.get("base"), dict):
-        raise ParamsError(
-            f"{stage}.base: is missing; it holds the paper's values and is the schema"
-        )
-    base, keys = section["base"], KEYS[stage].split()
-    all_known(base, keys, "key", f"{stage}.base: ")
-    for key in keys:
-        if key not in base:
-            raise ParamsError(f"{stage}.base: {key!r} is missing")
+    base = section.get("base")
+    if not isinstance(base, dict):
+        raise ParamsError(f"{stage}.base: is missing; it holds every key and the paper's values")
     all_known(section, ("base", *design["lengths"]), "profile", f"{stage}: ")
-    for profile, values in section.items():
-        if not isinstance(values, dict):
-            raise ParamsError(
-                f"{stage}.{profile}: holds {values!r}, should hold keys and values ({{}} for none)"
-            )
-        for key, value in values.items():
-            check_value(f"{stage}.{profile}", stage, key, value, base)
+    for profile in ("base", *section):
+        values = a_dict(section[profile], f"{stage}.{profile}")
+        validate(f"{stage}.{profile}", SECTIONS[stage], values, base)
 
 
-def check_value(where: str, stage: str, key: str, value, base: dict) -> None:
-    """One setting against `base`: the key known, the type the same, the value possible."""
-    known(key, base, "key", f"{where}: ")
-    like = base[key]
-    same_type(f"{where}.{key}", value, like)
-    if (stage, key) == ("evaluate", "also"):
-        for source in value:
-            if (
-                not isinstance(source, str)
-                or source not in ("hub", "longembed")
-                and not Path(source).is_absolute()
-            ):
-                raise ParamsError(
-                    f"{where}.also: {source!r} is none of hub, longembed and an absolute path"
-                )
-    if (
-        stage == "data"
-        and key in ("source", "pretraining")
-        and value not in ("embedded", "hub", *["longembed"] * (key == "source"))
-        and not Path(value).is_absolute()
-    ):
-        raise ParamsError(
-            f"{where}.{key}: {value!r} is none of embedded, hub{', longembed' * (key == 'source')} and an absolute path"
-        )
-    choices = CHOICES.get((stage, key))
-    if choices:
-        known(value, choices, "value", f"{where}.{key}: ")
-    for number in value if isinstance(value, list) else [value]:
-        if type(number) not in (int, float):
-            continue
-        low = 1 if key in AT_LEAST_ONE else 0
-        if not low <= number <= (1 if key in SHARES else float("inf")):
-            allowed = "between 0 and 1" if key in SHARES else f"at least {low}"
-            raise ParamsError(f"{where}.{key}: {number} is out of range, should be {allowed}")
-
-
-def same_type(where: str, value, like) -> None:
-    """An int passes for a float, True does not pass for 1; a list's items are like the first of `like`."""
-    if isinstance(like, list) and isinstance(value, list):
-        for place, item in enumerate(value):
-            if like:
-                same_type(f"{where}[{place}]", item, like[0])
-        return
-    if type(value) is type(like) or isinstance(like, float) and type(value) is int:
-        return
-    hint = (
-        " (a number has no quotes: 1.0e-3)"
-        if isinstance(like, float) and isinstance(value, str)
-        else ""
-    )
-    raise ParamsError(
-        f"{where}: wants {kind(like)} like {like!r}, got {kind(value)} {value!r}{hint}"
-    )
-
-
-def kind(value) -> str:
-    return {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a section",
-        type(None): "nothing:",
-    }.get(type(value), type(value).__name__)
+def a_dict(values, where: str) -> dict:
+    if not isinstance(values, dict):
+        raise ParamsError(f"{where}: holds {values!r}, should hold keys and values ({{}} for none)")
+    return values
 
 
 def check_rows(design: dict) -> None:
     """Names unique over all models and baselines, keys of each row known and typed."""
     seen: dict[str, str] = {}
-    for table in TABLES:
-        if table == "evaluated":
-            continue
+    for table, schema in ROWS.items():
         for name, own in design[table].items():
             named(name, f"{table}: ")
             where = f"{table}.{name}"
             if table not in ("ablations", "lessons") and seen.setdefault(name, table) != table:
                 raise ParamsError(
-                    f"{where}: {seen[name]} has a row of that name too; a model's name is its folder, so it must be the only one"
+                    f"{where}: {seen[name]} has a row of that name too; "
+                    "a model's name is its folder, so it must be the only one"
                 )
-            if not isinstance(own, dict):
-                raise ParamsError(
-                    f"{where}: holds {own!r}, should hold keys and values ({{}} for none)"
-                )
-            for key, wanted in OWN_KEYS[table].items():
-                if key not in own:
-                    raise ParamsError(f"{where}: {key!r} is missing{nearest(key, own)}")
-                same_type(f"{where}.{key}", own[key], wanted())
-            check_row(design, table, where, own)
+            check_row(design, table, where, a_dict(own, where), schema)
 
 
-def check_row(design: dict, table: str, where: str, own: dict) -> None:
-    stages = [stage for stage, tables in TRAINED_BY.items() if table in tables] + ["model"] * (
-        table == "pretrained"
-    )
-    schema = {key: stage for stage in stages for key in design[stage]["base"]}
-    for key, value in own.items():
-        if key in OWN_KEYS[table]:
-            continue
-        if key in OPTIONAL.get(table, {}):
-            check_value(where, table, key, value, {key: OPTIONAL[table][key]()})
-            continue
-        if (table, key) == ("baselines", "form"):
-            raise ParamsError(
-                f"{where}.form: endpoints are asked in OpenAI's form, leave the key out; Cohere's address for that is https://api.cohere.ai/compatibility/v1"
-            )
-        known(key, (*OWN_KEYS[table], *OPTIONAL.get(table, {}), *schema), "key", f"{where}: ")
-        check_value(where, schema[key], key, value, design[schema[key]]["base"])
-    if "length" in own and own["length"] not in PAPER_LENGTHS:
-        raise ParamsError(
-            f"{where}.length: {own['length']} is none of the paper's {', '.join(map(str, PAPER_LENGTHS))}; what they are in a profile stands in `lengths`"
-        )
-    if table == "baselines":
-        for key, other in NEEDS.items():
-            if key in own and other not in own:
-                raise ParamsError(f"{where}.{key}: says nothing without {other!r}")
-        if not re.fullmatch(r"[A-Za-z_]\w{0,60}", own.get("key", "A"), re.ASCII):
-            raise ParamsError(
-                f"{where}.key: wants the name of the environment variable that holds the key, never the key"
-            )
-        if "url" in own and "revision" in own:
-            raise ParamsError(f"{where}.revision: an endpoint has none")
-        if "url" in own and not re.match(
-            r"https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/]", own["url"]
-        ):
-            raise ParamsError(
-                f"{where}.url: wants https:// (http:// on this machine only), got {own['url']!r}"
-            )
-        if "chunk" in own and "first_tokens" in own:
-            raise ParamsError(
-                f"{where}: first_tokens reads the beginning, chunk everything; one of the two (`window` is the windows' length)"
-            )
-        if "chunk" in own and "url" in own and "window" not in own:
-            raise ParamsError(
-                f"{where}.chunk: needs `window`, in tokens, since an endpoint's length is not known"
-            )
-        if own.get("stride", 0) > own.get("window", float("inf")):
-            raise ParamsError(
-                f"{where}.stride: {own['stride']} is more than window={own['window']}: tokens would be left out"
-            )
-    if "notebook" in own and not re.fullmatch(r"\d\d_[a-z0-9_]+", own["notebook"]):
-        raise ParamsError(
-            f"{where}.notebook: {own['notebook']!r} is no notebook's name, such as 00_start_here"
-        )
+def check_row(design: dict, table: str, where: str, own: dict, schema: type[Settings]) -> None:
+    """A row's own keys, then the settings that it overrides."""
+    sections = [stage for stage, tables in TRAINED_BY.items() if table in tables]
+    sections += ["model"] * (table == "pretrained")
+    overridden = {
+        key: section for section in sections for key in design[section]["base"] if key in own
+    }
+    if sections:
+        keys = [key for section in sections for key in design[section]["base"]]
+        all_known(own, [*schema.model_fields, *keys], "key", f"{where}: ")
+    validate(where, schema, {key: own[key] for key in own if key not in overridden})
+    for section in sections:
+        values = {key: own[key] for key, place in overridden.items() if place == section}
+        validate(where, SECTIONS[section], values, design[section]["base"])
 
 
 def check_references(design: dict) -> None:
@@ -579,7 +368,8 @@ def check_subset(design: dict, profile: str) -> None:
         )
     all_known(chosen, TABLES, "table", f"rows.{profile}: ")
     for table, names in chosen.items():
-        same_type(f"rows.{profile}.{table}", names, [""])
+        if not isinstance(names, list):
+            raise ParamsError(f"rows.{profile}.{table}: wants a list of rows, got {names!r}")
         all_known(names, design[table], f"row of {table}", f"rows.{profile}.{table}: ")
     tables = select({**design, "profile": None}, profile)
     for (table, key), targets in REFERENCES.items():
@@ -616,12 +406,3 @@ def named(name, where: str) -> None:
         raise ParamsError(
             f"{where}{name!r} is no name: small letters, digits and _, a letter first"
         )
-
-
-def nearest(name, names: Iterable) -> str:
-    """`; did you mean …?`, or the whole list where it is short or nothing is near."""
-    names = [str(n) for n in names]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names)}" if names else "; there is none"

@@ -143,7 +143,10 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
         (("finetune.laptop.lr", "2e-3"), ("finetune.laptop.lr", "a number", "'2e-3'")),
         (("finetune.laptop.lr", -1.0), ("finetune.laptop.lr", "at least 0")),
         (("finetune.laptop.documents", 1.5), ("finetune.laptop.documents", "a whole number")),
-        (("finetune.laptop.documents", True), ("finetune.laptop.documents", "true or false")),
+        (
+            ("finetune.laptop.documents", True),
+            ("finetune.laptop.documents", "whole number", "True"),
+        ),
         (("finetune.laptop.documents", 0), ("finetune.laptop.documents", "at least 1")),
         (
             ("pretrain.base.mask_rat", 0.3),
