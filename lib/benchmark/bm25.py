@@ -77,18 +77,18 @@ def parts_of(chunk: str) -> tuple[str, ...]:
 
 
 def folded_parts(chunk: str) -> tuple[str, ...]:
-    found: list[str] = []
+    parts: list[str] = []
     for run in RUN.findall(chunk):
         if run.isascii():
-            found.append(run.lower())
+            parts.append(run.lower())
         elif UNSPACED_PLAIN.fullmatch(run) and unicodedata.is_normalized("NFKC", run):
-            found += pairs(run)  # most Chinese: nothing to fold
+            parts += pairs(run)  # most Chinese: nothing to fold
         else:
             # Folded one by one and not as a text, so that Linux™ stays Linux; ﷺ folds to several.
             for word in WORD.findall(folded(run)):
                 for part in PARTS.findall(word):
-                    found += pairs(CLUSTER.findall(part)) if UNSPACED_FIRST.match(part) else [part]
-    return tuple(found)
+                    parts += pairs(CLUSTER.findall(part)) if UNSPACED_FIRST.match(part) else [part]
+    return tuple(parts)
 
 
 kept_parts = lru_cache(2**15)(folded_parts)

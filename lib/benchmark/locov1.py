@@ -136,7 +136,7 @@ def every(
     Raises:
         CorpusError: as `load`, or two sources, or two tasks, of one name.
     """
-    found = [load(name, source, split) for name in tasks(source, split)]
+    loaded = [load(name, source, split) for name in tasks(source, split)]
     names: dict[str, str | Path] = {}
     for other in also:
         prefix = Path(other).resolve().name
@@ -144,21 +144,21 @@ def every(
         first = names.get(prefix)
         require(first is None, f"{first} and {other} are both called {prefix}: rename one")
         names[prefix] = other
-        found += [
+        loaded += [
             replace(load(name, other, split), name=f"{prefix}/{name}", source=prefix)
             for name in tasks(other, split)
         ]
         require(
-            found[-1].queries,
+            loaded[-1].queries,
             f"{other} has texts and no queries, so nothing in it can be scored: take it out "
             "(notebook 00 ends by searching such a folder)",
         )
-    name, times = Counter(task.name for task in found).most_common(1)[0]
+    name, times = Counter(task.name for task in loaded).most_common(1)[0]
     require(
         times == 1,
         f"two tasks are called {name!r}, one of {source} and one of evaluate.also: rename one",
     )
-    return found
+    return loaded
 
 
 def training_split(

@@ -198,28 +198,28 @@ def id_type(type_: type) -> str:
     return "number" if issubclass(type_, Number) else type_.__name__
 
 
-def one_type(name: str, found: Mapping, judged: Mapping, sides=("the run", "the qrels")) -> None:
+def one_type(name: str, present: Mapping, judged: Mapping, sides=("the run", "the qrels")) -> None:
     """Refuse ids that never equal each other, such as 7 in a run and "7" in the qrels.
 
     All of them would score 0 without a word.
 
     Args:
         name: what the ids name, "query" or "document".
-        found, judged: {id: …}, of the two sides, whose names are `sides`.
+        present, judged: {id: …}, of the two sides, whose names are `sides`.
 
     Raises:
-        ValueError: an id of `judged` is not found, and they are of two types; one of each is shown.
+        ValueError: an id of `judged` is absent, and the ids are of two types; one of each is shown.
     """
-    if judged.keys() <= found.keys():  # nothing is lost, and mostly so: 1 µs
+    if judged.keys() <= present.keys():  # nothing is lost, and mostly so: 1 µs
         return
-    lost = [id for id in judged if id not in found]
+    lost = [id for id in judged if id not in present]
     try:
-        "".join(found), "".join(lost)  # all text: twice as fast as to ask each
+        "".join(present), "".join(lost)  # all text: twice as fast as to ask each
         return
     except TypeError:
-        if len({id_type(each) for each in {*map(type, found), *map(type, lost)}}) < 2:
+        if len({id_type(each) for each in {*map(type, present), *map(type, lost)}}) < 2:
             return
-    for a, b in product(lost, found):
+    for a, b in product(lost, present):
         if id_type(type(a)) != id_type(type(b)):
             raise ValueError(
                 f"{name} ids of different types are never equal: {b!r} ({type(b).__name__}) in "

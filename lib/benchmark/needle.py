@@ -61,7 +61,7 @@ def haystacks(
     ]
     queries = {f"needle_{i}": query for i, query in enumerate(asked.values())}
     qrels = {f"needle_{i}": {f"hay_{i}": 1} for i in range(needles)}
-    found = {}
+    by_place = {}
     for place in PLACES:
         documents = {
             f"hay_{i}": "\n".join(
@@ -69,5 +69,5 @@ def haystacks(
             )
             for i, (needle, draw) in enumerate(zip(asked, draws))
         }
-        found[place] = Task(f"needle_{place}", "test", documents, queries, qrels)
-    return found
+        by_place[place] = Task(f"needle_{place}", "test", documents, queries, qrels)
+    return by_place

@@ -57,9 +57,9 @@ def of(source: str | Path):
     folder = Path(source)
     require(folder.is_dir(), f"{folder} is no folder, nor hub or longembed: {NEEDED}")
     layouts = (layout(folder) for layout in (Parquet, Jsonl, Beir, Texts))
-    found = next((layout for layout in layouts if layout.fits()), None)
-    require(found is not None, f"{folder} holds no task: {NEEDED}")
-    return found
+    chosen = next((layout for layout in layouts if layout.fits()), None)
+    require(chosen is not None, f"{folder} holds no task: {NEEDED}")
+    return chosen
 
 
 class Folder:
