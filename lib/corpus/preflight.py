@@ -22,7 +22,6 @@ from lib.pipeline import params
 
 UNKNOWN = 0.05  # share of [UNK] among word pieces above which the page says so
 SAMPLE, CHARACTERS = 200, 2_000  # texts, and the beginning of each, that vocabulary is judged by
-KINDS = {"short": ("short",), "long": ("long",), "mixed": ("short", "long")}  # by mixture
 SIZES = {
     "short": f"at most {LONG:,} characters (paragraphs, one a row or file)",
     "long": f"more than {LONG:,} characters",
@@ -80,8 +79,7 @@ def pairs(profile: str, collection: str, tasks: dict[str, list[Task]]) -> Iterat
         except CorpusError as error:
             yield str(error)
             return
-        asked = lambda task, s=s: any(fnmatch(task.name, pattern) for pattern in s["tasks"])
-        chosen = [task for task in tasks[split] if asked(task)]
+        chosen = [task for task in tasks[split] if named(task, s["tasks"])]
         if not chosen:
             yield (
                 f"row {row} trains on tasks {', '.join(s['tasks'])}, and the {split} split has "
@@ -94,6 +92,10 @@ def pairs(profile: str, collection: str, tasks: dict[str, list[Task]]) -> Iterat
             )
 
 
+def named(task: Task, patterns: list[str]) -> bool:
+    return any(fnmatch(task.name, pattern) for pattern in patterns)
+
+
 def names(tasks: list[Task]) -> str:
     return ", ".join(task.name for task in tasks)
 
@@ -102,7 +104,7 @@ def pretraining(profile: str, folder: str | Path, tokenizer) -> Iterator[str]:
     """Pretraining: texts of both kinds for `mixed`, to train on and held out, long enough."""
     wanted: dict[str, int] = {}  # kind -> the longest length that needs it
     for _, s in trained(profile, "pretrain"):
-        for kind in KINDS[s["mixture"]]:
+        for kind in ("short", "long") if s["mixture"] == "mixed" else (s["mixture"],):
             wanted[kind] = max(wanted.get(kind, 0), params.length(profile, s["length"]))
     for kind, length in sorted(wanted.items(), reverse=True):
         for split, purpose in (("train", "to train on"), ("validation", "held out, to measure on")):
@@ -120,32 +122,18 @@ def too_little(kind: str, purpose: str, texts: list[str], tokenizer, length: int
     if not texts:
         return f"the pretraining text has no {kind} text {purpose}"
     if kind == "short":
-        least = min(10, length) - 2
-        enough = any(count >= least for count in first_lengths(texts, tokenizer))
+        sizes = (lengths(tokenizer, [text[:CHARACTERS]])[0] for text in texts)
+        enough = any(size >= min(10, length) - 2 for size in sizes)
         return "" if enough else f"no short text {purpose} has 10 word pieces"
-    pieces = filled(texts, tokenizer, length)
-    if pieces >= length - 2:
-        return ""
+    pieces = 0
+    for text in texts:
+        pieces += int(lengths(tokenizer, [text])[0])
+        if pieces >= length - 2:
+            return ""
     return (
         f"the long texts {purpose} are {pieces:,} word pieces together and do not fill the "
         f"{length:,} tokens of an example"
     )
-
-
-def first_lengths(texts: list[str], tokenizer) -> Iterator[int]:
-    for start in range(0, len(texts), SAMPLE):
-        beginnings = [text[:CHARACTERS] for text in texts[start : start + SAMPLE]]
-        yield from lengths(tokenizer, beginnings).tolist()
-
-
-def filled(texts: list[str], tokenizer, length: int) -> int:
-    """Word pieces of the texts, counted until they fill `length`."""
-    total = 0
-    for text in texts:
-        total += int(lengths(tokenizer, [text])[0])
-        if total >= length:
-            break
-    return total
 
 
 def baselines(profile: str) -> Iterator[str]:
@@ -194,18 +182,18 @@ def splits(profile: str, tasks: dict[str, list[Task]]) -> dict[str, str]:
 def evidence(test: list[Task]) -> dict[str, str]:
     queries = sum(len(task.queries) for task in test)
     known = sum(len(task.evidence) for task in test)
+    if known == queries:
+        return {}
     if not known:
         return {
             "no evidence is known": "nothing says where in its document an answer stands: figures "
             "by place and the needle are left out, figures by the length of the answering document "
             "stand in"
         }
-    if known < queries:
-        return {
-            "evidence is known in part": f"of {known:,} of {queries:,} test queries it is known "
-            "where their answer stands; figures by place are about those"
-        }
-    return {}
+    return {
+        "evidence is known in part": f"of {known:,} of {queries:,} test queries it is known where "
+        "their answer stands; figures by place are about those"
+    }
 
 
 def long_documents(profile: str, test: list[Task], tokenizer) -> dict[str, str]:

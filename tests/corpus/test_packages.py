@@ -1,4 +1,4 @@
-"""What is installed is read as text: nothing runs, nothing comes twice, and the order of files decides nothing."""
+"""What is installed is read as text: nothing runs or comes twice, no order of files matters."""
 
 import gc
 import importlib
@@ -24,6 +24,7 @@ from lib.corpus.packages import (
     read,
     repeated,
 )
+from lib.pipeline.errors import CorpusError
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,8 @@ def source(topic: str, functions: int = 8) -> str:
     parts = [f'"""All that is known about {topic}.\n\n{prose(topic)}\n"""\n']
     for i in range(functions):
         parts.append(
-            f'def find_{topic}_{i}(x):\n    """Finds {topic} number {i} in a heap.\n\n    {prose(f"{topic}{i}_")}\n    """\n    return "{topic}", x + {i}\n'
+            f'def find_{topic}_{i}(x):\n    """Finds {topic} number {i} in a heap.\n\n'
+            f'    {prose(f"{topic}{i}_")}\n    """\n    return "{topic}", x + {i}\n'
         )
     return "\n\n".join(parts)
 
@@ -71,7 +73,7 @@ def code(text: str) -> str:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """install("owls", {"owls/sight.py": text}): a package as pip leaves it, for importlib.metadata to find."""
+    """install("owls", {"owls/sight.py": text}): a package as pip leaves it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def installed(
@@ -102,7 +104,8 @@ def names(library: packages.Library) -> list[str]:
 def test_files_are_read_and_never_run(install):
     trap = (
         source("owl")
-        + '\nfrom pathlib import Path\nPath(__file__).with_name("ran").touch()\nraise SystemExit("imported")\n'
+        + '\nfrom pathlib import Path\nPath(__file__).with_name("ran").touch()\n'
+        + 'raise SystemExit("imported")\n'
     )
     folder = install(
         "owls",
@@ -287,7 +290,7 @@ def test_a_file_that_is_gone_is_named_with_its_package(install):
     folder = install("owls", {"owls/sight.py": source("owl")}, version="1.5")
     (folder / "owls" / "sight.py").unlink()
     with pytest.raises(
-        OSError, match=r"^owls/sight.py of owls cannot be read .*pip install .*owls==1\.5$"
+        CorpusError, match=r"^owls/sight.py of owls cannot be read .*pip install .*owls==1\.5$"
     ):
         read(["owls"], 10)
     assert gc.isenabled()
@@ -321,7 +324,7 @@ def test_the_collector_is_left_as_it_was(install):
 
 
 def test_every_package_of_the_allow_list_is_locked_to_one_version_on_every_machine():
-    """A second version for another Python, or a marker that leaves a platform out, is another text there."""
+    """A second version for another Python, or a marker of a platform, is another text there."""
     lock = re.findall(
         r"(?m)^([a-z0-9-]+)==\S+ *(;[^\\\n]*)?", (ROOT / "requirements.lock").read_text()
     )
@@ -457,7 +460,8 @@ def test_comments_are_blocks_that_read_like_prose():
         "owls",
         PurePosixPath("owls/sight.py"),
         SIGHT
-        + f"x = 1  # {prose('short')}\n# {prose('alone')}\nx\n# Copyright of {prose('hen')}\n# by hens\n",
+        + f"x = 1  # {prose('short')}\n# {prose('alone')}\nx\n"
+        + f"# Copyright of {prose('hen')}\n# by hens\n",
     )
     assert found.comments == [
         "owls turn their heads further than hens do, and they do it without a sound, at night"
@@ -567,8 +571,8 @@ def test_a_docstring_of_nothing_is_no_item():
 @given(st.text(st.sampled_from("look(x) Owl.\n\t`:->=é\ud800"), max_size=120))
 def test_no_word_of_a_docstring_is_lost(doc):
     item = as_item("owls", "owls.look", doc)
-    words = lambda text: sorted(text.split())
-    assert words(packages.clean(doc)) == words(f"{item.summary} {item.body}" if item else "")
+    text = f"{item.summary} {item.body}" if item else ""
+    assert sorted(packages.clean(doc).split()) == sorted(text.split())
     (item.text() if item else "").encode()  # whatever comes out can be written
 
 
@@ -659,7 +663,10 @@ def test_a_summary_alone_does_not_make_a_duplicate():
 
 def test_code_that_is_nearly_anothers_is_left_out_and_its_items_stay():
     line = "x_{} = look_at_the_thing({})"
-    code = lambda numbers: "\n".join(line.format(i, i) for i in numbers)
+
+    def code(numbers) -> str:
+        return "\n".join(line.format(i, i) for i in numbers)
+
     modules = [
         module(f"owls.{name}", prose(name), code=code(numbers))
         for name, numbers in (("a", range(10)), ("b", range(4, 14)), ("c", range(5, 23)))

@@ -1,4 +1,4 @@
-"""What a later stage would refuse is refused before the first training step, in one line with its ways out."""
+"""What a later stage would refuse is refused before training, in one line with its ways out."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,14 @@ from ruamel.yaml import YAML
 
 from lib.benchmark import locov1
 from lib.corpus import build, preflight
-from lib.corpus.build import CorpusError
+from lib.model.tokens import load_tokenizer
 from lib.pipeline import params
+from lib.pipeline.errors import CorpusError
 
-WORDS = "the fox runs by night and an owl sleeps in red leaves while hens wake early for green seeds beside blue water".split()
+WORDS = (
+    "the fox runs by night and an owl sleeps in red leaves while hens wake early for green seeds "
+    "beside blue water"
+).split()
 
 
 def text(words: int, shift: int) -> str:
@@ -61,7 +65,7 @@ def texts(folder: Path, short: int = 60, long: int = 6) -> Path:
 
 @pytest.fixture
 def check(house, task_files):
-    """check(collection's options…, text={…}, design=change): what preflight says of a corpus made of it, at smoke."""
+    """check(collection's options…, text={…}, design=change): what preflight says, at smoke."""
 
     def run(text=None, design=None, **options):
         if design:
@@ -222,7 +226,7 @@ def test_a_tokenizer_of_another_script_is_noticed(check, house):
     check()
     task = locov1.load("fables", house / "corpus")
     foreign = locov1.Task("x", "test", {"d": "日本語の文書 を 読む"}, {"q": "x"}, {"q": {"d": 1}})
-    tokenizer = build.load_tokenizer(house / "corpus")
+    tokenizer = load_tokenizer(house / "corpus")
     assert preflight.vocabulary([task], tokenizer) == {}
     assert (
         "100 % of the word pieces"

@@ -1,0 +1,187 @@
+"""Pretraining text as rows of (text, source, kind, split).
+
+    embedded_text(modules, readmes)    from the documentation of the installed packages
+    hub_text(most)                     the paper's: C4, Wikipedia, BookCorpus
+    folder_text(folder)                anybody's: parquet, jsonl or txt files
+
+A text is "long" if it has more than LONG characters, else "short". The split is "train", or
+"validation" for one source in HELD_OUT: what is measured on was never trained on.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lib.benchmark.sources import read_jsonl, read_parquet
+from lib.benchmark.task import SPLITS, CorpusError
+from lib.corpus.packages import Module, Shingles, normal, sha256
+
+Row = tuple[str, str, str, str]
+
+LONG = 4_000  # characters
+HELD_OUT = 50
+SHORTEST = 200  # characters of a docstring, comment or section of a readme
+REPEATED = 0.2  # share of a readme's word runs that held-out documents may have
+
+# The paper's text, a third each: (hub id, configuration, revision, rows that make a text).
+HUB_TEXT = {
+    "c4": ("allenai/c4", "en", None, 1),
+    "wikipedia": ("wikimedia/wikipedia", "20231101.en", None, 1),
+    # BookCorpus has sentences as its rows.
+    "bookcorpus": ("bookcorpus/bookcorpus", None, "refs/convert/parquet", 256),
+}
+
+
+def embedded_text(modules: dict[str, list[Module]], readmes: dict[str, str]) -> list[Row]:
+    """Text of the training modules: docstrings and comments are short, pages and sources long.
+
+    A section of a package's readme comes along if it shares few word runs with the documents of the
+    other splits.
+    """
+    rows = []
+    for module in modules["train"]:
+        split = held_out(module.name)
+        docs = ["\n".join(filter(None, (item.summary, item.body))) for item in module.items]
+        page = "\n\n".join(item.text() for item in module.items)
+        short = [text for text in [*docs, *module.comments] if len(text) > SHORTEST]
+        long = [text for text in (page, module.code) if len(text) > LONG]
+        rows += [(text, module.name, "short", split) for text in short]
+        rows += [(text, module.name, "long", split) for text in long]
+    return rows + readme_rows(modules, readmes)
+
+
+def readme_rows(modules: dict[str, list[Module]], readmes: dict[str, str]) -> list[Row]:
+    shingles = Shingles()
+    items = [item for split in SPLITS[1:] for module in modules[split] for item in module.items]
+    last = np.array([2**64 - 1], dtype=np.uint64)  # every search ends at it, if not before
+    held = np.unique(np.concatenate([*(shingles.of(normal(item.text())) for item in items), last]))
+    rows = []
+    for package, text in readmes.items():
+        for section in re.split(r"\n(?=#+ |.+\n[-=~]{4,}\n)", text):
+            runs = shingles.of(normal(section))
+            if len(section) <= SHORTEST or not len(runs):
+                continue
+            if (held[np.searchsorted(held, runs)] == runs).mean() < REPEATED:
+                rows.append((section.strip(), package, "short", held_out(package)))
+    return rows
+
+
+def held_out(source: str) -> str:
+    """train, or validation for one source in HELD_OUT, by a hash of its name."""
+    return "validation" if int(sha256(source)[:8], 16) % HELD_OUT == 0 else "train"
+
+
+def as_rows(texts: list[tuple[str, str]]) -> list[Row]:
+    """Rows of (text, source): one text in HELD_OUT of each kind, or more, is for validation."""
+    rows = []
+    for kind in ("short", "long"):
+        same = [(text, source) for text, source in texts if (len(text) > LONG) == (kind == "long")]
+        splits = divided(same)
+        rows += [(text, source, kind, split) for (text, source), split in zip(same, splits)]
+    return rows
+
+
+def divided(texts: list[tuple[str, str]]) -> list[str]:
+    """The split of each (text, source).
+
+    Sources go together, if this holds out between a quarter of 1 / HELD_OUT and five times as much.
+    If not (all texts of one source, or each of a few), texts are held out by their own hash. Equal
+    texts go together.
+    """
+    splits = [held_out(source) for _, source in texts]
+    if 0.25 <= HELD_OUT * splits.count("validation") / max(1, len(texts)) <= 5:
+        return splits
+    hashes = [sha256(text) for text, _ in texts]
+    distinct = sorted(set(hashes))
+    first = distinct[: -(-len(distinct) // HELD_OUT)] if len(distinct) > 1 else []
+    return ["validation" if code in first else "train" for code in hashes]
+
+
+def folder_text(folder: Path) -> list[Row]:
+    """Text of a folder: parquet or jsonl with a column `text` (and `source`), or txt files.
+
+    Raises:
+        CorpusError: no folder, no text, or a file that cannot be read.
+    """
+    if not folder.is_dir():
+        raise CorpusError(
+            f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, "
+            "jsonl or txt files"
+        )
+    texts = []
+    for path in text_files(folder):
+        found = texts_of(path, path.relative_to(folder).as_posix())
+        for number, (text, source) in enumerate(found, start=1):
+            if not isinstance(text, str):
+                other = "null" if text is None else type(text).__name__
+                raise CorpusError(
+                    f"{path}: text {number} is {other}: give every row a text, or take it out"
+                )
+            if text.strip():
+                texts.append((writable(text), writable(str(source))))
+    if not texts:
+        raise CorpusError(
+            f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt "
+            "files"
+        )
+    return as_rows(texts)
+
+
+def text_files(folder: Path) -> Iterator[Path]:
+    """Its parquet, jsonl and txt files at any depth, in order, without hidden ones."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix in (".parquet", ".jsonl", ".txt") and path.is_file() and not hidden:
+            yield path
+
+
+def texts_of(path: Path, name: str) -> list[tuple]:
+    """(text, source) of each row; a row without a source is one."""
+    if path.suffix == ".txt":
+        try:
+            return [(path.read_text(encoding="utf-8-sig"), name)]
+        except UnicodeDecodeError:
+            raise CorpusError(f"{path}: is not UTF-8 text: convert it, or take it out") from None
+    if path.suffix == ".jsonl":
+        rows = read_jsonl(path, ("text",))
+    else:
+        rows = read_parquet(path, ["text"], optional=["source"])
+    return [(row["text"], row.get("source", f"{name}#{number}")) for number, row in enumerate(rows)]
+
+
+def writable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can spell and no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def hub_text(most: int) -> list[Row]:
+    """The first `most` texts of C4, Wikipedia and BookCorpus each, streamed.
+
+    Raises:
+        CorpusError: one of them cannot be read.
+    """
+    import datasets
+
+    texts: list[tuple[str, str]] = []
+    for name, (identifier, configuration, revision, joined) in HUB_TEXT.items():
+        try:
+            stream = iter(
+                datasets.load_dataset(
+                    identifier, configuration, split="train", revision=revision, streaming=True
+                )
+            )
+            for number in range(most):
+                parts = [row["text"] for row in itertools.islice(stream, joined)]
+                if not parts:
+                    break
+                texts.append(("\n".join(parts), f"{name}#{number}"))
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise CorpusError(
+                f"{identifier} cannot be read from the hub ({reason}): without a network, give "
+                "data.pretraining a folder of parquet, jsonl or txt files"
+            ) from None
+    return as_rows(texts)
