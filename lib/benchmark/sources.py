@@ -430,3 +430,12 @@ def reachable(name: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def pretraining_texts(folder: str | Path, kind: str, split: str = "train") -> list[str]:
+    """A corpus's pretraining texts of one kind, "short" or "long"; "validation" is held out."""
+    for value, allowed in ((kind, ("short", "long")), (split, ("train", "validation"))):
+        if value not in allowed:
+            raise CorpusError(f"{value!r}: one of {', '.join(allowed)}")
+    rows = read_parquet(Path(folder) / "pretrain.parquet", ["text", "kind", "split"])
+    return [row["text"] for row in rows if (row["kind"], row["split"]) == (kind, split)]
