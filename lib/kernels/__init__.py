@@ -1,13 +1,14 @@
-"""The front door of the kernels: what a layer computes, faster. Nobody has to read further.
+"""The front door of the kernels: faster versions of what a layer computes.
 
-    sequence_mixer(layer, u, mask)   y of a `SequenceMixer`, or None: the layer follows its definition
-    gated_mlp(mlp, h)                y of an `MLP`, or None likewise
-    use("definition")                a context without any of this; "torch": without compiled code
+    sequence_mixer(layer, u, mask)   y of a `SequenceMixer`; None: the layer follows its definition
+    gated_mlp(mlp, h)                y of an `MLP`; None: the MLP follows its definition
+    use("definition")                a context in which no kernel runs; "torch": no compiled code
 
-The definitions are in lib/model/m2bert.py. A back end is a function of the same arguments that
-returns None for what it cannot do here; the first result counts. `gpu` and `gpu_mlp` are Triton
-(triton_kernels.py), `cpu` is C++ (mixer.cpp), `tiles` is torch in less memory; caches live with the
-back end. engine.py is the encoder for a CPU, support.py asks what this machine can do.
+The definitions are in lib/model/m2bert.py; nobody has to read further than this file. A back end is
+a function of the same arguments that returns None for what it cannot compute here; the first result
+counts, and caches live with the back end. To read on: support.py asks what this machine can do,
+tiles.py is torch in less memory, cpu.py is C++ (mixer.cpp), gpu.py and gpu_mlp.py are Triton
+(triton_kernels.py), and engine.py is the encoder for a CPU.
 """
 
 from torch import Tensor
@@ -30,7 +31,7 @@ MLPS = {
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None = None) -> Tensor | None:
-    """y (B, L, D) of `layer` for u (B, L, D) and mask (B, 1, L) of 0 and 1; None: no kernel fits."""
+    """y (B, L, D) of `layer` for u (B, L, D), mask (B, 1, L) of 0 and 1; None: no kernel fits."""
     results = (mixer(layer, u, mask) for mixer in MIXERS[support.back_end()])
     return next((y for y in results if y is not None), None)
 

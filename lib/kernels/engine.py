@@ -1,19 +1,24 @@
-"""The encoder at the processor's speed: what `forward` computes, for texts of any lengths, without gradients, on a CPU.
+"""A fast encoder for a CPU: the model's `forward` for texts of any lengths, without gradients.
 
-    Engine(model)(ids)                   pooled outputs of rows of ids, float32 (n, D), within 1e-4 of the model's own
-    Engine(model, torch.bfloat16)(ids)   matrix products in bfloat16; FFTs, sums and LayerNorms inside in float32
+    Engine(model)(ids)                   pooled outputs of rows of ids, float32 (n, D); within 1e-4
+                                         of the model's own
+    Engine(model, torch.bfloat16)(ids)   matrix multiplications in bfloat16; FFTs, sums and
+                                         LayerNorms in float32
 
-Texts lie one after another, (T, D), and nothing is padded. The filters do not depend on the text: their spectra are
-computed once for a size of FFT and kept, up to a limit. The two convolutions of a layer, its gates and its short
-convolution are one pass of lib/kernels/mixer.cpp (`lib.kernels.cpu`), or the same in torch where that cannot be compiled. The MLP goes
-through its tokens a tile at a time, so that what lies between its two products never leaves the cache.
+Texts lie one after another, (T, D), without padding. The filters do not depend on the text, so the
+engine computes their spectra once for each FFT size and keeps them, up to a limit. One pass of
+mixer.cpp (`lib.kernels.cpu`) computes a layer's short convolution, gates and both long
+convolutions; torch computes the same if mixer.cpp cannot be compiled. The MLP reads one tile of
+tokens at a time, so the activations between its two products never leave the cache.
 
-What bfloat16 costs is kept small where it would add up: errors of a filter or a weight are the same at all positions, and a
-long convolution sums over all of them. So filters stay in float16, scaled channel by channel, and in long texts what the
-rounding of a matrix did to the mean token is put back: y = W' x + (b + (W - W') mean(x)), W' the rounded W.
+A rounding error of a filter or a weight is the same at all positions, and a long convolution sums
+over all positions. Therefore filters stay in float16, scaled channel by channel, and in long texts
+the bias restores what rounding the matrix W to W' took from the mean token:
 
-The definition is lib/model/m2bert.py; tests/test_engine.py holds the two together.
-Axes: n texts, T tokens of all of them, D width, K blocks.
+    y = W' x + (b + (W - W') mean(x))
+
+The definition is lib/model/m2bert.py; tests/kernels/test_engine.py compares the two.
+Axes: n texts, T tokens of all texts, D width, K blocks.
 """
 
 from collections import OrderedDict
@@ -27,24 +32,28 @@ from lib.kernels import cpu, support
 from lib.operators.long_conv import circular_kernel, fft_length, short_conv
 from lib.operators.monarch import paired
 
-TILE = 1024  # tokens that go through an MLP at a time
-LONG = 1024  # tokens from which on a text has products of its own, with a mean token of its own
-SPECTRA = (
-    3 * 2**30
-)  # bytes of spectra that are kept; those of a 32,768-token model of 80M are 2.3 GiB beside bfloat16, 4.6 beside float32
-CHANNELS = 64  # whose spectra are computed at a time, for one thread
-SAMPLE = 16  # numbers of a weight that are compared with what they were
+TILE = 1024  # tokens in one pass through an MLP
+LONG = 1024  # a text of at least this many tokens has its own matrix multiplications and mean token
+# Bytes of spectra that are kept. The spectra of the 80M model for 32,768 tokens fill 2.3 GiB beside
+# bfloat16 activations, 4.6 GiB beside float32.
+SPECTRA = 3 * 2**30
+CHANNELS = 64  # channels whose spectra one thread computes at a time
+SAMPLE = 16  # numbers of each weight that are compared to notice a change
 
 
 class Engine:
-    """A fast `forward` of a model, in eval: without dropout.
+    """A fast `forward` of a model in eval mode, that is, without dropout.
 
-    Weights that change are noticed by their version, and by a sample of each where that stays (fused optimizers, `.data`). Who
-    edits single numbers through `.data` sets `seen` to None.
+    The engine notices changed weights by their version and by a sample of their numbers: fused
+    optimizers and edits through `.data` leave the version unchanged. Set `seen` to None after an
+    edit of single numbers through `.data`.
 
     Args:
-        model: an M2BertModel or what holds one as `.model`, on the CPU.
-        dtype: float32 or bfloat16, of activations and matrix products.
+        model: an M2BertModel, or a model that holds one as `.model`, on the CPU.
+        dtype: float32 or bfloat16, the dtype of activations and matrix multiplications.
+
+    Raises:
+        ValueError: another dtype.
     """
 
     def __init__(self, model, dtype: torch.dtype = torch.float32):
@@ -56,10 +65,11 @@ class Engine:
 
     @torch.no_grad()
     def __call__(self, ids: list[list[int]]) -> Tensor:
-        """Pooled outputs, float32 (n, D).
+        """The pooled outputs, float32 (n, D), of n rows of ids.
 
         Raises:
-            ValueError: no token, or more than the model reads.
+            ValueError: a text has no token, or more tokens than the model reads; or the model's
+                weights are not float32.
         """
         config = self.model.config
         if not ids:
@@ -67,15 +77,12 @@ class Engine:
         real = [len(row) for row in ids]
         if min(real) < 1 or max(real) > config.max_position_embeddings:
             raise ValueError(
-                f"texts of {min(real)} to {max(real)} tokens: from 1 to the {config.max_position_embeddings} that the model reads"
+                f"texts of {min(real)} to {max(real)} tokens: from 1 to the "
+                f"{config.max_position_embeddings} that the model reads"
             )
-        if (
-            config.pad_to_max_length and not config.mask_padding
-        ):  # padding that is masked changes nothing
-            ids = [
-                row + [config.pad_token_id] * (config.max_position_embeddings - len(row))
-                for row in ids
-            ]
+        if config.pad_to_max_length and not config.mask_padding:  # masked padding changes nothing
+            longest = config.max_position_embeddings
+            ids = [row + [config.pad_token_id] * (longest - len(row)) for row in ids]
         self.refresh()
         lengths = [len(row) for row in ids]
         starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -84,49 +91,48 @@ class Engine:
         x = self.embed(torch.tensor([token for row in ids for token in row]), lengths)
         for number in range(len(self.layers)):
             x = self.layer(number, x, starts, lengths, runs)
-        rows = starts[:-1].tolist()
-        summary = (
-            torch.stack([x[a] for a in rows]).float()
-            if config.pooling == "cls"
-            else torch.stack([x[a : a + n].float().mean(dim=0) for a, n in zip(rows, real)])
-        )
+        first = starts[:-1].tolist()
+        if config.pooling == "cls":
+            summary = torch.stack([x[start] for start in first]).float()
+        else:
+            means = [x[start : start + n].float().mean(dim=0) for start, n in zip(first, real)]
+            summary = torch.stack(means)
         return torch.tanh(F.linear(summary, *self.pooler))
 
     # ------------------------------------------------------------------ weights
 
     def refresh(self) -> None:
-        """Take over the model's weights where they have changed since the last call.
+        """Copy the model's weights if they have changed since the last call.
 
-        Fused optimizers and edits through `.data` leave a tensor's version as it is, so a sample of each is looked at too.
+        Fused optimizers and edits through `.data` leave a tensor's version unchanged, so a sample
+        of each tensor's numbers is compared too.
         """
-        parameters = list(self.model.parameters())
-        now = [
-            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-            for parameter in parameters
-        ]
-        sample = torch.cat(
-            [
-                parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLE)]
-                for parameter in parameters
-            ]
-        )
-        if self.seen is not None and now == self.seen[0] and torch.equal(sample, self.seen[1]):
+        weights = list(self.model.parameters())
+        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        sample = torch.cat([w.detach().flatten()[:: max(1, w.numel() // SAMPLE)] for w in weights])
+        if self.seen is not None and versions == self.seen[0] and torch.equal(sample, self.seen[1]):
             return
-        if {parameter.dtype for parameter in parameters} != {torch.float32}:
+        dtypes = sorted({str(weight.dtype) for weight in weights})
+        if dtypes != ["torch.float32"]:
             raise ValueError(
-                f"a model of {', '.join(sorted({str(parameter.dtype) for parameter in parameters}))}: the engine reads weights of float32, and `dtype` is for the rest"
+                f"a model of {', '.join(dtypes)}: the engine reads weights of float32, `dtype` is "
+                "the dtype of its activations"
             )
         self.layers = [self.prepared(layer) for layer in self.model.layers]
         pooler = self.model.pooler
         self.pooler = pooler.weight.float(), pooler.bias.float()
-        self.tables: OrderedDict = (
-            OrderedDict()
-        )  # n -> {layer: spectra}, those used last at the end
-        self.seen = now, sample
+        # FFT size -> {layer: spectra}; the size used last is at the end.
+        self.tables: OrderedDict = OrderedDict()
+        self.seen = versions, sample
 
     def prepared(self, layer) -> dict:
+        """A layer's weights as `mix` and `mlp` read them."""
         mixer, mlp = layer.mixer, layer.mlp
         blocks = paired(mlp.gated_layers, mlp.wo)
+
+        def products(linear) -> list[Product]:
+            return [Product(weight, None, self.dtype) for weight in linear.weight]
+
         return {
             "layer": layer,
             "in": Product(mixer.in_linear.weight, mixer.in_linear.bias, self.dtype),
@@ -135,160 +141,163 @@ class Engine:
                 mixer.short_filter.weight[:, 0].t().float().contiguous(),
                 mixer.short_filter.bias.float().contiguous(),
             ),
-            "gated": [Product(weight, None, self.dtype) for weight in mlp.gated_layers.weight]
-            if blocks
-            else None,
-            "wo": [Product(weight, None, self.dtype) for weight in mlp.wo.weight]
-            if blocks
-            else None,
+            "gated": products(mlp.gated_layers) if blocks else None,
+            "wo": products(mlp.wo) if blocks else None,
         }
 
     def spectra(self, number: int, n: int):
-        """A function from a slice of channels to their spectra, of a layer's filters for FFTs of size n; and how many channels to ask for at a time.
+        """The spectra of a layer's filters for FFTs of size n.
 
-        Those of a size are kept where `make_room` found room for all layers; else they are computed for each batch anew.
+        Spectra are kept if `make_room` found room for those of all layers; otherwise each batch
+        computes them again.
+
+        Returns:
+            A function from a slice of channels to their spectra, and the number of channels to ask
+            it for at a time.
         """
         mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
         kept = self.tables.get(n)
         if kept is None or number not in kept:
-            compute = (native_spectra if self.native else torch_spectra)(
-                mixer, n, self.model.config.max_position_embeddings, self.dtype
-            )
+            back_end = native_spectra if self.native else torch_spectra
+            compute = back_end(mixer, n, self.model.config.max_position_embeddings, self.dtype)
             if kept is None:
                 return compute, CHANNELS * (torch.get_num_threads() if self.native else 1)
             kept[number] = compute(slice(0, D))
         return kept[number].channels, D
 
     def make_room(self, sizes: set[int]) -> None:
-        """Say for which sizes of FFT spectra are kept: as many of this batch's as fit, the smallest first, then those that were used last."""
+        """Choose which FFT sizes stay in the spectrum cache.
+
+        This batch's sizes come first (smallest first), then the most recently used, up to SPECTRA
+        bytes.
+        """
+        config = self.model.config
+        numbers = 4 if self.native else 2 * (1 + bool(config.residual_long_conv))
+        itemsize = 2 if self.native and self.dtype == torch.bfloat16 else 4
 
         def bytes_of(n: int) -> int:
-            numbers = 4 if self.native else 2 * (1 + bool(self.model.config.residual_long_conv))
-            return (
-                len(self.layers)
-                * self.model.config.hidden_size
-                * (n // 2 + 1)
-                * numbers
-                * (2 if self.native and self.dtype == torch.bfloat16 else 4)
-            )
+            return len(self.layers) * config.hidden_size * (n // 2 + 1) * numbers * itemsize
 
-        wanted = [*sorted(sizes), *(n for n in reversed(self.tables) if n not in sizes)]
-        room, stay = SPECTRA, []
-        for n in wanted:
+        candidates = [*sorted(sizes), *(n for n in reversed(self.tables) if n not in sizes)]
+        room, kept = SPECTRA, []
+        for n in candidates:
             if bytes_of(n) <= room:
                 room -= bytes_of(n)
-                stay.append(n)
-        self.tables = OrderedDict((n, self.tables.get(n, {})) for n in reversed(stay))
+                kept.append(n)
+        self.tables = OrderedDict((n, self.tables.get(n, {})) for n in reversed(kept))
 
     # ------------------------------------------------------------------ layers
 
     def embed(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """(T,) -> (T, D)."""
+        """The output of the embeddings, (T,) -> (T, D)."""
         e = self.model.embeddings
-        where = e.position_embeddings.weight[: max(lengths)] + e.token_type_embeddings.weight[0]
+        positions = e.position_embeddings.weight[: max(lengths)] + e.token_type_embeddings.weight[0]
         x = e.word_embeddings(ids)
         start = 0
         for length in lengths:
-            x[start : start + length] += where[:length]
+            x[start : start + length] += positions[:length]
             start += length
         return e.LayerNorm(x).to(self.dtype)
 
     def fft(self, length: int) -> int:
-        """The size of FFT for a text of so many tokens."""
+        """The FFT size for a text of `length` tokens."""
         return cpu.size(length) if self.native else fft_length(2 * length - 1)
 
     def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
-        """Tokens that go through a product together, and whether they are one long text: so a text's neighbours do not matter to it."""
-        found, start = [], 0
+        """Divide the tokens into runs, each with one matrix multiplication.
+
+        A long text in bfloat16 is a run of its own, since its mean token enters the result; so the
+        result of a text does not depend on its neighbours.
+
+        Returns:
+            (the run's tokens, whether the run is one long text) for each run.
+        """
+        runs, start = [], 0
         for length in lengths:
             long = self.dtype == torch.bfloat16 and length >= LONG
-            if found and not long and not found[-1][1]:
-                found[-1] = slice(found[-1][0].start, start + length), False
+            if runs and not long and not runs[-1][1]:
+                runs[-1] = slice(runs[-1][0].start, start + length), False
             else:
-                found.append((slice(start, start + length), long))
+                runs.append((slice(start, start + length), long))
             start += length
-        return found
+        return runs
 
     def layer(
         self, number: int, x: Tensor, starts: Tensor, lengths: list[int], runs: list
     ) -> Tensor:
-        own = self.layers[number]
-        mixer = own["layer"].mixer
+        """One layer of the model, (T, D) -> (T, D)."""
+        weights = self.layers[number]
+        mixer = weights["layer"].mixer
         if mixer.layernorm is not None:
             x = mixer.layernorm(x.float()).to(self.dtype)
-        y = self.mix(number, each(own["in"], x, runs), x, starts, lengths)
-        return self.mlp(own, each(own["out"], y, runs), runs)
+        y = self.mix(number, each(weights["in"], x, runs), x, starts, lengths)
+        return self.mlp(weights, each(weights["out"], y, runs), runs)
 
     def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
+        """The mixer between its projections, (T, D), from p (T, 3D) and u (T, D)."""
         (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
         sizes = [self.fft(length) for length in lengths]
         spectra = {n: self.spectra(number, n) for n in set(sizes)}
-        group = min(few for _, few in spectra.values())
+        group = min(count for _, count in spectra.values())
         for c in range(0, D, group):
-            some = slice(c, min(c + group, D))
-            tables = {n: of(some) for n, (of, _) in spectra.items()}
+            channels = slice(c, min(c + group, D))
+            tables = {n: compute(channels) for n, (compute, _) in spectra.items()}
             if self.native:
-                cpu.mix(p, u, starts, weight, bias, [tables[n] for n in sizes], y=y, channels=some)
-            else:
-                for start, length, n in zip(starts.tolist(), lengths, sizes):
-                    text = slice(start, start + length)
-                    y[text, some] = in_torch(
-                        p[text], u[text, some], some, weight, bias, tables[n].values, n
-                    ).to(y.dtype)
+                texts = [tables[n] for n in sizes]
+                cpu.mix(p, u, starts, weight, bias, texts, y=y, channels=channels)
+                continue
+            for start, length, n in zip(starts.tolist(), lengths, sizes):
+                text = slice(start, start + length)
+                part = u[text, channels]
+                result = in_torch(p[text], part, channels, weight, bias, tables[n].values, n)
+                y[text, channels] = result.to(y.dtype)
         return y
 
-    def mlp(self, own: dict, h: Tensor, runs: list) -> Tensor:
+    def mlp(self, weights: dict, h: Tensor, runs: list) -> Tensor:
         """LayerNorm(h + MLP(h)), (T, D)."""
-        mlp = own["layer"].mlp
-        if own["gated"] is None:
+        mlp = weights["layer"].mlp
+        if weights["gated"] is None:
             gate, value = mlp.gated_layers(h.float()).chunk(2, dim=-1)
             return mlp.layernorm(h.float() + mlp.wo(F.gelu(gate) * value)).to(self.dtype)
-        K = len(own["gated"])
-        width, hidden = h.shape[1] // K, mlp.wo.d_in // K
-        out, bias = torch.empty_like(h), mlp.wo.bias
+        norm = mlp.layernorm
+        scale, shift = norm.weight.float(), norm.bias.float()
+        y, width = torch.empty_like(h), h.shape[1] // len(weights["gated"])
         for run, long in runs:
             mean = h[run].mean(dim=0, dtype=torch.float32) if long else None
             biases = [
-                product.putting_back(mean[k * width : (k + 1) * width]) if long else None
-                for k, product in enumerate(own["gated"])
+                product.restoring(mean[k * width : (k + 1) * width]) if long else None
+                for k, product in enumerate(weights["gated"])
             ]
             for start in range(run.start, run.stop, TILE):
-                some = slice(start, min(start + TILE, run.stop))
-                parts = [h[some, k * width : (k + 1) * width].contiguous() for k in range(K)]
-                done = []
-                for k in range(K // 2):  # the first half of the blocks is gated by the second
-                    gate, value = (
-                        own["gated"][block](parts[block], biases[block])
-                        for block in (k, k + K // 2)
-                    )
-                    m = (
-                        cpu.glu(gate, value, gate)
-                        if self.native and gate.shape[1] % 16 == 0
-                        else F.gelu(gate) * value
-                    )
-                    for side, product in enumerate(own["wo"][2 * k : 2 * k + 2]):
-                        half = m[:, side * hidden : (side + 1) * hidden].contiguous()
-                        done.append(
-                            product(
-                                half,
-                                product.putting_back(half.mean(dim=0, dtype=torch.float32))
-                                if long
-                                else None,
-                            )
-                        )
-                total = torch.cat(done, dim=1).float().add_(h[some].float()).add_(bias)
-                out[some] = F.layer_norm(
-                    total,
-                    (h.shape[1],),
-                    mlp.layernorm.weight.float(),
-                    mlp.layernorm.bias.float(),
-                    mlp.layernorm.eps,
-                )
-        return out
+                tile = slice(start, min(start + TILE, run.stop))
+                total = self.blocks(weights, h[tile], biases, long)
+                total = total.add_(h[tile].float()).add_(mlp.wo.bias)
+                y[tile] = F.layer_norm(total, (h.shape[1],), scale, shift, norm.eps)
+        return y
+
+    def blocks(self, weights: dict, h: Tensor, biases: list, long: bool) -> Tensor:
+        """W_o(GELU(a) b), (a, b) = W_g h + biases, of one tile of tokens; float32 (t, D)."""
+        K = len(weights["gated"])
+        width, hidden = h.shape[1] // K, weights["layer"].mlp.wo.d_in // K
+        inputs = [h[:, k * width : (k + 1) * width].contiguous() for k in range(K)]
+        outputs = []
+        for k in range(K // 2):  # block k is the gate of the values of block k + K/2
+            gate, value = (
+                weights["gated"][block](inputs[block], biases[block]) for block in (k, k + K // 2)
+            )
+            if self.native and gate.shape[1] % 16 == 0:
+                m = cpu.glu(gate, value, gate)
+            else:
+                m = F.gelu(gate) * value
+            for side, product in enumerate(weights["wo"][2 * k : 2 * k + 2]):
+                half = m[:, side * hidden : (side + 1) * hidden].contiguous()
+                mean = half.mean(dim=0, dtype=torch.float32) if long else None
+                outputs.append(product(half, product.restoring(mean) if long else None))
+        return torch.cat(outputs, dim=1).float()
 
 
 class Product:
-    """W x + b, the weight laid out once for the processor."""
+    """W x + b with W in a compute dtype, laid out once for the processor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
@@ -298,33 +307,35 @@ class Product:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """With another bias than its own, if one is given; float32."""
+        """W x + bias; None: the bias of the layer."""
         bias = self.bias if bias is None else bias
         if self.packed is None:
             return F.linear(x, self.weight, None if bias is None else bias.to(x.dtype))
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
-    def putting_back(self, mean: Tensor) -> Tensor:
-        """The bias with what rounding W took from the mean token, float32."""
+    def restoring(self, mean: Tensor) -> Tensor:
+        """b + (W - W') mean, float32: the bias that restores the mean token's share of W - W'."""
         if self.lost is None:
             self.lost = (self.exact.float() - self.weight.float()).to(self.weight.dtype)
-        found = torch.mv(self.lost.float(), mean)
-        return found if self.bias is None else found + self.bias
+        restored = torch.mv(self.lost.float(), mean)
+        return restored if self.bias is None else restored + self.bias
 
 
 def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]]) -> Tensor:
     """The product of each run of tokens."""
-    parts = [
-        product(
-            x[run], product.putting_back(x[run].mean(dim=0, dtype=torch.float32)) if long else None
-        )
-        for run, long in runs
-    ]
+
+    def bias(run: slice) -> Tensor:
+        return product.restoring(x[run].mean(dim=0, dtype=torch.float32))
+
+    parts = [product(x[run], bias(run) if long else None) for run, long in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+# ------------------------------------------------------------------ spectra
+
+
 class Complex(NamedTuple):
-    """Spectra as torch.fft makes them: (2, d, n/2 + 1) of the gated and the residual filter, or (1, …)."""
+    """Spectra in the layout of torch.fft, (S, d, n/2 + 1): gated and residual filter, or gated."""
 
     values: Tensor
 
@@ -332,90 +343,76 @@ class Complex(NamedTuple):
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def channels(self, some: slice) -> "Complex":
-        return Complex(self.values[:, some])
+    def channels(self, part: slice) -> "Complex":
+        return Complex(self.values[:, part])
 
 
-def native_spectra(mixer, n: int, most: int, dtype: torch.dtype):
-    """slice of channels -> native.Table."""
-    L, own, group = (
-        min(max(1, n // 2), most),
-        mixer.gated_filter,
-        CHANNELS * torch.get_num_threads(),
-    )
+def native_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
+    """The function slice of channels -> cpu.Table, for FFTs of size n and up to `longest` taps."""
+    L, gated = min(max(1, n // 2), longest), mixer.gated_filter
+    group = CHANNELS * torch.get_num_threads()
     filters = [
         None if filter is None else (filter, filter.hidden(L))
-        for filter in (own, mixer.residual_filter)
+        for filter in (gated, mixer.residual_filter)
     ]
 
-    def compute(some: slice) -> cpu.Table:
-        def table(part: slice) -> cpu.Table:
-            gated, residual = (
-                None
-                if one is None
-                else tuple(
-                    None if taps is None else taps.float()
-                    for taps in (*one[0].before_decay(one[1], part), one[0].bias[part])
-                )
-                for one in filters
-            )
-            return cpu.spectra(
-                gated, residual, own.time(L).float(), own.deltas()[part].float(), n, dtype
-            )
+    def floats(filter, hidden: tuple, channels: slice) -> tuple:
+        taps = (*filter.before_decay(hidden, channels), filter.bias[channels])
+        return tuple(None if part is None else part.float() for part in taps)
 
-        made = [
-            table(slice(c, min(c + group, some.stop))) for c in range(some.start, some.stop, group)
-        ]
-        return (
-            made[0]
-            if len(made) == 1
-            else cpu.Table(
-                *(None if parts[0] is None else torch.cat(parts) for parts in zip(*made))
-            )
-        )
+    def table(channels: slice) -> cpu.Table:
+        pair = [None if filter is None else floats(*filter, channels) for filter in filters]
+        delta = gated.deltas()[channels].float()
+        return cpu.spectra(*pair, gated.time(L).float(), delta, n, dtype)
+
+    def compute(channels: slice) -> cpu.Table:
+        starts = range(channels.start, channels.stop, group)
+        tables = [table(slice(c, min(c + group, channels.stop))) for c in starts]
+        if len(tables) == 1:
+            return tables[0]
+        fields = zip(*tables)  # values, scales
+        return cpu.Table(*(None if parts[0] is None else torch.cat(parts) for parts in fields))
 
     return compute
 
 
-def torch_spectra(mixer, n: int, most: int, dtype: torch.dtype):
-    """slice of channels -> Complex."""
-    L = min((n + 1) // 2, most)
+def torch_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
+    """The function slice of channels -> Complex, for FFTs of size n and up to `longest` taps."""
+    L = min((n + 1) // 2, longest)
     filters = [
         (filter, filter.hidden(L))
         for filter in (mixer.gated_filter, mixer.residual_filter)
         if filter is not None
     ]
 
-    def compute(some: slice) -> Complex:
-        def part(c: int) -> Tensor:
-            few = slice(c, min(c + CHANNELS, some.stop))
-            return torch.stack(
-                [
-                    torch.fft.rfft(
-                        circular_kernel(*filter.taps(hidden, few), filter.bias[few], n).float()
-                    )
-                    for filter, hidden in filters
-                ]
-            )
+    def spectra(channels: slice) -> Tensor:
+        kernels = (
+            circular_kernel(*filter.taps(hidden, channels), filter.bias[channels], n).float()
+            for filter, hidden in filters
+        )
+        return torch.stack([torch.fft.rfft(kernel) for kernel in kernels])
 
-        return Complex(torch.cat([part(c) for c in range(some.start, some.stop, CHANNELS)], dim=1))
+    def compute(channels: slice) -> Complex:
+        starts = range(channels.start, channels.stop, CHANNELS)
+        parts = [spectra(slice(c, min(c + CHANNELS, channels.stop))) for c in starts]
+        return Complex(torch.cat(parts, dim=1))
 
     return compute
 
 
 def in_torch(
-    p: Tensor, u: Tensor, some: slice, weight: Tensor, bias: Tensor, table: Tensor, n: int
+    p: Tensor, u: Tensor, channels: slice, weight: Tensor, bias: Tensor, table: Tensor, n: int
 ) -> Tensor:
-    """Some channels of the mixer of one text, (L, d), from p (L, 3D) and their u (L, d)."""
+    """Some channels of one text's mixer, (L, d), from p (L, 3D) and these channels' u (L, d)."""
     L, D = len(p), p.shape[1] // 3
-    places = [slice(kind * D + some.start, kind * D + some.stop) for kind in range(3)]
-    q = torch.cat([p[:, one] for one in places], dim=1).t().float()  # (3d, L)
+    thirds = [slice(i * D + channels.start, i * D + channels.stop) for i in range(3)]  # x1, x2, v
+    q = torch.cat([p[:, third] for third in thirds], dim=1).t().float()  # (3d, L)
     x1, x2, v = short_conv(
         q[None],
-        torch.cat([weight[:, one] for one in places], dim=1).t()[:, None],
-        torch.cat([bias[one] for one in places]),
+        torch.cat([weight[:, third] for third in thirds], dim=1).t()[:, None],
+        torch.cat([bias[third] for third in thirds]),
     )[0].chunk(3)
-    found = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0], n=n)[:, :L] * x2
+    y = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0], n=n)[:, :L] * x2
     if len(table) > 1:
-        found = found + torch.fft.irfft(torch.fft.rfft(u.t().float(), n=n) * table[1], n=n)[:, :L]
-    return found.t()
+        y = y + torch.fft.irfft(torch.fft.rfft(u.t().float(), n=n) * table[1], n=n)[:, :L]
+    return y.t()

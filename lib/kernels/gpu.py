@@ -1,24 +1,32 @@
-"""The sequence mixer on a GPU: everything between a layer's projections in one pass over memory, products of small matrices inside.
+"""The sequence mixer on a GPU: all steps between a layer's projections in one pass over memory.
 
-An FFT library reads and writes every signal several times and leaves a GPU's matrix units idle. Here a text of up to 4,096 tokens
-is read once and written once; its Fourier transform is two products with DFT matrices (a Monarch decomposition, as in FlashFFTConv).
-Longer texts take three passes. The kernels are lib/kernels/triton_kernels.py, in Triton, as lib/kernels/mixer.cpp is what a CPU runs; the MLP's is used by lib/kernels/gpu_mlp.py.
+An FFT library reads and writes every signal several times and leaves a GPU's matrix units idle.
+The kernels (triton_kernels.py) read a text of up to 4,096 tokens once and write it once. They
+compute its Fourier transform as two matrix multiplications with small DFT matrices, a Monarch
+decomposition as in FlashFFTConv. Longer texts take three passes.
 
-    mix(p, u, …)            x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p), with gradients
-    mix_direct(p, u, …)     the same in torch, by lib/operators/long_conv.py
-    spectra(gated, …)       the kernels of both convolutions as `mix` wants them, with gradients
-    is_supported(…)         whether the kernels compile here and give what torch gives, asked once a shape class
+    mix(p, u, …)          x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p), with
+                          gradients
+    mix_direct(p, u, …)   the same in torch, by lib/operators/long_conv.py
+    spectra(gated, …)     the spectra of both convolutions' kernels, which `mix` reads; with
+                          gradients
+    is_supported(…)       whether the kernels compile here and agree with torch; tested once for
+                          each shape class
 
-Odd frequencies: a text x of at most H tokens has the spectrum
+The transform has odd frequencies. A text x of at most H tokens has the spectrum
 
     X[k] = Σ_n x[n] e^{-2πi n (k + ½) / N},    N = 2H,    X[N-1-k] = conj X[k]
 
-which real signals halve into exactly H complex numbers; no bin is special, and the zeros that keep a convolution from wrapping around
-take part in no product. What wraps changes its sign, so the taps that look ahead are stored negated. In bfloat16 the operands of a product are rounded to it and sums
-are float32: against float64 the output's cosine is 0.99998 or more from 4,096 to 131,072 tokens (random texts, in Triton's interpreter).
+The spectrum of a real signal is therefore exactly H complex numbers, no bin is special, and no
+multiplication reads the zeros that keep a convolution from wrapping around. A tap that wraps
+around changes its sign, so the taps that look ahead are stored negated. In bfloat16 a matrix
+multiplication rounds its operands to bfloat16 and sums in float32: the output's cosine with
+float64 is at least 0.99998 from 4,096 to 131,072 tokens (random texts, Triton's interpreter).
 
-Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix products; the arrangement is ours.
-Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual). Everything stays (B, D, L).
+Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix products; the
+        arrangement is ours.
+Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual). All
+        activations are (B, D, L).
 """
 
 import logging
@@ -35,10 +43,13 @@ from lib.kernels import support
 from lib.kernels.tiles import TILE, in_groups
 from lib.operators.long_conv import circular_kernel, long_conv, short_conv
 
-ONE_PASS = 4096  # tokens that a program holds in its registers; half of that before compute capability 9, whose products take both operands from there
-LONGEST = 128 * ONE_PASS  # M of stage 1 at most 128
+# Tokens that one program holds in its registers. Before compute capability 9 it is half of that:
+# there a matrix multiplication reads both operands from registers.
+ONE_PASS = 4096
+LONGEST = 128 * ONE_PASS  # stage 1 has M at most 128
 TYPES = (torch.float32, torch.bfloat16)
-SHARE = 4  # of a GPU's memory, at most a quarter holds spectra
+CPU = torch.device("cpu")
+SHARE = 4  # spectra may fill 1/SHARE of a GPU's memory
 _kept = WeakKeyDictionary()  # layer -> (length and versions, spectra, weights)
 # A fused optimizer leaves the version of a weight as it was.
 register_optimizer_step_post_hook(lambda *_: _kept.clear())
@@ -49,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
-    """y (B, L, D) of u (B, L, D); None without a GPU, or if its kernels are not supported here."""
+    """y (B, L, D) of u (B, L, D); None without a GPU, or if the kernels are not supported here."""
     L, gradients = u.shape[1], torch.is_grad_enabled()
     if not fits(u.transpose(1, 2), layer.in_linear.weight):
         return None
@@ -60,7 +71,7 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     if not is_supported(shape_class(L, u.device), dtype, u.device, residual, gradients):
         return None
     u = u.transpose(1, 2).to(dtype).contiguous()  # (B, D, L)
-    p = torch.matmul(layer.in_linear.weight, u)  # (B, 3D, L), its bias still to come
+    p = torch.matmul(layer.in_linear.weight, u)  # (B, 3D, L); `mix` adds the bias
     short = layer.short_filter
     y = mix(p, u, short.weight, short.bias, layer_spectra(layer, L), real, layer.in_linear.bias)
     return layer.out_linear(y.transpose(1, 2))
@@ -69,8 +80,8 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
 def layer_spectra(layer, length: int) -> Tensor:
     """`spectra` of a layer's filters for texts of `length` tokens.
 
-    In `eval` without gradients those of one length are kept until a weight changes, as far as all
-    of them fill no more than a quarter of the GPU.
+    In `eval` and without gradients the spectra of one length are kept until a weight changes, if
+    all kept spectra fill at most a quarter of the GPU's memory.
     """
     filters = [layer.gated_filter, layer.residual_filter]
     filters = [filter for filter in filters if filter is not None]
@@ -95,12 +106,12 @@ def layer_spectra(layer, length: int) -> Tensor:
     D = len(layer.gated_filter.bias)
     table = in_groups(channels_of, D, max(1, TILE // (4 * length)), dim=1)
     if not layer.training and room_for(table):
-        _kept[layer] = now, table, weights  # held, so that no other weight gets their addresses
+        _kept[layer] = now, table, weights  # holding the weights keeps their addresses theirs
     return table
 
 
 def room_for(table: Tensor) -> bool:
-    """Whether the spectra kept on this device leave three quarters of its memory, this included."""
+    """Whether the kept spectra and this table fill at most a quarter of the device's memory."""
     if table.device.type != "cuda":
         return True
     kept = sum(entry[1].nbytes for entry in _kept.values() if entry[1].device == table.device)
@@ -112,7 +123,7 @@ def room_for(table: Tensor) -> bool:
 
 
 def fits(u: Tensor, weight: Tensor) -> bool:
-    """Whether `mix` can be tried: there is Triton for u, and its type is float32 or bfloat16."""
+    """Whether `mix` can be tried: Triton runs on u's device, and u is float32 or bfloat16."""
     mixed = torch.is_autocast_enabled(u.device.type)
     dtype = support.compute_dtype(u)
     return (
@@ -127,7 +138,7 @@ def fits(u: Tensor, weight: Tensor) -> bool:
 def is_supported(
     L: int, dtype: torch.dtype, device: torch.device, residual: bool, gradients: bool
 ) -> bool:
-    """Whether the kernels for such texts can be trusted here: two random texts of four channels."""
+    """Whether the kernels agree with torch here, tested on two random texts of four channels."""
     generator = torch.Generator().manual_seed(0)
     D = 4
 
@@ -164,7 +175,7 @@ def is_supported(
 
 
 def shape_class(L: int, device: torch.device) -> int:
-    """The length that stands for L in `is_supported`: the same kernels, and rows that are as well aligned."""
+    """The length that stands for L in `is_supported`: same kernels, same alignment of the rows."""
     return math.prod(factors(L, device)) - (0 if L % 16 == 0 else 1)
 
 
@@ -172,13 +183,14 @@ def shape_class(L: int, device: torch.device) -> int:
 
 
 @cache
-def factors(L: int, device: torch.device = torch.device("cpu")) -> tuple[int, int, int]:
-    """(M, R1, R2), powers of two with M · R1 · R2 ≥ L and the fewest operations, 8 M + 16 (R1 + R2) a token; R1 is 1 where one pass will do.
+def factors(L: int, device: torch.device = CPU) -> tuple[int, int, int]:
+    """(M, R1, R2): the powers of two with M · R1 · R2 ≥ L and the fewest operations.
 
-    A matrix product of a GPU wants 16 rows and columns at least, so that H is 256 for any shorter text.
+    A token costs 8 M + 16 (R1 + R2) operations. R1 is 1 if one pass suffices. A GPU multiplies
+    matrices of at least 16 rows and columns, so H is at least 256.
 
     Raises:
-        ValueError: more tokens than the kernels are made for.
+        ValueError: L exceeds the tokens that the kernels can hold.
     """
     if not 1 <= L <= LONGEST:
         raise ValueError(f"{L} tokens: from 1 to {LONGEST}")
@@ -198,37 +210,45 @@ def factors(L: int, device: torch.device = torch.device("cpu")) -> tuple[int, in
 
 @lru_cache(maxsize=16)
 def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """cos and -sin of each step's angles, (2, rows, columns): matrices in `dtype`, turns in float32. Stage 1, (4, M, M): transposed, too."""
+    """cos and -sin of the angles of each step, (2, rows, columns).
+
+    DFT matrices are in `dtype`, twiddle factors ("turn", "between") in float32. "stage", (4, M, M),
+    holds its two matrices and their transposes.
+    """
     M, R1, R2 = factors(L, device)
     R = R1 * R2
 
-    def table(rows: int, columns: int, place, period: int, kind: torch.dtype) -> Tensor:
+    def table(rows: int, columns: int, step, period: int, dtype: torch.dtype) -> Tensor:
         i, j = torch.arange(rows)[:, None], torch.arange(columns)[None]
-        angle = 2 * math.pi / period * (place(i, j) % period).double()  # whole numbers first: exact
-        return torch.stack([angle.cos(), -angle.sin()]).to(kind).to(device)
+        angle = 2 * math.pi / period * (step(i, j) % period).double()  # exact: integers first
+        return torch.stack([angle.cos(), -angle.sin()]).to(dtype).to(device)
 
-    made = {
+    matrices = {
         "stage": table(M, M, lambda k1, n1: n1 * (2 * k1 + 1), 4 * M, dtype),
         "turn": table(M, R, lambda k1, n2: n2 * (2 * k1 + 1), 4 * M * R, torch.float32),
         "last": table(R2, R2, lambda n2, k2: n2 * k2, R2, dtype),
     }
-    made["stage"] = torch.cat([made["stage"], made["stage"].mT])
+    matrices["stage"] = torch.cat([matrices["stage"], matrices["stage"].mT])
     if R1 > 1:
-        made |= {
+        matrices |= {
             "first": table(R1, R1, lambda m1, q1: m1 * q1, R1, dtype),
             "between": table(R1, R2, lambda q1, m2: m2 * q1, R, torch.float32),
         }
-    return made
+    return matrices
 
 
 # ------------------------------------------------------------------ spectra
 
 
 def spectra(gated: tuple, residual: tuple | None, L: int) -> Tensor:
-    """2/N times the odd-frequency spectra of the kernels for texts of L tokens, float32 (S, D, 2, H): real and imaginary parts in the kernels' order.
+    """2/N times the odd-frequency spectra of the long kernels, for texts of L tokens.
 
     Args:
-        gated, residual: (taps back, taps ahead or None, gain), (D, L) or longer, and (D,).
+        gated, residual: (taps back, taps ahead or None, gain) of each; taps (D, L) or longer, gain
+            (D,).
+
+    Returns:
+        float32 (S, D, 2, H): real and imaginary parts, bins in the order of the Triton kernels.
     """
     return torch.stack(
         [spectrum(*kernels, L) for kernels in (gated, residual) if kernels is not None]
@@ -236,9 +256,9 @@ def spectra(gated: tuple, residual: tuple | None, L: int) -> Tensor:
 
 
 def spectrum(back: Tensor, ahead: Tensor | None, gain: Tensor, L: int) -> Tensor:
-    """One of them, (D, 2, H).
+    """The spectrum of one long kernel, (D, 2, H).
 
-    Half of the bins by a complex FFT of half the size, the others are their conjugates:
+    A complex FFT of half the size computes the even bins; the odd ones are their conjugates:
 
         X[2j] = Σ_{n<H} (K[n] - i K[n+H]) e^{-πi n / N} e^{-2πi nj / H}
     """
@@ -247,18 +267,16 @@ def spectrum(back: Tensor, ahead: Tensor | None, gain: Tensor, L: int) -> Tensor
     taps = circular_kernel(
         back[:, :L].float(), None if ahead is None else ahead[:, :L].float(), gain.float(), 2 * H
     )
-    first, second = taps.chunk(2, dim=1)  # what looks ahead is in the second, and changes its sign
+    first, second = taps.chunk(2, dim=1)  # the second half looks ahead, and changes its sign
     angle = torch.arange(H, device=taps.device, dtype=torch.float64) * (-math.pi / (2 * H))
     turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-    even = (
-        torch.fft.fft(torch.complex(first, second) * turn).view(D, R1 * R2, M) / H
-    )  # k = k1 + 2M k2: k1 even, j = k1/2 + M k2
-    odd = even.flip(1, 2)[..., : M // 2].conj()  # N-1-k is even where k is odd
-    whole = torch.stack([even[..., : M // 2], odd], dim=-1).flatten(2)  # (D, k2, k1)
-    whole = (
-        whole.view(D, R2, R1, M).permute(0, 3, 2, 1).reshape(D, H)
-    )  # k2 = q1 + R1 q2 -> (D, k1, q1, q2)
-    return torch.stack([whole.real, whole.imag], dim=1)
+    # k = k1 + 2M k2. The FFT gives the bins of even k1, at j = k1/2 + M k2.
+    even = torch.fft.fft(torch.complex(first, second) * turn).view(D, R1 * R2, M) / H
+    odd = even.flip(1, 2)[..., : M // 2].conj()  # N-1-k is even if k is odd
+    bins = torch.stack([even[..., : M // 2], odd], dim=-1).flatten(2)  # (D, k2, k1)
+    # k2 = q1 + R1 q2 -> (D, k1, q1, q2)
+    bins = bins.view(D, R2, R1, M).permute(0, 3, 2, 1).reshape(D, H)
+    return torch.stack([bins.real, bins.imag], dim=1)
 
 
 # ------------------------------------------------------------------ the mixer
@@ -276,14 +294,17 @@ def mix(
     """y = x2 · conv(x1 · v) + conv(u), (B, D, L), of u's type; (x1, x2, v) = short_conv(p + shift).
 
     Args:
-        p: (B, 3D, L), float32 or bfloat16; u: (B, D, L), alike.
-        weight: of the short convolution, (3D, 1, 3); bias: (3D,).
-        table: `spectra` for L, (S, D, 2, H); S = 1: no second convolution.
-        real: tokens of each text, int64 (B,); what follows is padding: p + shift, x1 · v and u are 0 there. None: all.
-        shift: added to p, (3D,): the projection's bias, which then costs no pass of its own. None: nothing.
+        p: (B, 3D, L), float32 or bfloat16.
+        u: (B, D, L), of p's dtype.
+        weight, bias: of the short convolution, (3D, 1, 3) and (3D,).
+        table: `spectra` for L, (S, D, 2, H). S = 1: no residual convolution.
+        real: the number of tokens of each text, int64 (B,). The positions behind them are padding:
+            p + shift, x1 · v and u are 0 there. None: no padding.
+        shift: (3D,), added to p: the projection's bias, which needs no pass of its own then. None:
+            no bias.
 
     Raises:
-        TypeError, ValueError: types or shapes that do not belong together.
+        TypeError, ValueError: dtypes or shapes do not fit together.
     """
     B, D, L = u.shape
     if p.dtype != u.dtype or u.dtype not in TYPES:
@@ -291,7 +312,8 @@ def mix(
     H = math.prod(factors(L, u.device))
     if p.shape != (B, 3 * D, L) or table.shape[1:] != (D, 2, H) or table.dtype != torch.float32:
         raise ValueError(
-            f"u is {tuple(u.shape)}, so p is {(B, 3 * D, L)} and the spectra float32 {('S', D, 2, H)}: got {tuple(p.shape)} and {table.dtype} {tuple(table.shape)}"
+            f"u is {tuple(u.shape)}, so p is {(B, 3 * D, L)} and the spectra float32 "
+            f"{('S', D, 2, H)}: got {tuple(p.shape)} and {table.dtype} {tuple(table.shape)}"
         )
     real = torch.full((B,), L, device=u.device) if real is None else real
     shift = torch.zeros(3 * D, device=u.device) if shift is None else shift
@@ -307,7 +329,7 @@ def mix_direct(
     real: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """The same in torch. `kernels`: (gated, residual or None) as for `spectra`."""
+    """`mix` in torch. `kernels` is (gated, residual or None), each as `spectra` takes it."""
     mask = (
         torch.ones_like(u[:, :1])
         if real is None
@@ -322,8 +344,8 @@ def mix_direct(
 class Mix(torch.autograd.Function):
     """`mix` with gradients.
 
-    Kept for the backward pass are the inputs and c1 = conv(x1 v), (B, D, L): in bfloat16 4 bytes of
-    traffic a number, where making it anew is a fourth transform beside three.
+    The backward pass keeps the inputs and c1 = conv(x1 v), (B, D, L). In bfloat16 keeping c1 costs
+    4 bytes of traffic for each number; computing it again would add a fourth transform to three.
     """
 
     @staticmethod
@@ -391,7 +413,7 @@ class Mix(torch.autograd.Function):
 
 
 def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> Tensor:
-    """A signal after stage 1, (2, B, D, M, R), in its dtype: the next product would round it so."""
+    """A signal after stage 1, (2, B, D, M, R), in u's dtype: the next step rounds it anyway."""
     (B, D, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
     dft, width = tables(L, u.dtype, u.device), columns(M)
     planes = torch.empty(2, B, D, M, R1 * R2, dtype=u.dtype, device=u.device)
@@ -402,12 +424,15 @@ def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> T
 
 
 def columns(M: int) -> int:
-    """The columns that a program of the first and the last of three passes takes: see `factors`."""
+    """Columns per program in the first and the last of three passes; at least 64 for M ≥ 64.
+
+    `factors` gives the reason.
+    """
     return 64 if M >= 64 else 32
 
 
 def launch(kernel: str, grid: tuple, tile: int, pointers: tuple, sizes: tuple) -> None:
-    """Run a kernel of lib/kernels/triton_kernels.py whose programs hold `tile` numbers each."""
+    """Run a kernel of triton_kernels.py; each of its programs holds `tile` numbers."""
     options = products(pointers[0].dtype)
     if not options["EMULATED"]:
         # One stage: loads that run ahead would fill the shared memory.
@@ -416,7 +441,7 @@ def launch(kernel: str, grid: tuple, tile: int, pointers: tuple, sizes: tuple) -
 
 
 def warps(tile: int, signal: Tensor) -> int:
-    """The warps of a program that holds `tile` numbers of a signal (…, L).
+    """Warps per program, if a program holds `tile` numbers of a signal (…, L).
 
     Measured on an H200 in bfloat16: at 128 tokens one warp is 2.4 times as fast as four forward and
     2.1 times backward, at 1,024 two are 1.4 times as fast forward. If 16 does not divide L, Triton
@@ -428,10 +453,10 @@ def warps(tile: int, signal: Tensor) -> int:
 
 
 def products(dtype: torch.dtype) -> dict:
-    """The constants of a kernel's products for operands of this dtype.
+    """The constants of a Triton kernel's matrix multiplications for operands of this dtype.
 
-    float32 as three products in tf32: exact ones have no matrix unit, and at 4,096 tokens they keep
-    the compiler busy for two minutes.
+    A float32 multiplication is three in tf32: matrix units have no exact float32, and at 4,096
+    tokens exact multiplications keep the compiler busy for two minutes.
     """
     import triton.language as tl
 
@@ -445,12 +470,12 @@ def products(dtype: torch.dtype) -> dict:
 
 
 def triton_kernels():
-    """The module lib/kernels/triton_kernels.py, which can be imported only where Triton is."""
+    """The module lib/kernels/triton_kernels.py; importing it needs Triton."""
     from lib.kernels import triton_kernels
 
     return triton_kernels
 
 
 def on(device: torch.device):
-    """Triton launches on the current GPU."""
+    """Make `device` the current GPU, on which Triton launches."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

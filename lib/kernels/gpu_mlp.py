@@ -1,15 +1,19 @@
-"""The gated MLP on a GPU: both block-diagonal products, GELU, gate, skip and LayerNorm in one kernel.
+"""The gated MLP on a GPU: both block-diagonal products, GELU, gate, skip, LayerNorm in one kernel.
 
-Step by step the same moves 3 D + 6 I numbers a token more, up to two thirds of an encoder's traffic: what lies between the two products is 8 times as
-wide as a token at the published sizes, and here it never leaves the registers. From memory a token is read once and written once; what a program touches
-again, and the weights, which every program needs once more, are left to the cache.
+Step by step, an MLP moves 3 D + 6 I numbers more for each token, up to two thirds of an encoder's
+memory traffic: at the published sizes the activations between its two products are 8 times as wide
+as a token. In this kernel they never leave the registers. Each token is read from memory once and
+written once; the cache serves what a program reads again, and the weights, which every program
+reads.
 
     mlp(h, …)             LayerNorm(h + W_o(GELU(a) · b)), (a, b) = W_g h, without gradients
     mlp_direct(h, …)      the same in torch
-    program(…)            how the kernel is run here, if at all: it must give what torch gives, sooner; asked once a shape
+    program(…)            the kernel's tile on this machine, or None if the kernel does not agree
+                          with torch or is slower; tested once for each shape
 
-The kernel is `gated_mlp` of lib/kernels/triton_kernels.py. What it costs: `lib.efficiency.counts.encoder_costs`.
-Axes: T tokens, D width, I intermediate width, K blocks.
+The kernel is `gated_mlp` of triton_kernels.py; `lib.efficiency.counts.encoder_costs` counts its
+operations and bytes.
+Axes: T tokens, D width, I intermediate width (`inner`), K blocks.
 """
 
 import logging
@@ -23,11 +27,9 @@ from torch.nn import functional as F
 from lib.kernels import gpu, support
 from lib.operators.monarch import BlockDiagonalLinear, block_diagonal, paired
 
-TOKENS, STEP = (
-    (64, 128),
-    32,
-)  # tokens of a program, to choose from; numbers of a gate that it holds at a time
-WIDEST = 256  # channels of a block, whose sums a program holds in its registers
+TOKENS = (64, 128)  # choices for the tokens per program
+STEP = 32  # numbers of a gate that a program holds at a time
+WIDEST = 256  # largest width of a block: a program holds the sums of one block in its registers
 EPS = 1e-12
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,12 @@ def gated_mlp(layer, h: Tensor) -> Tensor | None:
 
 
 def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> int | None:
-    """The `program` for h, if there is one: Triton, blocks that pair, bfloat16 (float32 would not fit into registers), no gradients; None: torch does it."""
-    can = (
+    """The tokens per program for h, or None if torch has to compute it.
+
+    The kernel needs Triton, blocks that pair, bfloat16 (float32 does not fit into the registers)
+    and no gradients.
+    """
+    usable = (
         not torch.is_grad_enabled()
         and support.runs_triton(h)
         and paired(gated, wo)
@@ -52,16 +58,17 @@ def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> int 
         and h.dtype == gated.weight.dtype == torch.bfloat16
         and not torch.is_autocast_enabled(h.device.type)
     )
-    return program(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device) if can else None
+    return program(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device) if usable else None
 
 
 @cache
 def program(
     width: int, inner: int, blocks: int, dtype: torch.dtype, device: torch.device
 ) -> int | None:
-    """How many tokens a program of the kernel takes here; None: it does not compile, does not give what torch gives, or is slower.
+    """The tokens per program; None: the kernel does not compile, is wrong, or is slower than torch.
 
-    On a GPU all ways take turns at 16,384 tokens, and the log says what they took; in the interpreter the first is taken.
+    On a GPU the choices and torch are timed at 16,384 tokens in interleaved rounds, and the log
+    reports the times. The interpreter takes the first choice that agrees with torch.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = (
@@ -72,50 +79,54 @@ def program(
         (width,),
         (width,),
     )
-    h, *given = (
-        (torch.randn(shape, generator=generator) / shape[-1] ** (0.5 * (len(shape) == 3))).to(
-            device, dtype
-        )
-        for shape in shapes
-    )
+
+    def draw(shape: tuple) -> Tensor:
+        numbers = torch.randn(shape, generator=generator)
+        return (numbers / shape[-1] ** (0.5 * (len(shape) == 3))).to(device, dtype)
+
+    h, *weights = map(draw, shapes)
     with torch.inference_mode():
-        exact = mlp_direct(*(tensor.float() for tensor in (h, *given)), EPS)
-        good = [
-            tokens
-            for tokens in TOKENS
-            if support.verify(
-                f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens a program",
+        exact = mlp_direct(*(tensor.float() for tensor in (h, *weights)), EPS)
+
+        def agrees(tokens: int) -> bool:
+            return support.verify(
+                f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens per "
+                "program",
                 dtype,
                 device,
-                lambda: [mlp(h, *given, EPS, tokens)],
+                lambda: [mlp(h, *weights, EPS, tokens)],
                 lambda: [exact],
                 ("y",),
             )
-        ]
-        if device.type != "cuda" or not good:
-            return good[0] if good else None
-        many, taken = h[torch.arange(16_384, device=device) % len(h)], {}
-        for _ in range(12):
-            for tokens in (*good, None):
-                start, end = (
-                    torch.cuda.Event(enable_timing=True),
-                    torch.cuda.Event(enable_timing=True),
-                )
-                start.record()
-                mlp_direct(many, *given, EPS) if tokens is None else mlp(many, *given, EPS, tokens)
-                end.record()
-                torch.cuda.synchronize()
-                taken.setdefault(tokens, []).append(start.elapsed_time(end))
-    took = {tokens: statistics.median(some[2:]) for tokens, some in taken.items()}
+
+        choices = [tokens for tokens in TOKENS if agrees(tokens)]
+        if device.type != "cuda" or not choices:
+            return choices[0] if choices else None
+        return fastest(h, weights, choices)
+
+
+def fastest(h: Tensor, weights: list[Tensor], choices: list[int]) -> int | None:
+    """The tokens per program with the smallest median time on a GPU; None if torch is faster."""
+    x = h[torch.arange(16_384, device=h.device) % len(h)]
+    times = {tokens: [] for tokens in (*choices, None)}
+    for _ in range(12):
+        for tokens in times:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            mlp_direct(x, *weights, EPS) if tokens is None else mlp(x, *weights, EPS, tokens)
+            end.record()
+            torch.cuda.synchronize()
+            times[tokens].append(start.elapsed_time(end))
+    medians = {tokens: statistics.median(rounds[2:]) for tokens, rounds in times.items()}
     log.info(
         "an MLP of width %d takes, in ms for 16,384 tokens: %s",
-        width,
+        h.shape[1],
         ", ".join(
-            f"{'torch' if tokens is None else f'{tokens} tokens a program'} {some:.3f}"
-            for tokens, some in took.items()
+            f"{'torch' if tokens is None else f'{tokens} tokens per program'} {milliseconds:.3f}"
+            for tokens, milliseconds in medians.items()
         ),
     )
-    return min(took, key=took.get)
+    return min(medians, key=medians.get)
 
 
 def mlp(
@@ -128,41 +139,45 @@ def mlp(
     eps: float,
     tokens: int = TOKENS[0],
 ) -> Tensor:
-    """LayerNorm(h + W_o(GELU(a) · b) + bias), (a, b) = W_g h, (T, D), of h's type.
+    """LayerNorm(h + W_o(GELU(a) · b) + bias), (a, b) = W_g h, (T, D), in h's dtype.
 
     Args:
-        h: (T, D), float32 or bfloat16; the others alike.
-        gated, wo: (K, 2I/K, D/K) and (K, D/K, I/K), K even; bias: (D,).
+        h: (T, D), float32 or bfloat16; all other tensors have its dtype.
+        gated, wo: (K, 2I/K, D/K) and (K, D/K, I/K), K even.
+        bias: (D,).
         scale, shift, eps: of the LayerNorm, (D,).
-        tokens: that a program takes, a power of two from 16.
+        tokens: tokens per program, a power of two, at least 16.
 
     Raises:
-        TypeError, ValueError: types or shapes that do not belong together.
+        TypeError, ValueError: dtypes or shapes do not fit together.
     """
     (T, D), K = h.shape, len(wo)
-    given = gated, wo, bias, scale, shift
-    if {tensor.dtype for tensor in given} != {h.dtype} or h.dtype not in gpu.TYPES:
+    parameters = gated, wo, bias, scale, shift
+    dtypes = {str(tensor.dtype) for tensor in parameters}
+    if dtypes != {str(h.dtype)} or h.dtype not in gpu.TYPES:
         raise TypeError(
-            f"all of float32 or all of bfloat16: h is {h.dtype}, the weights {', '.join(sorted({str(tensor.dtype) for tensor in given}))}"
+            f"all of float32 or all of bfloat16: h is {h.dtype}, the weights "
+            f"{', '.join(sorted(dtypes))}"
         )
-    I = wo.shape[-1] * K
+    inner = wo.shape[-1] * K
     if (
         K % 2
         or D % K
-        or wo.shape != (K, D // K, I // K)
-        or gated.shape != (K, 2 * I // K, D // K)
-        or any(tensor.shape != (D,) for tensor in given[2:])
+        or wo.shape != (K, D // K, inner // K)
+        or gated.shape != (K, 2 * inner // K, D // K)
+        or any(tensor.shape != (D,) for tensor in parameters[2:])
         or D // K > WIDEST
     ):
         raise ValueError(
-            f"for h {(T, D)}, an even number K of blocks and D/K at most {WIDEST}: got {[tuple(tensor.shape) for tensor in given]}"
+            f"for h {(T, D)}, an even number K of blocks and D/K at most {WIDEST}: got "
+            f"{[tuple(tensor.shape) for tensor in parameters]}"
         )
     options = gpu.products(h.dtype)
     if not options["EMULATED"]:
         options |= {"num_warps": 8, "num_stages": 2}
     h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
-    weights = [tensor.contiguous() for tensor in given]
-    sizes = D, I, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP
+    weights = [tensor.contiguous() for tensor in parameters]
+    sizes = D, inner, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP
     with gpu.on(h.device):
         if T:
             kernel = gpu.triton_kernels().gated_mlp[(-(-T // tokens),)]
@@ -173,7 +188,7 @@ def mlp(
 def mlp_direct(
     h: Tensor, gated: Tensor, wo: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
-    """The same in torch, step by step."""
+    """`mlp` in torch, step by step."""
     a, b = block_diagonal(h, gated).chunk(2, dim=-1)
     return F.layer_norm(
         h + block_diagonal(F.gelu(a) * b, wo) + bias, scale.shape, scale, shift, eps

@@ -1,9 +1,10 @@
-"""What this machine can do, and the one comparison of a kernel with torch.
+"""What this machine can do, and the comparison of a kernel with torch.
 
-use(back_end), back_end()        which kernels may run in this process
-compute_dtype(x)                 the dtype of a matrix multiplication of x
-matmul_dtype(dtype, device)      the dtype that a device should multiply in, for the one asked for
-verify(what, …)                  whether a GPU kernel compiles here and agrees with torch
+use(back_end), back_end()      which kernels may run in this process
+compute_dtype(x)               the dtype of a matrix multiplication of x
+matmul_dtype(dtype, device)    `dtype`, or float32 if the device cannot multiply in it
+real_tokens(mask)              the number of tokens of each text
+verify(what, …)                whether a GPU kernel compiles here and agrees with torch
 """
 
 import logging
@@ -28,14 +29,14 @@ _real_tokens = WeakTensorKeyDictionary()
 
 @contextmanager
 def use(back_end: str):
-    """Compute by this back end for as long as the context lasts, in the whole process.
+    """A context in which the whole process computes by this back end.
 
     Args:
-        back_end: "auto", the fastest that fits; "torch", no compiled code; "definition", the
-            equations as the model's layers write them.
+        back_end: "auto": the fastest kernel that fits. "torch": no compiled code. "definition": the
+            equations as lib/model/m2bert.py writes them.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown back end.
     """
     if back_end not in BACK_ENDS:
         raise ValueError(f"back end {back_end!r}: one of {', '.join(BACK_ENDS)}")
@@ -57,23 +58,23 @@ def back_end() -> str:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix multiplication of x: autocast's if it is on, else that of x."""
+    """The dtype of a matrix multiplication of x: autocast's if autocast is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @cache
 def takes_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices here at all, if need be emulated by AVX-512.
+    """Whether oneDNN multiplies bfloat16 matrices here, natively or emulated with AVX-512.
 
-    ONEDNN_MAX_CPU_ISA counts.
+    The environment variable ONEDNN_MAX_CPU_ISA counts.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor itself multiplies bfloat16 matrices: AVX-512 BF16 or AMX.
+    """Whether the processor has instructions for bfloat16 matrices: AVX-512 BF16 or AMX.
 
     If torch cannot tell, oneDNN's answer counts.
     """
@@ -87,9 +88,9 @@ def multiplies_bfloat16() -> bool:
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which `device` should multiply for `dtype`.
+    """The dtype in which `device` should multiply matrices of `dtype`.
 
-    float32 instead of a bfloat16 that the device has no instructions for; the log says so.
+    It is float32 for bfloat16 if the device has no bfloat16 instructions; the log says so.
     """
     if dtype != torch.bfloat16:
         return dtype
@@ -117,20 +118,21 @@ def triton_is_installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels as Python, on a CPU."""
+    """Whether Triton's interpreter runs the kernels as Python, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs_triton(u: Tensor) -> bool:
-    """Whether Triton's kernels can take u: on a GPU, or on a CPU in the interpreter."""
+    """Whether Triton's kernels can read u: on a GPU, or on a CPU in the interpreter."""
     reachable = u.device.type == "cuda" or u.device.type == "cpu" and interpreted()
     return reachable and back_end() == "auto" and triton_is_installed()
 
 
 def real_tokens(mask: Tensor) -> Tensor | None:
-    """The number of ones each text begins with, int64 (B,), of a mask (B, 1, L) of 0 and 1.
+    """The number of tokens of each text, int64 (B,), from a mask (B, 1, L) of 0 and 1.
 
-    None if a text has a hole: a one behind a zero. One wait for the GPU a mask, not one a layer.
+    None if a text has a hole, that is a one behind a zero. The result is kept with the mask, so
+    that the process waits for the GPU once for each mask, not once for each layer.
     """
     version = 0 if mask.is_inference() else mask._version
     if mask not in _real_tokens or _real_tokens[mask][0] != version:
@@ -141,7 +143,7 @@ def real_tokens(mask: Tensor) -> Tensor | None:
 
 
 def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_way, names) -> bool:
-    """Whether a kernel compiles here and gives torch's results; the log says so, once.
+    """Whether a kernel compiles here and agrees with torch; the log says so.
 
     Args:
         kernel, torch_way: functions without arguments that return lists of tensors.

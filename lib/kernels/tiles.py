@@ -1,7 +1,7 @@
-"""The layers' definitions in torch, a tile at a time: without gradients, memory for one tile.
+"""The layers' definitions in torch, one tile at a time: without gradients, in the memory of a tile.
 
-No channel of a sequence mixer meets another between its two projections, and no token of an MLP
-meets another: whatever the length of a text, the buffers hold TILE numbers.
+Between its two projections a sequence mixer computes each channel by itself, and an MLP computes
+each token by itself. So the buffers hold TILE numbers, whatever the length of a text.
 """
 
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from lib.operators.long_conv import long_conv, short_conv
 
-TILE = 2**23  # numbers in a buffer: 32 MiB, little enough to be near the processor
+TILE = 2**23  # numbers in a buffer: 32 MiB, few enough for a processor's cache
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
-    """y (B, L, D) of u (B, L, D), in groups of channels; None with gradients or for one group."""
+    """y (B, L, D) of u (B, L, D), in groups of channels.
+
+    None with gradients, or if all channels are one group.
+    """
     B, L, D = u.shape
     group = max(1, TILE // (3 * B * L))
     if torch.is_grad_enabled() or group >= D:
@@ -29,9 +32,9 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def mix_channels(layer, u: Tensor, mask: Tensor | None, filters: list, channels: slice) -> Tensor:
-    """Some channels, (B, d, L), of what lies between the projections: `SequenceMixer.definition`."""
+    """Some channels, (B, d, L), of the steps of `SequenceMixer.definition` between projections."""
 
-    def rows(parameter: Tensor) -> Tensor:  # (3D, …) -> (3d, …), those of x1, x2 and v
+    def rows(parameter: Tensor) -> Tensor:  # (3D, …) -> (3d, …), the rows of x1, x2 and v
         return parameter.unflatten(0, (3, -1))[:, channels].flatten(0, 1)
 
     linear, short = layer.in_linear, layer.short_filter
@@ -50,18 +53,20 @@ def mix_channels(layer, u: Tensor, mask: Tensor | None, filters: list, channels:
 
 
 def gated_mlp(mlp, h: Tensor) -> Tensor | None:
-    """y (B, L, D) of h (B, L, D), in groups of tokens; None in training or for one group."""
+    """y (B, L, D) of h (B, L, D), in groups of tokens.
+
+    None in training or with gradients, or if all tokens are one group.
+    """
     tokens = h.flatten(0, 1)
     group = max(1, TILE // (2 * mlp.wo.d_in))
     if torch.is_grad_enabled() or mlp.training or group >= len(tokens):
         return None
-    return in_groups(lambda part: mlp.definition(tokens[part]), len(tokens), group, dim=0).view_as(
-        h
-    )
+    y = in_groups(lambda part: mlp.definition(tokens[part]), len(tokens), group, dim=0)
+    return y.view_as(h)
 
 
 def in_groups(function, n: int, group: int, dim: int) -> Tensor:
-    """function(slice(0, n)), `group` places of the axis `dim` at a time."""
+    """function(slice(0, n)), computed for `group` positions of the axis `dim` at a time."""
     if group >= n:
         return function(slice(0, n))
     whole = None

@@ -1,19 +1,26 @@
-"""The kernels of lib/kernels/gpu.py and lib/kernels/gpu_mlp.py, in Triton: what a GPU runs, program by program. Imported when there is one.
+"""The Triton kernels of gpu.py and gpu_mlp.py; the module is imported only to run one of them.
 
-    mix, mix_gradient                     texts of up to 4,096 tokens: one program does a channel of a text, or of all texts
-    columns, rows, finish                 longer ones: stage 1 on blocks of columns, stage 2 row by row, and back
-    rows_gradient, finish_gradient        the same for gradients
-    short_gradient                        the backward pass of the short convolution, after either
-    gated_mlp                             what follows the mixer: a tile of tokens through the whole MLP
+    mix, mix_gradient                 texts of up to 4,096 tokens; a program computes one channel of
+                                      one text, or (gradient) of all texts
+    columns, rows, finish             longer texts: stage 1 on blocks of columns, stage 2 on rows,
+                                      and stage 1 backwards
+    rows_gradient, finish_gradient    their gradients
+    short_gradient                    the backward pass of the short convolution, for all lengths
+    gated_mlp                         the MLP that follows the mixer, on a tile of tokens
 
-A text lies in a tile (M, R), token n in row n // R and column n % R. Its odd-frequency spectrum, k = k1 + 2M k2, k1 < M:
+A text lies in a tile (M, R): token n in row n1 = n // R and column n2 = n % R. Its odd-frequency
+spectrum has the bins k = k1 + 2M k2, k1 < M:
 
-    stage 1    Z[k1, n2] = Σ_n1 e^{-2πi n1 (k1 + ½) / 2M} x[n1, n2]                      M x M, real in, complex out
-    turn       Z[k1, n2] e^{-2πi n2 (k1 + ½) / N},  N = 2MR
-    stage 2    X[k1, k2] = Σ_n2 Z[k1, n2] e^{-2πi n2 k2 / R}                             R x R, or R1 x R1 and R2 x R2 with a turn between
+    stage 1    Z[k1, n2] = Σ_n1 e^{-2πi n1 (k1 + ½) / 2M} x[n1, n2]    (M x M; real to complex)
+    twiddle    Z[k1, n2] e^{-2πi n2 (k1 + ½) / N},  N = 2MR            (the table `turn`)
+    stage 2    X[k1, k2] = Σ_n2 Z[k1, n2] e^{-2πi n2 k2 / R}           (R x R; for longer texts R1 x
+                                                                       R1 and R2 x R2 with twiddle
+                                                                       factors `between`)
 
-Every table is cos and -sin of its angle; stage 1 has both transposed, too. `real` tokens of a text count; what follows reads as zero. No atomics: sums have an order.
-DOT is the type of a product's operands, EMULATED the interpreter, whose products of bfloat16 are none.
+Every table holds cos and -sin of its angles; `stage` holds the transposes too. A text has `real`
+tokens; positions behind them read as zero. There are no atomics: every sum has a fixed order.
+DOT is the dtype of a matrix multiplication's operands. EMULATED says that Triton's interpreter
+runs, which cannot multiply bfloat16 matrices.
 
 Axes: B texts, D channels, L tokens, (M, R) the tile of H = M R ≥ L, R = R1 R2.
 """
@@ -31,7 +38,7 @@ def matrix(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
-    """x in TYPE, to nearest, ties to even; the interpreter would cut off."""
+    """x rounded to TYPE, to nearest, ties to even; the interpreter alone would truncate."""
     if EMULATED and TYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -77,7 +84,7 @@ def gather(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Its adjoint, the real part of stage 1 backwards: the tokens of a tile (M, …)."""
+    """The adjoint of `spread`, the real part of stage 1 backwards: the tokens of a tile (M, …)."""
     return dot(matrix(stage + 2 * M * M, M, M), re, DOT, PRECISION, EMULATED) + dot(
         matrix(stage + 3 * M * M, M, M), im, DOT, PRECISION, EMULATED
     )
@@ -94,7 +101,7 @@ def across(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """A complex DFT along the rows, (…, R); BACK: the inverse, without its 1/R."""
+    """A complex DFT along the rows, (…, R); BACK: the inverse without its factor 1/R."""
     cos, sin = matrix(table, R, R), matrix(table + R * R, R, R)
     a, b = dot(im, sin, DOT, PRECISION, EMULATED), dot(re, sin, DOT, PRECISION, EMULATED)
     if BACK:
@@ -113,7 +120,7 @@ def down(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """A complex DFT along the columns, (R, …)."""
+    """A complex DFT along the columns, (R, …); BACK as in `across`."""
     cos, sin = matrix(table, R, R), matrix(table + R * R, R, R)
     a, b = dot(sin, im, DOT, PRECISION, EMULATED), dot(sin, re, DOT, PRECISION, EMULATED)
     if BACK:
@@ -152,18 +159,18 @@ def backward(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """The first half of N / 2 times the signal with that spectrum."""
+    """N / 2 times the signal with this spectrum; its first half."""
     re, im = across(re, im, second, R, True, DOT, PRECISION, EMULATED)
     re, im = conj_times(matrix(turn, M, R), matrix(turn + M * R, M, R), re, im)
     return gather(re, im, stage, M, DOT, PRECISION, EMULATED)
 
 
-# ------------------------------------------------------------------ what goes in
+# ------------------------------------------------------------------ signals
 
 
 @triton.jit
 def short(p, weight, bias, shift, real, b, c, t, C, L):
-    """Channel c of C of the short convolution of p + shift at the positions t."""
+    """The short convolution of p + shift: channel c of C, at the positions t."""
     row, offset = p + (tl.cast(b, tl.int64) * C + c) * L, tl.load(shift + c).to(tl.float32)
     found = tl.load(bias + c).to(tl.float32)
     for tap in tl.static_range(3):
@@ -177,9 +184,10 @@ def short(p, weight, bias, shift, real, b, c, t, C, L):
 
 @triton.jit
 def signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, KIND: tl.constexpr):
-    """One of the four real signals that are transformed, at the positions t of text b, channel d.
+    """A real signal to be transformed, channel d of text b at the positions t.
 
-    gated: x1 v; given: u, both of real tokens alone. gated_gradient: dy x2; given_gradient: dy.
+    KIND is gated: x1 v; given: u (both zero behind the real tokens); gated_gradient: dy x2;
+    given_gradient: dy.
     """
     row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
     if KIND == "gated":
@@ -204,7 +212,10 @@ def signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, KIND: tl.constexp
 def put_gradient(
     found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, D, L, GATED: tl.constexpr
 ):
-    """From the gradient of a signal at the positions t: ds of x1, x2 and v before the short convolution, or du."""
+    """Store what a signal's gradient `found` at the positions t implies.
+
+    GATED: ds, the gradients of x1, x2 and v, the short convolution's outputs. Otherwise: du.
+    """
     row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
     inside = t < L
     found = tl.where(t < real, found, 0.0)
@@ -276,7 +287,10 @@ def mix(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """y = x2 conv(x1 v) + conv(u) of one channel of one text. KEEP: conv(x1 v) too, for the backward pass."""
+    """y = x2 conv(x1 v) + conv(u), one channel of one text.
+
+    KEEP: store c1 = conv(x1 v) too, which the backward pass reads.
+    """
     b, d = tl.program_id(0), tl.program_id(1)
     real = tl.load(reals + b)
     t = tl.arange(0, M)[:, None] * R + tl.arange(0, R)[None, :]
@@ -331,7 +345,10 @@ def mix_gradient(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """One channel of one of the two convolutions, all texts: dx = conv(dc; conj K), dK = Σ_b conj(X) dC."""
+    """The gradients of one convolution, one channel of all texts.
+
+    dx = conv(dc; conj K),   dK = Σ_b conj(X) dC
+    """
     d = tl.program_id(0)
     t = tl.arange(0, M)[:, None] * R + tl.arange(0, R)[None, :]
     SIGNAL: tl.constexpr = "gated" if GATED else "given"
@@ -382,7 +399,10 @@ def columns(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Stage 1 and turn of BLOCK columns of a signal -> planes (2, B, D, M, R), the imaginary one `half` numbers after the real one."""
+    """Stage 1 and twiddle factors of BLOCK columns of a signal -> planes (2, B, D, M, R).
+
+    The imaginary plane begins `half` numbers after the real one.
+    """
     d, b = tl.program_id(1), tl.program_id(2)
     real = tl.load(reals + b)
     place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -462,7 +482,7 @@ def rows(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Row k1 of a channel of a text: stage 2, times the kernel's spectrum, and back, in place."""
+    """Stage 2, times the kernel's spectrum, and back, in place: row k1 of a channel of a text."""
     b, k1, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R: tl.constexpr = R1 * R2
     tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
@@ -492,7 +512,10 @@ def rows_gradient(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Row k1 of a channel, all texts: dK = Σ_b conj(X) dC, and conj(K) dC takes the place of dC in `gradient`."""
+    """The gradient of row k1 of a channel's spectrum over all texts, dK = Σ_b conj(X) dC.
+
+    conj(K) dC replaces dC in `gradient`.
+    """
     k1, d = tl.program_id(0), tl.program_id(1)
     R: tl.constexpr = R1 * R2
     tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
@@ -578,7 +601,7 @@ def finish(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """BLOCK columns of both signals backwards, the gate, their sum."""
+    """BLOCK columns of both signals: stage 1 backwards, the gate, the sum."""
     d, b = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     at, row = (tl.cast(b, tl.int64) * D + d) * (M * R), (tl.cast(b, tl.int64) * D + d) * L
@@ -637,12 +660,15 @@ def finish_gradient(
     )
 
 
-# ------------------------------------------------------------------ the short convolution, backwards
+# ------------------------------------------------------------------ short convolution, backwards
 
 
 @triton.jit(do_not_specialize=["B", "C"])
 def short_gradient(p, ds, dp, reals, weight, shift, sums, B, C, L, BLOCK: tl.constexpr):
-    """Channel c of all texts: dp, and of dweight (3 taps), dbias and dshift BLOCK partial sums each, (C, 5, BLOCK)."""
+    """The short convolution backwards, channel c of all texts: dp and the sums (C, 5, BLOCK).
+
+    The sums are BLOCK partial sums each of dweight's 3 taps, of dbias and of dshift.
+    """
     c = tl.program_id(0)
     w0, w1, w2 = (
         tl.load(weight + 3 * c).to(tl.float32),
@@ -689,7 +715,10 @@ def add(a, b):
 
 @triton.jit
 def weights(table, first, rows, columns, COLUMNS: tl.constexpr, ROW: tl.constexpr):
-    """Rows `first` + rows of a matrix with COLUMNS columns, transposed: (columns, rows). Beyond COLUMNS, and beyond `ROW` rows, zero."""
+    """Rows `first + rows` of a matrix with COLUMNS columns, transposed: (columns, rows).
+
+    Columns from COLUMNS on and rows from ROW on are zero.
+    """
     return tl.load(
         table + (first + rows)[None, :] * COLUMNS + columns[:, None],
         mask=(rows < ROW)[None, :] & (columns < COLUMNS)[:, None],
@@ -709,7 +738,7 @@ def gated_mlp(
     T,
     eps,
     D: tl.constexpr,
-    I: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 (an axis, as in gpu_mlp.py)
     K: tl.constexpr,
     W: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -718,10 +747,11 @@ def gated_mlp(
     PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """out = LayerNorm(h + W_o(GELU(a) b) + bias), (a, b) = W_g h, of TOKENS tokens, (T, D). W ≥ D/K: channels of a block, filled up to a power of two.
+    """out = LayerNorm(h + W_o(GELU(a) b) + bias), (a, b) = W_g h, for TOKENS of T tokens (T, D).
 
-    Blocks k and k + K/2 of W_g, (K, 2I/K, D/K), are gate and value of what blocks 2k and 2k + 1 of W_o, (K, D/K, I/K), read. What lies between the
-    two products stays in registers, STEP numbers of it at a time.
+    W ≥ D/K is the width of a block, filled up to a power of two. Blocks k and k + K/2 of W_g,
+    (K, 2I/K, D/K), compute gate and value of the activations that blocks 2k and 2k + 1 of W_o,
+    (K, D/K, I/K), read. These activations stay in registers, STEP of them at a time.
     """
     F: tl.constexpr = D // K
     H: tl.constexpr = I // K
@@ -735,7 +765,7 @@ def gated_mlp(
         for side in range(2):
             block, found = 2 * k + side, tl.full((TOKENS, W), 0.0, tl.float32)
             for j in range(0, H, STEP):
-                place = j + step  # of what one block of W_o reads
+                place = j + step  # inside the input of one block of W_o
                 a = dot(
                     x,
                     weights(gated, k * 2 * H + side * H, place, lane, F, H),
@@ -761,7 +791,7 @@ def gated_mlp(
             tl.store(
                 out + row + at[None, :], narrow(found, out.dtype.element_ty, EMULATED), mask=inside
             )
-    tl.debug_barrier()  # what other threads of this program wrote is read now
+    tl.debug_barrier()  # the program reads now what its other threads wrote
     mean = (total / D)[:, None]
     spread_out = tl.full((TOKENS,), 0.0, tl.float32)
     for k in range(K):

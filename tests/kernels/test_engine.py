@@ -603,7 +603,7 @@ def test_what_rounding_takes_from_the_mean_token_is_put_back(bias):
     ).mean(dim=0)
     plain, put_back = (
         product(x, with_bias).double().mean(dim=0) - exact
-        for with_bias in (None, product.putting_back(x.mean(dim=0, dtype=torch.float32)))
+        for with_bias in (None, product.restoring(x.mean(dim=0, dtype=torch.float32)))
     )
     assert put_back.abs().max() < 0.1 * plain.abs().max()
 
