@@ -16,22 +16,30 @@ from ruamel.yaml import YAML
 
 from lib.pipeline import files, params
 from lib.pipeline.params import ParamsError
-from lib.report import display, site
+from lib.report import display, safe, site
 from lib.report import results as written
 
 ROOT = Path(__file__).parents[2]
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5Er"
+    "kJggg=="
+)
 EVIL = (
-    '<script>alert(1)</script><img src="http://evil.example/x.png" onerror="alert(2)"><a href="javascript:alert(3)">go</a>'
+    '<script>alert(1)</script><img src="http://evil.example/x.png" onerror="alert(2)">'
+    '<a href="javascript:alert(3)">go</a>'
     '<style>@import "http://evil.example/x.css"</style><p onclick="alert(4)">kept</p></div></main>'
 )
 DRAWING = """<?xml version="1.0"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
-<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9" onload="alert(5)">
- <title>ladder</title><desc>Scores &amp; lengths.</desc><script>alert(6)</script><style>@import url(http://evil.example/y.css)</style>
- <defs><clipPath id="clip"><rect width="9" height="9"/></clipPath><path id="mark" d="M0 0L1 1"/></defs>
+<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9"
+ onload="alert(5)">
+ <title>ladder</title><desc>Scores &amp; lengths.</desc><script>alert(6)</script>
+ <style>@import url(http://evil.example/y.css)</style>
+ <defs><clipPath id="clip"><rect width="9" height="9"/></clipPath>
+ <path id="mark" d="M0 0L1 1"/></defs>
  <g clip-path="url(#clip)" id="unused"><use xlink:href="#mark" x="1"/><use xlink:href="http://evil.example/z.svg#a"/>
- <rect style="fill: url(http://evil.example/w)" onclick="alert(7)" width="1"/><a href="javascript:alert(8)"><rect/></a></g>
+ <rect style="fill: url(http://evil.example/w)" onclick="alert(7)" width="1"/>
+ <a href="javascript:alert(8)"><rect/></a></g>
 </svg>"""
 
 
@@ -84,9 +92,11 @@ def results(house):
             metadata={"tags": ["injected-parameters"]},
         ),
         new_markdown_cell(
-            "A cosine $c(q, d)$, a price of `$5`, and\n\n$$\\frac{a_1}{b} < 1$$\n\n```text\n$x$ stays\n```\n\n"
-            "[05](05_finetune.ipynb) [paper](https://arxiv.org/abs/2402.07440) [bad](javascript:alert(1)) ![x](http://evil.example/p.png)\n\n"
-            + EVIL
+            "A cosine $c(q, d)$, a price of `$5`, and\n\n$$\\frac{a_1}{b} < 1$$\n\n"
+            "```text\n$x$ stays\n```\n\n"
+            "[05](05_finetune.ipynb) [paper](https://arxiv.org/abs/2402.07440) "
+            "[bad](javascript:alert(1)) "
+            "![x](http://evil.example/p.png)\n\n" + EVIL
         ),
         new_code_cell(
             "loss(q, d)  # <b>",
@@ -95,7 +105,8 @@ def results(house):
                 new_output(
                     "display_data",
                     data={
-                        "text/html": f"<div><style>p {{}}</style><table><tr><td align='right'>7</td></tr></table>{EVIL}"
+                        "text/html": "<div><style>p {}</style><table><tr>"
+                        f"<td align='right'>7</td></tr></table>{EVIL}"
                     },
                 ),
                 new_output("display_data", data={"image/svg+xml": DRAWING}),
@@ -217,8 +228,8 @@ def test_no_page_asks_for_anything_outside_or_runs_anything(results):
     ],
 )
 def test_html_of_an_output_comes_out_with_known_tags_and_attributes_only(attack):
-    reader = Reader(site.sanitized(attack))
-    assert {tag for tag, _ in reader.tags} <= site.HTML_TAGS
+    reader = Reader(safe.sanitized(attack))
+    assert {tag for tag, _ in reader.tags} <= safe.HTML_TAGS
     assert {key for _, own in reader.tags for key in own} <= {
         "align",
         "scope",
@@ -229,13 +240,13 @@ def test_html_of_an_output_comes_out_with_known_tags_and_attributes_only(attack)
 
 
 def test_html_of_an_output_is_closed_and_keeps_its_table():
-    html = site.sanitized("<div><table><tbody><tr><td colspan=2>3 &lt; 4</div></section></main>")
+    html = safe.sanitized("<div><table><tbody><tr><td colspan=2>3 &lt; 4</div></section></main>")
     assert html == '<div><table><tbody><tr><td colspan="2">3 &lt; 4</td></tr></tbody></table></div>'
-    assert site.sanitized("<style>td {}</style><font>a</font> &amp; b") == "a &amp; b"
+    assert safe.sanitized("<style>td {}</style><font>a</font> &amp; b") == "a &amp; b"
 
 
 def test_a_drawing_keeps_its_shapes_and_its_references_to_itself():
-    picture, caption = site.drawn(DRAWING, "figure-a b")
+    picture, caption = safe.drawn(DRAWING, "figure-a b")
     assert caption == "Scores & lengths."
     reader = Reader(picture)
     assert reader.ids == [
@@ -249,7 +260,7 @@ def test_a_drawing_keeps_its_shapes_and_its_references_to_itself():
     for word in ("evil", "alert", "script", "DOCTYPE", "unused"):
         assert word not in picture
     with pytest.raises(ValueError, match="entities"):
-        site.drawn('<!DOCTYPE svg [<!ENTITY a "aa">]><svg>&a;</svg>', "x")
+        safe.drawn('<!DOCTYPE svg [<!ENTITY a "aa">]><svg>&a;</svg>', "x")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +268,7 @@ def test_a_drawing_keeps_its_shapes_and_its_references_to_itself():
     ["url(http://x)", "fill: url( 'http://x')", "fill: u\\72l(//x)", "url(x.svg#a)", "@import 'x'"],
 )
 def test_a_drawing_loses_attributes_that_would_fetch_something(value):
-    picture, _ = site.drawn(
+    picture, _ = safe.drawn(
         f'<svg xmlns="http://www.w3.org/2000/svg"><rect fill="{value}" style="{value}"/></svg>', "x"
     )
     assert picture.endswith("><rect/></svg>")
@@ -307,8 +318,9 @@ def test_a_table_has_a_caption_scopes_and_numbers_on_the_right(results):
     index = built()["index.html"]
     assert "<caption>Claims. Profile smoke:" in index
     assert (
-        '<th scope="row">a|b &lt;script&gt;alert(9)&lt;/script&gt;</th><td class="number">+2.0 [-1.1, +5.2]</td><td class="number">12,000</td><td class="yes">reproduces</td>'
-        in index
+        '<th scope="row">a|b &lt;script&gt;alert(9)&lt;/script&gt;</th>'
+        '<td class="number">+2.0 [-1.1, +5.2]</td><td class="number">12,000</td>'
+        '<td class="yes">reproduces</td>' in index
     )
     assert '<th scope="col" class="number">n</th>' in index
 
@@ -418,16 +430,16 @@ def test_formulas_become_mathml_and_code_stays_code(results):
     ],
 )
 def test_what_is_no_formula_is_shown_as_typed(source, shown):
-    html = site.markdown(source, set())
+    html = safe.markdown(source, set())
     assert shown in html and "<math" not in html
 
 
 def test_a_formula_over_several_lines_is_not_taken_for_markdown():
-    html = site.markdown("Let $a_1 * b_1 * c$ and\n\n$$x\n- y_1\n= *z*$$", set())
+    html = safe.markdown("Let $a_1 * b_1 * c$ and\n\n$$x\n- y_1\n= *z*$$", set())
     assert (
         html.count("<math") == 2 and "<em>" not in html and "<li>" not in html and "<h" not in html
     )
-    link = site.formula(r"\href{javascript:alert(1)}{x}", "inline")
+    link = safe.formula(r"\href{javascript:alert(1)}{x}", "inline")
     assert "javascript" not in link
 
 
@@ -503,9 +515,7 @@ def test_the_stages_are_those_of_the_pipeline(house):
         assert command.startswith(
             f"python -m lib.pipeline run {source or '${item.notebook}'} {stage}"
         )
-        folder = next(
-            next(iter(out)) for out in body.get("do", body)["outs"] if isinstance(out, dict)
-        )
+        folder = next(iter(body.get("do", body)["plots"][0]))
         row = next(iter(params.load()[table])) if table else ""
         path = Path(folder.replace("${key}", row)) / "a.svg"
         assert site.writer(path) == (f"{stage}@{row}" if table else stage)
