@@ -1,6 +1,7 @@
-"""What encoding costs: counted on paper, and measured by a clock.
+"""What encoding costs: counted on paper, and measured on this machine.
 
-Read `counts` first, which says what any implementation of M2-BERT and of its Transformer twin has
-to do; `race` measures several implementations in turns on this machine. Nothing in lib/ needs
-this room: notebooks 02 and 10 and the benchmarks in tests/ do.
+Read counts.py first: operations, bytes and weights of M2-BERT and of a Transformer of its size.
+Then race.py: encoders timed in interleaved rounds, with their peak memory and the machine's limits.
+Notebook 10 shows both; `python tests/bench_encoder.py` measures the published sizes. Nothing
+measured enters the report's tables. Tests: tests/efficiency.
 """

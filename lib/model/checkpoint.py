@@ -1,11 +1,10 @@
-"""Our models on disk.
+"""Our models on disk: a Hugging Face folder with a record of every file's sha256, training.json.
 
-    save(model, tokenizer, folder, about, readme)   a Hugging Face folder plus training.json, whole
-                                                    or not at all
-    load(folder)        model and tokenizer, every byte checked against training.json
+    save(model, tokenizer, folder, about, readme)   write the folder, whole or not at all
+    load(folder)                                    model and tokenizer; every file is checked
 
-Nothing here unpickles, runs code from a checkpoint, or fills a missing weight with random numbers.
-The authors' files: lib/model/published.py.
+This module unpickles nothing, runs no code from a checkpoint, and fills no missing weight with
+random numbers. The authors' files: lib/model/published.py.
 """
 
 import copy
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
 from lib.pipeline import files
 
-# Composer stores numpy's random state beside the weights: an array, and nothing that runs.
+# Composer stores numpy's random state beside the weights. It is an array; loading it runs no code.
 RANDOM_STATE = [
     np._core.multiarray._reconstruct,
     (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
@@ -37,7 +36,7 @@ RANDOM_STATE = [
 
 
 class CheckpointError(ValueError):
-    """A folder or file that cannot be trusted to be the model it claims to be."""
+    """A folder or file is not the model that it claims to be."""
 
 
 def save(
@@ -49,14 +48,16 @@ def save(
 ) -> None:
     """Write the model to `folder`, replacing it whole: config, weights, tokenizer and record.
 
-    A retriever's folder is also one that `SentenceTransformer(folder)` reads, after `import
-    lib.model.m2bert`. The folder appears under its name only when complete: an interrupted save
-    leaves the old one.
+    `SentenceTransformer(folder)` reads a retriever's folder too, after `import lib.model.m2bert`.
+    The folder gets its name only when it is complete: an interrupted save leaves the old folder.
 
     Args:
-        about: how the model came about, for training.json. The sha256 of every file and of
-            `about["settings"]`, and the class, come along.
+        about: the model's origin, for training.json. The model's class and the sha256 of every file
+            and of `about["settings"]` are added.
         readme: the model card (lib/report/card.py makes one); None: no README.md.
+
+    Raises:
+        OSError: the disk is full or read-only.
     """
     about = dict(about or {})
     if about.get("settings"):
@@ -64,10 +65,9 @@ def save(
     with files.replacing(folder) as draft, writing(folder):
         model.save_pretrained(draft)
         if tokenizer is not None:
-            words = copy.deepcopy(tokenizer)
-            # What other libraries truncate at.
-            words.model_max_length = model.config.max_position_embeddings
-            words.save_pretrained(draft)
+            limited = copy.deepcopy(tokenizer)
+            limited.model_max_length = model.config.max_position_embeddings  # others truncate there
+            limited.save_pretrained(draft)
         if isinstance(model, M2BertForRetrieval):
             save_modules(model, draft)
         if readme is not None:
@@ -93,7 +93,7 @@ def fingerprint(settings: dict) -> str:
 
 @contextmanager
 def writing(path: str | Path):
-    """A full disk as an OSError: safetensors, tokenizers and torch report it in their own ways."""
+    """Turn a failed write into an OSError: safetensors, tokenizers and torch raise their own."""
     try:
         yield
     except Exception as error:
@@ -101,7 +101,7 @@ def writing(path: str | Path):
             raise
         raise OSError(
             errno.EIO,
-            f"cannot be written, what was there is as it was ({reason(error)})",
+            f"cannot be written, what was there is unchanged ({reason(error)})",
             str(path),
         ) from None
 
@@ -109,8 +109,8 @@ def writing(path: str | Path):
 def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
     """Write what sentence-transformers needs beside a Hugging Face folder.
 
-    Transformer -> Pooling -> Dense(tanh) -> Normalize; the pooler is stored a second time, as their
-    Dense. Class and option names are those of their versions 2 to 5, which 6 reads too.
+    Transformer -> Pooling -> Dense(tanh) -> Normalize. The pooler is stored a second time, as the
+    library's Dense. Class and option names are those of versions 2 to 5; version 6 reads them too.
     """
     D = model.config.hidden_size
     pooling = {"cls": "cls_token", "mean": "mean_tokens"}[model.config.pooling]
@@ -158,13 +158,13 @@ def load(folder: str | Path, architecture: type | None = None):
     """The model (in eval mode) and tokenizer of a folder written by `save`.
 
     Args:
-        architecture: class to build; None: the one that was saved. An encoder
-            may be loaded from a pretraining checkpoint: the head stays behind
-            and the pooler starts as the config's initialisation draws it.
+        architecture: the class to build; None: the class that was saved. A retriever can be loaded
+            from a pretraining checkpoint: it leaves out the head, and its pooler starts as the
+            config's initialisation draws it.
 
     Raises:
-        CheckpointError: the folder is missing or incomplete, a weight file is
-            damaged, or a key is missing, left over or of another shape.
+        CheckpointError: the folder is missing or incomplete, a file is damaged, or a weight is
+            missing, unknown or of another shape.
     """
     from transformers import AutoTokenizer
 
@@ -175,8 +175,8 @@ def load(folder: str | Path, architecture: type | None = None):
     for name, expected in checksums.items():
         if files.sha256(folder / name) != expected:
             raise CheckpointError(
-                f"{folder / name} is damaged: its sha256 is not the one in training.json; delete the "
-                "folder and train or fetch it again"
+                f"{folder / name} is damaged: its sha256 is not the one in training.json; delete "
+                "the folder and train or fetch it again"
             )
     config = M2BertConfig.from_pretrained(folder)
     model = (architecture or saved)(config).to(config.dtype or torch.float32)
@@ -198,6 +198,7 @@ def load(folder: str | Path, architecture: type | None = None):
 
 
 def require(folder: Path, names) -> None:
+    """Raise a CheckpointError unless the folder holds these files."""
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing:
         raise CheckpointError(
@@ -240,22 +241,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is damaged ({error}); delete it and fetch it again"
         ) from None
     except Exception as error:
-        # torch raises half a dozen kinds for truncated, foreign and unsafe files; none is our bug.
-        # Its second sentence says how to run the file.
+        # torch raises half a dozen exceptions for truncated, foreign and unsafe files; none is our
+        # bug. The second sentence of its message says how to run the file.
         raise CheckpointError(
-            f"{path} cannot be read as weights only ({reason(error)}); fetch it again, or convert it "
-            "to safetensors where you trust it"
+            f"{path} cannot be read as weights only ({reason(error)}); fetch it again, or convert "
+            "it to safetensors where you trust it"
         ) from None
 
 
 def reason(error: Exception) -> str:
-    """Kind and first sentence."""
+    """The class and the first sentence of an error."""
     first = re.split(r"[.;] |[\n(]", str(error).strip())[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
-    """load_state_dict with one clear line: every key used, none missing, equal shapes, no NaN."""
+    """load_state_dict that requires every key and no other, equal shapes and finite numbers.
+
+    Raises:
+        CheckpointError: one of them is violated.
+    """
     expected = model.state_dict()
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     for name in missing:
@@ -275,6 +280,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
 
 
 def check_numbers(tensor: Tensor, name: str) -> None:
+    """Raise a CheckpointError unless the tensor is finite and dense, of 16-bit floats or more."""
     dense = tensor.layout == torch.strided and not tensor.is_meta
     if not dense or not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(

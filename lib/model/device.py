@@ -8,8 +8,8 @@ from lib.pipeline.errors import WorkbenchError
 def use(compute: dict) -> torch.device:
     """Set the number of threads and return the device of `compute: {threads, device}`.
 
-    `device: auto` is a GPU if there is one. The number of threads is a setting because the same
-    settings give the same bits for one number of threads only.
+    `device: auto` is a GPU if the machine has one. The number of threads is a setting because the
+    same settings give the same bits only with the same number of threads.
 
     Raises:
         WorkbenchError: a CUDA device is asked for and there is none.

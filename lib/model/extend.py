@@ -1,4 +1,4 @@
-"""A model for longer texts: the same weights, more positions and filters on a longer axis."""
+"""A model for longer texts: the same weights, more positions, and filters on a longer time axis."""
 
 import copy
 
@@ -13,21 +13,26 @@ from lib.operators.long_conv import filter_inputs
 def extend(
     model: PreTrainedModel, new_length: int, positions: str = "tile", filters: str = "stretch"
 ) -> PreTrainedModel:
-    """The same model for texts of up to `new_length` tokens; weights copied, `model` unchanged.
+    """A copy of the model for texts of up to `new_length` tokens; `model` stays unchanged.
 
     Positions, P of length N -> P' of length N':
-        tile         P'[i] = P[i mod N]                        the paper's 32K model
-    Filters, k(i) of a model of length N:
-        stretch      k'(i) ≈ k(i (N-1)/(N'-1))                 the same shape on a slower axis: z is interpolated, t rescaled
-        tile         z'[i] = z[i mod N], t rescaled            the paper's recipe for positions, applied to z
-        extrapolate  k'(i) = k(i) for i < N, then the same formula continued: nothing changes for a short text
-                     (but where `pad_to_max_length` pads it to N' now)
 
-    The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the first N of them zero.
-    What it means to do is `tile` for both, with t rescaled; `stretch` is the default, since it keeps the kernels' shape.
+        tile         P'[i] = P[i mod N]: the paper's 32K model
+
+    Filters, k(i) of a model of length N:
+
+        stretch      k'(i) ≈ k(i (N-1)/(N'-1)): the same shape on a slower time axis; z is
+                     interpolated and t rescaled
+        tile         z'[i] = z[i mod N], t rescaled: the paper's recipe for positions, applied to z
+        extrapolate  k'(i) = k(i) for i < N, and the same formula beyond: the embedding of a short
+                     text does not change, unless `pad_to_max_length` now pads the text to N'
+
+    The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the
+    first N of them zero. Its intention is `tile` for both, with t rescaled. `stretch` is the
+    default because it keeps the kernels' shape.
 
     Raises:
-        ValueError: new_length is shorter than the model, or an unknown choice.
+        ValueError: new_length is shorter than the model's length, or a choice is unknown.
     """
     config = copy.deepcopy(model.config)
     old = config.max_position_embeddings
@@ -43,10 +48,9 @@ def extend(
     if filters == "extrapolate":
         config.filter_length = config.filter_length or old
     elif config.filter_length is not None:
-        config.filter_length = (
-            round((config.filter_length - 1) * (new_length - 1) / max(1, old - 1)) + 1
-        )
-    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+        stretched = (config.filter_length - 1) * (new_length - 1) / max(1, old - 1)
+        config.filter_length = round(stretched) + 1
+    with torch.random.fork_rng(devices=[]):  # the drawn weights are overwritten
         longer = type(model)(config)
     state = model.state_dict()
     for name, tensor in state.items():
@@ -59,13 +63,7 @@ def extend(
         elif name.endswith("filter.inputs") and filters == "tile":
             state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
         elif name.endswith("filter.inputs"):
-            state[name] = torch.cat(
-                [
-                    tensor,
-                    filter_inputs(new_length, config.filter_emb_dim, config.filter_length)[old:].to(
-                        tensor
-                    ),
-                ]
-            )
+            inputs = filter_inputs(new_length, config.filter_emb_dim, config.filter_length)
+            state[name] = torch.cat([tensor, inputs[old:].to(tensor)])
     longer.load_state_dict(state)
-    return longer.to(next(model.parameters())).train(model.training)  # its device and number type
+    return longer.to(next(model.parameters())).train(model.training)  # model's device and dtype

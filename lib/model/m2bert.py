@@ -1,18 +1,19 @@
-"""M2-BERT: an encoder whose every layer is subquadratic in the length of the text.
+"""M2-BERT: an encoder in which every layer is subquadratic in the length of the text.
 
-A BERT in which attention became a gated long convolution (cost L log L) and the
-MLP became block-diagonal. One layer:
+A gated long convolution (cost L log L) replaces BERT's attention, and a block-diagonal MLP its
+dense one. One layer:
 
-    h  = Mixer(x)                       gate -> long convolution -> gate, plus a residual long convolution
-    x' = LayerNorm(h + MLP(h))          the skip starts at the mixer's output; x reaches it only through h
+    h  = Mixer(x)                  gate, long convolution, gate, plus a residual long convolution
+    x' = LayerNorm(h + MLP(h))     the skip starts at h, the mixer's output, not at x
 
-    M2BertModel          encoder and pooled embedding
-    M2BertForMaskedLM    pretraining head
-    M2BertForRetrieval   a retriever: ids -> one vector a text (longer texts: lib/model/extend.py)
+    SequenceMixer, MLP   the two halves of a layer; `definition` is the equation, step by step
+    M2BertModel          the encoder, with the pooled embedding
+    M2BertForMaskedLM    the encoder with the pretraining head
+    M2BertForRetrieval   a retriever: one vector for each text
 
-Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the published weights'
-        layout; reproduced within 2e-5 of the reference outputs in tests/golden.
-Axes:   B batch, L tokens, D width, K blocks, V vocabulary.
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the layout of the published weights;
+        reproduces the reference outputs in tests/golden within 2e-5.
+Axes:   B batch, L tokens, D width, I intermediate width, K blocks, V vocabulary.
 """
 
 import torch
@@ -30,11 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import can_return_tuple
 
 from lib import kernels
-from lib.operators.long_conv import (
-    ImplicitFilter,
-    long_conv,
-    short_conv,
-)
+from lib.operators.long_conv import ImplicitFilter, long_conv, short_conv
 from lib.operators.monarch import BlockDiagonalLinear
 
 CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
@@ -43,21 +40,32 @@ CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity
 class M2BertConfig(PreTrainedConfig):
     """Sizes and switches of an M2-BERT; the defaults are the published 80M model at 128 tokens.
 
-    Names that BERT has too mean the same. The others:
+    Names that BERT has too mean the same as there. The others:
 
-        mlp_blocks            K, blocks of the block-diagonal MLP
-        filter_order, filter_emb_dim, filter_frequency   width, inputs and initial sine frequency of the filter MLP
-        filter_length         time unit of the filters, in tokens; None: max_position_embeddings (see `extend`)
+        mlp_blocks            K, the blocks of the block-diagonal MLP
+        filter_order          width of the filters' MLPs
+        filter_emb_dim        inputs of the filters' MLPs
+        filter_frequency      initial sine frequency of the filters' MLPs
+        filter_length         time unit of the filters, in tokens; None: max_position_embeddings
+                              (see `extend`)
         bidirectional         a second kernel looks ahead
-        residual_long_conv    an ungated long convolution beside the gated one: the layer's skip path
-        mixer_layer_norm      LayerNorm (eps 1e-5) in front of the mixer: the oldest published 80M model only
-        mask_padding          zero padded positions before every convolution and in the pooling, so that an
-                              embedding depends neither on its padding nor on its batch. Published models: False
-        pad_to_max_length     `forward` pads every input to max_position_embeddings with pad_token_id, and gives back the
-                              positions it was given. Published models: True. They were trained on padded text and mask
-                              nothing, so the embedding they are known by is that of the padded text
+        residual_long_conv    an ungated long convolution beside the gated one: the layer's skip
+                              path
+        mixer_layer_norm      LayerNorm (eps 1e-5) in front of the mixer; only the oldest published
+                              80M model has it
+        mask_padding          set padded positions to zero before every convolution and leave them
+                              out of the pooling, so that an embedding depends neither on its
+                              padding nor on its batch. Published models: False
+        pad_to_max_length     `forward` pads every input to max_position_embeddings with
+                              pad_token_id, and returns the positions of the given ids. Published
+                              models: True. Their training padded texts and masked nothing, so their
+                              published embeddings are those of padded texts
         pooling               cls: token 0 (published); mean: the mean over real tokens
-        initialization        reference: as the authors'; identity: every layer starts close to x' = x
+        initialization        reference: as the authors do; identity: every layer starts close to
+                              x' = x
+
+    Raises:
+        ValueError: an unknown pooling or initialization.
     """
 
     model_type = "m2bert"
@@ -87,29 +95,17 @@ class M2BertConfig(PreTrainedConfig):
         initialization: str = "reference",
         **kwargs,
     ):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = (
-            vocab_size,
-            hidden_size,
-            num_hidden_layers,
-        )
-        self.intermediate_size, self.max_position_embeddings = (
-            intermediate_size,
-            max_position_embeddings,
-        )
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.num_hidden_layers, self.intermediate_size = num_hidden_layers, intermediate_size
+        self.max_position_embeddings = max_position_embeddings
         self.type_vocab_size, self.layer_norm_eps = type_vocab_size, layer_norm_eps
         self.hidden_dropout_prob = hidden_dropout_prob
-        self.mlp_blocks, self.filter_order, self.filter_emb_dim = (
-            mlp_blocks,
-            filter_order,
-            filter_emb_dim,
-        )
+        self.mlp_blocks, self.filter_order = mlp_blocks, filter_order
+        self.filter_emb_dim = filter_emb_dim
         self.filter_frequency, self.filter_length = filter_frequency, filter_length
         self.bidirectional, self.residual_long_conv = bidirectional, residual_long_conv
-        self.mixer_layer_norm, self.mask_padding, self.pad_to_max_length = (
-            mixer_layer_norm,
-            mask_padding,
-            pad_to_max_length,
-        )
+        self.mixer_layer_norm, self.mask_padding = mixer_layer_norm, mask_padding
+        self.pad_to_max_length = pad_to_max_length
         self.pooling, self.initialization = pooling, initialization
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -118,7 +114,7 @@ class M2BertConfig(PreTrainedConfig):
 
 
 class Embeddings(nn.Module):
-    """LayerNorm(word + type + position), dropout."""
+    """LayerNorm(word + type + position), then dropout."""
 
     def __init__(self, config: M2BertConfig):
         super().__init__()
@@ -131,14 +127,13 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         x = self.word_embeddings(input_ids)  # (B, L, D)
-        # Position and type are added at (L, D) where possible: the batch is many times larger.
-        where = self.position_embeddings.weight[: input_ids.shape[1]]
-        kind = (
-            self.token_type_embeddings.weight[0]
-            if token_type_ids is None
-            else self.token_type_embeddings(token_type_ids)
-        )
-        return self.dropout(self.LayerNorm(x + (where + kind)))
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (L, D)
+        # Positions and types are added first: without type ids their sum is (L, D), not (B, L, D).
+        if token_type_ids is None:
+            types = self.token_type_embeddings.weight[0]
+        else:
+            types = self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(x + (positions + types)))
 
 
 class SequenceMixer(nn.Module):
@@ -171,7 +166,7 @@ class SequenceMixer(nn.Module):
         self.out_linear = nn.Linear(D, D)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) from u (B, L, D) and mask (B, 1, L) of 0 and 1."""
+        """y (B, L, D) from u (B, L, D) and mask (B, 1, L): 1 for a token, 0 for padding."""
         if self.layernorm is not None:
             u = self.layernorm(u)
         y = kernels.sequence_mixer(self, u, mask)
@@ -187,7 +182,7 @@ class SequenceMixer(nn.Module):
         p = masked(torch.matmul(self.in_linear.weight, u) + self.in_linear.bias[:, None])
         s = short_conv(p, self.short_filter.weight, self.short_filter.bias)  # (B, 3D, L)
         x1, x2, v = s.chunk(3, dim=1)
-        gate = masked(v * x1)  # the short convolution's bias and taps reach into the padding
+        gate = masked(v * x1)  # the short convolution reaches into the padding
         y = long_conv(gate, *self.gated_filter(u.shape[-1]), self.gated_filter.bias) * x2
         if self.residual_filter is not None:
             filter = self.residual_filter
@@ -200,9 +195,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: M2BertConfig):
         super().__init__()
-        D, I, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
-        self.gated_layers = BlockDiagonalLinear(D, 2 * I, K, bias=False)
-        self.wo = BlockDiagonalLinear(I, D, K)
+        D, inner, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
+        self.gated_layers = BlockDiagonalLinear(D, 2 * inner, K, bias=False)
+        self.wo = BlockDiagonalLinear(inner, D, K)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
@@ -211,11 +206,14 @@ class MLP(nn.Module):
         return self.definition(h) if y is None else y
 
     def definition(self, h: Tensor) -> Tensor:  # (…, D)
+        """The equation, step by step."""
         gate, value = self.gated_layers(h).chunk(2, dim=-1)  # (…, I) each
         return self.layernorm(h + self.wo(self.dropout(F.gelu(gate) * value)))
 
 
 class Layer(nn.Module):
+    """x' = MLP(Mixer(x)); norm and skip are in the MLP."""
+
     def __init__(self, config: M2BertConfig):
         super().__init__()
         self.mixer = SequenceMixer(config)
@@ -232,7 +230,7 @@ class M2BertPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02) for linear and embedding weights, zero biases; the rest as each module draws itself."""
+        """Linear and embedding weights from N(0, 0.02), zero biases; other modules as they draw."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
@@ -255,19 +253,19 @@ class M2BertPreTrainedModel(PreTrainedModel):
 def start_near_identity(model: "M2BertModel") -> None:
     """Move every layer next to the identity, x' ≈ LayerNorm(x) = x, and the pooler to e ≈ tanh(h).
 
-    out_linear = I, the residual convolution's gain 1, its taps and the MLP's output a tenth; positions and types
-    a tenth of the words. A stack of random layers scrambles the word embeddings that a young retriever lives on;
-    this start lets the loss reach them from the first step.
+    out_linear is the identity and the gain of the residual convolution 1. Its taps and the MLP's
+    output weights shrink to a tenth, and so do position and type embeddings. A stack of random
+    layers scrambles the word embeddings on which a young retriever depends; from this start the
+    loss reaches them in the first step.
     """
     model.embeddings.position_embeddings.weight.mul_(0.1)
     model.embeddings.token_type_embeddings.weight.mul_(0.1)
     for layer in model.layers:
         nn.init.eye_(layer.mixer.out_linear.weight)
         if layer.mixer.residual_filter is not None:
-            nn.init.ones_(layer.mixer.residual_filter.bias)
-            for mlp in filter(
-                None, (layer.mixer.residual_filter.back, layer.mixer.residual_filter.ahead)
-            ):
+            residual = layer.mixer.residual_filter
+            nn.init.ones_(residual.bias)
+            for mlp in filter(None, (residual.back, residual.ahead)):
                 mlp[3].weight.mul_(0.1)
         layer.mlp.wo.weight.mul_(0.1)
         nn.init.zeros_(layer.mlp.wo.bias)
@@ -276,12 +274,12 @@ def start_near_identity(model: "M2BertModel") -> None:
 
 
 class M2BertModel(M2BertPreTrainedModel):
-    """The encoder: ids (B, L) -> hidden states (B, L, D) and, unless pooler=False, an embedding (B, D).
+    """The encoder: ids (B, L) -> hidden states (B, L, D) and an embedding (B, D).
 
         cls:   e = tanh(W h_0 + b)
         mean:  e = tanh(W mean_{real t} h_t + b)
 
-    The embedding is not normalised: retrieval compares cosines.
+    The embedding is not normalised: retrieval compares cosines. pooler=False: no embedding.
     """
 
     def __init__(self, config: M2BertConfig, pooler: bool = True):
@@ -308,18 +306,19 @@ class M2BertModel(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         **_,
     ) -> BaseModelOutputWithPooling:
-        """
+        """Encode rows of ids.
+
         Args:
             input_ids: (B, L), L at most max_position_embeddings.
-            attention_mask: 1 for a token, 0 for padding, (B, L); None: every position is a token. Without
-                `mask_padding` it matters to mean pooling only, as in the published models.
+            attention_mask: (B, L), 1 for a token, 0 for padding; None: every position is a token.
+                Without `mask_padding` only mean pooling reads it, as in the published models.
 
         Returns:
-            last_hidden_state (B, L, D), pooler_output (B, D) and, when asked, hidden_states: the embeddings' output
-            and that of each layer.
+            last_hidden_state (B, L, D), pooler_output (B, D) and, if `output_hidden_states`,
+            hidden_states: the output of the embeddings and of each layer.
 
         Raises:
-            ValueError: no token, or more than the model reads.
+            ValueError: no token, or more tokens than the model reads.
         """
         L, limit = input_ids.shape[1], self.config.max_position_embeddings
         if L == 0:
@@ -328,25 +327,17 @@ class M2BertModel(M2BertPreTrainedModel):
             )
         if L > limit:
             raise ValueError(
-                f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen the model with `extend`"
+                f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen the "
+                "model with `extend`"
             )
         if self.config.pad_to_max_length and L < limit:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             input_ids = F.pad(input_ids, (0, limit - L), value=self.config.pad_token_id)
             attention_mask = F.pad(attention_mask, (0, limit - L))
-            token_type_ids = (
-                None if token_type_ids is None else F.pad(token_type_ids, (0, limit - L))
-            )
-        mask = None
-        if (
-            self.config.mask_padding
-            and attention_mask is not None
-            and not bool(attention_mask.all())
-        ):
-            mask = attention_mask[:, None, :].to(
-                self.embeddings.LayerNorm.weight.dtype
-            )  # (B, 1, L)
+            if token_type_ids is not None:
+                token_type_ids = F.pad(token_type_ids, (0, limit - L))
+        mask = self.padding_mask(attention_mask)
         x = self.embeddings(input_ids, token_type_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -362,24 +353,29 @@ class M2BertModel(M2BertPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:  # (B, L, D) -> (B, D)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # one row a text: rounding it would save nothing
+    def padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask (B, 1, L) of the mixers; None: they mask nothing."""
+        if not self.config.mask_padding or attention_mask is None or bool(attention_mask.all()):
+            return None
+        return attention_mask[:, None, :].to(self.embeddings.LayerNorm.weight.dtype)
+
+    def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The embedding, (B, L, D) -> (B, D)."""
+        # No autocast: there is one row per text, and rounding it would save nothing.
+        with torch.autocast(x.device.type, enabled=False):
             if self.config.pooling == "cls":
                 summary = x[:, 0]
             elif attention_mask is None:
                 summary = x.mean(dim=1)
             else:
-                weight = attention_mask.to(x.dtype) / attention_mask.sum(dim=1, keepdim=True).clamp(
-                    min=1
-                )
+                tokens = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+                weight = attention_mask.to(x.dtype) / tokens
                 summary = torch.einsum("bld,bl->bd", x, weight)
             return torch.tanh(self.pooler(summary.to(self.pooler.weight.dtype)))
 
 
 class M2BertForRetrieval(M2BertPreTrainedModel):
-    """A text encoder: `pooler_output` (B, D) is the embedding, compared by cosine."""
+    """A retriever: `pooler_output` (B, D) is the embedding, compared by cosine."""
 
     def __init__(self, config: M2BertConfig):
         super().__init__(config)
@@ -395,7 +391,10 @@ class M2BertForRetrieval(M2BertPreTrainedModel):
 
 
 class M2BertForMaskedLM(M2BertPreTrainedModel):
-    """The encoder with BERT's head: logits = LayerNorm(GELU(x W + b)) E^T + c, E the word embeddings."""
+    """The encoder with BERT's head: logits = LayerNorm(GELU(x W + b)) E^T + c.
+
+    E are the word embeddings.
+    """
 
     _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
 
@@ -422,21 +421,22 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
-        """Without labels: logits (B, L, V). With labels (B, L): the loss, and logits (M, V) at the M labelled
-        positions only, in reading order; 0 and below (-100) is "no label". The head is most of a small model's cost.
+        """Logits (B, L, V); with labels, the loss and the logits of the labelled positions.
+
+        Args:
+            labels: (B, L). A label of 0 or less (-100) means "no label". The head then computes
+                logits (M, V) of the M labelled positions only, in reading order: it is most of a
+                small model's cost.
         """
         out = self.model(input_ids, attention_mask, return_dict=True, **kwargs)
         x = out.last_hidden_state
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]  # (M, D), (M,)
         logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
-        loss = (
-            None
-            if labels is None
-            else F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
-            )
-        )
+        loss = None
+        if labels is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits.to(wide), labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

@@ -1,11 +1,11 @@
-"""The authors' weights, in any of the formats they exist in.
+"""The authors' weights, in each of the formats in which they were published.
 
-    load_published(path_or_id)      the model of a file, a folder or a hub id
-    python -m lib.model.published laptop published_32k      a row of `published` in params.yaml
+    load_published(path_or_id)                          the model of a file, a folder or a hub id
+    python -m lib.model.published laptop published_32k  a row of `published` in params.yaml
 
-The second writes data/models/published_32k, a folder like any trained model's, with the tokenizer
-that the weights were trained with: what lies beside the weight file, or the row's `tokenizer`, or
-bert-base-uncased. After that `evaluate@published_32k` runs like any other.
+The command writes data/models/published_32k, a folder like that of any trained model, with the
+tokenizer of the weights: the row's `tokenizer`, else the one beside the weight file, else
+bert-base-uncased. After that `evaluate@published_32k` runs like any other stage.
 """
 
 import copy
@@ -42,9 +42,9 @@ PUBLISHED = (
     "hazyresearch/M2-BERT-32K-Retrieval-Encoder-V1",
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.bin")
-CONVERSION = "published-1"  # another number when what `read_published` makes of a file changes
-# The authors' names -> ours, applied in order. In their files one sine frequency
-# vector is stored six times, and constants are stored beside the weights.
+CONVERSION = "published-1"  # raise the number if `read_published` makes another model of a file
+# The authors' names -> ours, applied in order. Their files store one sine frequency vector six
+# times, and constants beside the weights.
 RENAME = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -70,51 +70,49 @@ RENAME = tuple(
     )
 )
 HEAD = tuple(
-    f"{layer}.{kind}" for layer in ("dense", "layernorm", "decoder") for kind in ("weight", "bias")
+    f"{layer}.{name}" for layer in ("dense", "layernorm", "decoder") for name in ("weight", "bias")
 )
 CONSTANT = re.compile(r"\.position_ids$|\.pos_emb\.t$|\.modulation\.deltas$")
+# The authors store these tensors with a first axis of size 1.
+ROWS = ("_filter.inputs", "_filter.freq", ".pos_emb.t", ".modulation.deltas", ".position_ids")
 
 
 def load_published(path_or_id: str | Path, max_length: int | None = None):
     """The authors' weights as our model, in eval mode.
 
-    Reads a file or folder in the flat retrieval format (`bert.…`, perhaps `module.`), the Composer format
-    (`['state']['model']`), or safetensors under either naming; or a hub id, through the local hub cache and then the
-    network. A torch file is converted once: the model is kept as a folder of ours, in safetensors, under
-    ~/.cache/loco-workbench (or XDG_CACHE_HOME), named by the file's sha256.
+    Reads a file or folder in the flat retrieval format (`bert.…`, with or without `module.`), the
+    Composer format (`['state']['model']`), or safetensors under either naming; or a hub id, from
+    the local hub cache or else the network. A torch file is converted once: the model is kept in
+    safetensors as a folder of ours under ~/.cache/loco-workbench (or XDG_CACHE_HOME), named by the
+    file's sha256.
 
-    The embedding the authors publish is that of the text padded to the model's length: `pad_to_max_length` is set in
-    the config, so that every client of `forward` gets it. It costs the full length for the shortest text.
+    The authors' embedding of a text is that of the text padded to the model's length. So the config
+    sets `pad_to_max_length`, and every caller of `forward` gets this embedding; the shortest text
+    costs as much as the longest.
 
     Args:
-        max_length: None: the file's row_settings; smaller: the tables are cut, and texts are padded to that.
+        max_length: None: the length of the file's tables. A smaller length cuts the tables, and
+            texts are padded to it.
 
     Returns:
-        M2BertForRetrieval; M2BertForMaskedLM where the file has an MLM head and no pooler.
+        M2BertForRetrieval; M2BertForMaskedLM if the file has an MLM head and no pooler.
 
     Raises:
-        CheckpointError: unreadable, incomplete or foreign file; max_length beyond the file's.
+        CheckpointError: the file is unreadable, incomplete or not an M2-BERT; max_length exceeds
+            the file's length.
     """
     path = find_weights(path_or_id)
     if path.suffix == ".safetensors":
         return cut(read_published(path), max_length).eval()
-    kept = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "loco-workbench"
-        / CONVERSION
-        / files.sha256(path)
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    converted = cache / "loco-workbench" / CONVERSION / files.sha256(path)
     try:
-        model, _ = load(kept)
-    except CheckpointError:  # not there, or not whole
+        model, _ = load(converted)
+    except CheckpointError:  # missing or incomplete
         model = read_published(path)
+        origin = {"File": path.name, "sha256": converted.name}
         try:
-            save(
-                model,
-                None,
-                kept,
-                {"stage": "published", "trained_on": {"File": path.name, "sha256": kept.name}},
-            )
+            save(model, None, converted, {"stage": "published", "trained_on": origin})
         except OSError:
             pass  # a full or read-only home: convert again next time
     return cut(model, max_length).eval()
@@ -145,7 +143,8 @@ def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
         words = state["model.embeddings.word_embeddings.weight"]
         if not torch.equal(state.setdefault("decoder.weight", words), words):
             raise CheckpointError(
-                f"{path}: decoder.weight and the word embeddings are one matrix, stored with different values"
+                f"{path}: decoder.weight and the word embeddings are one matrix, stored with "
+                "different values"
             )
     model = (M2BertForRetrieval if retrieval else M2BertForMaskedLM)(config)
     load_strictly(model, state, path)
@@ -157,9 +156,14 @@ def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
 
 
 def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The authors' state dict under our names: (weights, constants). Buffers of FlashFFTConv are dropped, the six copies
-    of each frequency vector made one."""
-    weights, fixed = {}, {}
+    """The authors' state dict under our names: (weights, constants).
+
+    The buffers of FlashFFTConv are left out; the six copies of each frequency vector become one.
+
+    Raises:
+        CheckpointError: copies differ, or a tensor has NaN or an unexpected shape.
+    """
+    weights, constants = {}, {}
     for name, tensor in state.items():
         name = name.replace("module.", "")
         if name.startswith(("model.bert.", "model.cls.")):
@@ -168,18 +172,7 @@ def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             continue
         for pattern, replacement in RENAME:
             name = pattern.sub(replacement, name)
-        if (
-            name.endswith(
-                (
-                    "_filter.inputs",
-                    "_filter.freq",
-                    ".pos_emb.t",
-                    ".modulation.deltas",
-                    ".position_ids",
-                )
-            )
-            and tensor.ndim > 1
-        ):
+        if name.endswith(ROWS) and tensor.ndim > 1:
             if len(tensor) != 1:
                 raise CheckpointError(
                     f"{name} is {tuple(tensor.shape)}, its first axis should be 1"
@@ -187,27 +180,34 @@ def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             tensor = tensor[0]
         if not name.endswith(".position_ids"):
             check_numbers(tensor, name)  # before copies are compared: NaN differs from itself
-        mine = fixed if CONSTANT.search(name) else weights
-        if name in mine and not torch.equal(mine[name], tensor):
+        tensors = constants if CONSTANT.search(name) else weights
+        if name in tensors and not torch.equal(tensors[name], tensor):
             raise CheckpointError(f"{name} is stored several times with different values")
-        mine[name] = tensor
-    return weights, fixed
+        tensors[name] = tensor
+    return weights, constants
 
 
 def constants(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor]:
-    """What the authors store beside the weights, under our names of their owners; here it is computed."""
-    found = {"model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)}
+    """The constants that the authors store beside the weights, as our model computes them.
+
+    Each has the name of our module that it belongs to, and the authors' own suffix.
+    """
+    computed = {"model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)}
     for name, module in model.named_modules():
         if isinstance(module, ImplicitFilter):
-            found |= {
+            computed |= {
                 f"{name}.pos_emb.t": module.time(module.max_length),
                 f"{name}.modulation.deltas": module.deltas(),
             }
-    return found
+    return computed
 
 
 def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """What the file stores beside the weights is what this model computes."""
+    """Check that the constants of the file are those that the model computes.
+
+    Raises:
+        CheckpointError: a constant is unknown, or has other values.
+    """
     expected = constants(model)
     for name, tensor in stored.items():
         if name not in expected:
@@ -219,68 +219,81 @@ def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
             atol=1e-6,
         ):
             raise CheckpointError(
-                f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of a variant that is not known here"
+                f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of "
+                "a variant that is not known here"
             )
 
 
 def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
-    """The sizes of a published model, read off its tensors' shapes (names already ours)."""
+    """The configuration of a published model, from its tensors' names (already ours) and shapes.
+
+    Raises:
+        CheckpointError: a tensor is missing, or its shape makes no sense.
+    """
+    options = dict(
+        mask_padding=False, pad_to_max_length=True, pooling="cls", initialization="reference"
+    )
+    mixer, embeddings = "model.layers.0.mixer", "model.embeddings"
     try:
-        vocab, width = state["model.embeddings.word_embeddings.weight"].shape
-        numbers = {int(name.split(".")[2]) for name in state if name.startswith("model.layers.")}
-        layers = len(numbers)
-        if not layers or max(numbers) != layers - 1:
-            raise CheckpointError(
-                f"not the weights of an M2-BERT: its layers are {sorted(numbers)[:3]} … {max(numbers, default='none')}, not 0 to {layers - 1}"
-            )
+        vocab, width = state[f"{embeddings}.word_embeddings.weight"].shape
+        layers = count_layers(state)
         blocks, doubled, _ = state["model.layers.0.mlp.gated_layers.weight"].shape
+        padded = state["model.layers.0.mlp.wo.weight"].shape[2] * blocks
         return M2BertConfig(
             vocab_size=vocab,
             hidden_size=width,
             num_hidden_layers=layers,
-            intermediate_size=state["model.layers.0.mlp.wo.weight"].shape[2] * blocks
-            if (blocks * doubled) % 2
-            else blocks * doubled // 2,
-            max_position_embeddings=state["model.embeddings.position_embeddings.weight"].shape[0],
-            type_vocab_size=state["model.embeddings.token_type_embeddings.weight"].shape[0],
+            intermediate_size=padded if (blocks * doubled) % 2 else blocks * doubled // 2,
+            max_position_embeddings=state[f"{embeddings}.position_embeddings.weight"].shape[0],
+            type_vocab_size=state[f"{embeddings}.token_type_embeddings.weight"].shape[0],
             mlp_blocks=blocks,
-            filter_order=state["model.layers.0.mixer.gated_filter.freq"].numel(),
-            filter_emb_dim=state["model.layers.0.mixer.gated_filter.inputs"].shape[1],
-            bidirectional="model.layers.0.mixer.gated_filter.ahead.0.weight" in state,
-            residual_long_conv="model.layers.0.mixer.residual_filter.bias" in state,
-            mixer_layer_norm="model.layers.0.mixer.layernorm.weight" in state,
-            **(
-                dict(
-                    mask_padding=False,
-                    pad_to_max_length=True,
-                    pooling="cls",
-                    initialization="reference",
-                )
-                | changes
-            ),
+            filter_order=state[f"{mixer}.gated_filter.freq"].numel(),
+            filter_emb_dim=state[f"{mixer}.gated_filter.inputs"].shape[1],
+            bidirectional=f"{mixer}.gated_filter.ahead.0.weight" in state,
+            residual_long_conv=f"{mixer}.residual_filter.bias" in state,
+            mixer_layer_norm=f"{mixer}.layernorm.weight" in state,
+            **(options | changes),
         )
     except KeyError as error:
         raise CheckpointError(f"not the weights of an M2-BERT: {error} is missing") from None
+    except CheckpointError:
+        raise
     except (ValueError, IndexError) as error:
         raise CheckpointError(
-            f"not the weights of an M2-BERT: the shapes of word_embeddings, gated_filter.inputs or layers make no sense ({error})"
+            "not the weights of an M2-BERT: the shapes of word_embeddings, gated_filter.inputs or "
+            f"layers make no sense ({error})"
         ) from None
 
 
+def count_layers(state: dict[str, Tensor]) -> int:
+    """The number of layers; they must be numbered from 0 without a gap."""
+    numbers = {int(name.split(".")[2]) for name in state if name.startswith("model.layers.")}
+    layers = len(numbers)
+    if not layers or max(numbers) != layers - 1:
+        raise CheckpointError(
+            f"not the weights of an M2-BERT: its layers are {sorted(numbers)[:3]} … "
+            f"{max(numbers, default='none')}, not 0 to {layers - 1}"
+        )
+    return layers
+
+
 def infer_filter_length(stored: dict[str, Tensor]) -> int | None:
-    """The time unit of the filters, t_i = i / (N-1), where the file says it."""
-    t = next(
-        (tensor.flatten() for name, tensor in stored.items() if name.endswith(".pos_emb.t")), None
-    )
-    return (
-        None
-        if t is None or len(t) < 2 or not 0 < float(t[-1]) < float("inf")
-        else round((len(t) - 1) / float(t[-1])) + 1
-    )
+    """N of the filters' time axis t_i = i / (N-1); None if the file does not store t."""
+    axes = (tensor.flatten() for name, tensor in stored.items() if name.endswith(".pos_emb.t"))
+    t = next(axes, None)
+    if t is None or len(t) < 2 or not 0 < float(t[-1]) < float("inf"):
+        return None
+    return round((len(t) - 1) / float(t[-1])) + 1
 
 
 def cut(model: nn.Module, max_length: int | None) -> nn.Module:
-    """The model with tables for `max_length` tokens only; its filters keep their time unit, so nothing else changes."""
+    """The model with tables for `max_length` tokens only.
+
+    The filters keep their time unit, so their taps do not change.
+
+    Raises:
+        CheckpointError: max_length is no length, or exceeds that of the model.
+    """
     longest = model.config.max_position_embeddings
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise CheckpointError(
@@ -290,13 +303,12 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
         return model
     if max_length > longest:
         raise CheckpointError(
-            f"max_length={max_length} exceeds the {longest} tokens of the file: load it and lengthen the model with `extend`"
+            f"max_length={max_length} exceeds the {longest} tokens of the file: load it and "
+            "lengthen the model with `extend`"
         )
     config = copy.deepcopy(model.config)
-    config.filter_length, config.max_position_embeddings = (
-        config.filter_length or longest,
-        max_length,
-    )
+    config.filter_length = config.filter_length or longest
+    config.max_position_embeddings = max_length
     short = type(model)(config)
     tables = ("position_embeddings.weight", "filter.inputs")
     short.load_state_dict(
@@ -309,21 +321,32 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
 
 
 def find_weights(path_or_id: str | Path) -> Path:
-    """The weight file of a path or hub id."""
+    """The weight file of a path or hub id.
+
+    Raises:
+        CheckpointError: no such file, or the hub cannot be reached.
+    """
     path = Path(path_or_id)
     if path.is_file():
         return path
-    if path.is_dir():
-        for name in WEIGHTS:
-            if (path / name).is_file():
-                return path / name
-        found = sorted(path.glob("*.pt"))
-        if len(found) == 1:
-            return found[0]
+    return weights_in(path) if path.is_dir() else weights_of_hub_id(str(path_or_id))
+
+
+def weights_in(folder: Path) -> Path:
+    """The weight file of a folder."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    candidates = sorted(folder.glob("*.pt"))
+    if len(candidates) != 1:
         raise CheckpointError(
-            f"{path} holds none of {', '.join(WEIGHTS)}, nor exactly one .pt file"
+            f"{folder} holds none of {', '.join(WEIGHTS)}, nor exactly one .pt file"
         )
-    name = str(path_or_id)
+    return candidates[0]
+
+
+def weights_of_hub_id(name: str) -> Path:
+    """The weight file of a hub id, from the local hub cache or else the network."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"{name} is neither a file, a folder nor a hub id")
     from huggingface_hub import (
@@ -339,64 +362,75 @@ def find_weights(path_or_id: str | Path) -> Path:
             return Path(cached)
     for weights in WEIGHTS:
         try:
-            get_hf_file_metadata(
-                hf_hub_url(name, weights)
-            )  # asks once; hf_hub_download asks six times, for half a minute
+            # It asks once; hf_hub_download asks six times, for half a minute.
+            get_hf_file_metadata(hf_hub_url(name, weights))
             return Path(hf_hub_download(name, weights))
         except Exception as error:
             why = reason(error)
             if type(error).__name__ not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
                 break
     raise CheckpointError(
-        f"{name} cannot be fetched ({why}); known ids: {', '.join(PUBLISHED)}. Without a network, put its "
-        f"pytorch_model.bin into a folder and give the folder's path instead of the id"
+        f"{name} cannot be fetched ({why}); known ids: {', '.join(PUBLISHED)}. Without a network, "
+        "put its pytorch_model.bin into a folder and give the folder's path instead of the id"
     )
 
 
 def fetch(profile: str, row: str) -> Path:
-    """Load the row's checkpoint and save it as data/models/<row>; that folder.
+    """Load the checkpoint of a row of `published` and save it as data/models/<row>.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or trusted, is no retriever, or does not fit its tokenizer.
-        CorpusError: the tokenizer cannot be had.
+        CheckpointError: the checkpoint cannot be read or trusted, is no retriever, or does not fit
+            its tokenizer.
+        CorpusError: the tokenizer cannot be read.
         ParamsError: there is no such row.
     """
     rows = params.rows(profile, "published")
     params.known(row, rows, f"row of published at {profile}")
-    row_settings = rows[row]
-    source = find_weights(row_settings["checkpoint"])
+    settings = rows[row]
+    checkpoint = settings["checkpoint"]
+    source = find_weights(checkpoint)
     tokenizer = given_tokenizer(
-        row_settings.get("tokenizer") or beside(source) or "bert-base-uncased"
+        settings.get("tokenizer") or tokenizer_beside(source) or "bert-base-uncased"
     )
-    model = load_published(source, row_settings.get("max_length"))
-    if not isinstance(model, M2BertForRetrieval):
-        raise CheckpointError(
-            f"{row_settings['checkpoint']} has no pooler: a masked language model is no retriever"
-        )
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"{row_settings['checkpoint']} has {model.config.vocab_size:,} words, its tokenizer {len(tokenizer):,}: name the right one as `tokenizer` of the row"
-        )
-    if tokenizer.pad_token_id != model.config.pad_token_id:
-        raise CheckpointError(
-            f"{row_settings['checkpoint']} pads with id {model.config.pad_token_id}, its tokenizer with {tokenizer.pad_token_id}: name the right one as `tokenizer` of the row"
-        )
+    model = load_published(source, settings.get("max_length"))
+    check_tokenizer(checkpoint, model, tokenizer)
     folder = params.data(profile) / "models" / row
-    checkpoint = row_settings["checkpoint"]
-    about = {"stage": "published", "row": row, "profile": profile, "settings": row_settings}
+    about = {"stage": "published", "row": row, "profile": profile, "settings": settings}
     about["trained_on"] = {"Published by": "the authors of the paper", "Checkpoint": checkpoint}
-    readme = f"# {row} ({profile})\n\nThe weights that the authors of the paper published: {checkpoint}\n"
+    readme = (
+        f"# {row} ({profile})\n\n"
+        f"The weights that the authors of the paper published: {checkpoint}\n"
+    )
     save(model, tokenizer, folder, about, readme)
     return folder
 
 
-def beside(weights: Path) -> str | None:
-    """The folder of the weights, where it holds a tokenizer too."""
-    return (
-        str(weights.parent)
-        if any((weights.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-        else None
-    )
+def check_tokenizer(checkpoint: str, model: nn.Module, tokenizer) -> None:
+    """Raise a CheckpointError unless the model is a retriever and the tokenizer fits it."""
+    if not isinstance(model, M2BertForRetrieval):
+        raise CheckpointError(
+            f"{checkpoint} has no pooler: a masked language model is no retriever"
+        )
+    remedy = "name the right one as `tokenizer` of the row"
+    vocab, pad = model.config.vocab_size, model.config.pad_token_id
+    if len(tokenizer) > vocab:
+        raise CheckpointError(
+            f"{checkpoint} has {vocab:,} words, its tokenizer {len(tokenizer):,}: {remedy}"
+        )
+    if tokenizer.pad_token_id != pad:
+        raise CheckpointError(
+            f"{checkpoint} pads with id {pad}, its tokenizer with {tokenizer.pad_token_id}: "
+            f"{remedy}"
+        )
+
+
+def tokenizer_beside(weights: Path) -> str | None:
+    """The folder of the weights if it holds a tokenizer too."""
+    names = ("tokenizer.json", "vocab.txt")
+    return str(weights.parent) if any((weights.parent / name).is_file() for name in names) else None
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from torch import Tensor
 from lib.pipeline.errors import BUILD, CorpusError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CHARACTERS_PER_TOKEN = 16  # first guess of the text that matters; four times as much if too little
+# Characters tokenised for each token wanted; four times as many if they give too few tokens.
+CHARACTERS_PER_TOKEN = 16
 PIECE = 2**19  # characters tokenised at a time
-REACH = 4096  # characters before a cut in which a place for it is looked for
-CJK = (
+REACH = 4096  # characters before a cut that are searched for a space
+CJK = (  # as in BERT's own tokenizer
     (0x3400, 0x4DBF),
     (0x4E00, 0x9FFF),
     (0xF900, 0xFAFF),
@@ -31,16 +32,16 @@ CJK = (
     (0x2A700, 0x2B81F),
     (0x2B920, 0x2CEAF),
     (0x2F800, 0x2FA1F),
-)  # as BERT has them
+)
 
 
 # ------------------------------------------------------------------ tokenizers
 
 
 def load_tokenizer(folder: str | Path):
-    """The tokenizer of a corpus, or of its tokenizer/.
+    """The tokenizer of a corpus: tokenizer.json in `folder` or in its subfolder tokenizer/.
 
-    One that was trained here has the ids [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4.
+    The tokenizers trained here have the ids [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4.
 
     Raises:
         CorpusError: tokenizer.json is missing, damaged, or lacks a special token.
@@ -69,7 +70,7 @@ def given_tokenizer(name: str):
     """The tokenizer of a folder with tokenizer.json or vocab.txt, or of a hub id.
 
     Raises:
-        CorpusError: neither a tokenizer's folder nor an id that can be fetched.
+        CorpusError: `name` is no tokenizer's folder, and no id that can be fetched.
     """
     folder = Path(name)
     if (folder / "tokenizer.json").is_file():
@@ -147,13 +148,13 @@ def wordpiece(vocab: dict[str, int]):
 
 
 def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """Ids of each text's first `max_length` tokens, specials included, and whether it was cut.
+    """The ids of each text's first `max_length` tokens, specials included, and whether it was cut.
 
-    Only as many characters are tokenised as can matter: a million words cost
-    no more than the first few thousand.
+    Characters that cannot reach the first tokens are not tokenised: a text of a million words costs
+    no more than its first few thousand.
 
     Raises:
-        TypeError: `texts` is one string, or an element is none (its index is named).
+        TypeError: `texts` is one string, or an element is no string (the message has its index).
     """
     check_texts(texts)
     ids: list = [None] * len(texts)
@@ -212,9 +213,9 @@ def check_texts(texts: list[str]) -> None:
 
 
 def groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """(numbers, parts) of at most 512 parts and PIECE characters, unless one part has more.
+    """Batches (numbers, parts) of at most 512 parts and PIECE characters; a longer part is alone.
 
-    A tokenizer needs 500 bytes for each character.
+    The limit is for memory: a tokenizer needs 500 bytes for each character.
     """
     numbers, held, size = [], [], 0
     for i, part in parts:
@@ -229,10 +230,7 @@ def groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[s
 
 
 def beginning(text: str, characters: int) -> str:
-    """About the first `characters` of a text, cut where no word is read in half.
-
-    If there is no such place, all of the text.
-    """
+    """About the first `characters` of a text, cut between words; the whole text if it has none."""
     if len(text) <= characters:
         return text
     end = max(text.rfind(space, 0, characters + 1) for space in " \n\t")
@@ -244,9 +242,9 @@ def beginning(text: str, characters: int) -> str:
 
 @cache
 def stands_alone(character: str) -> bool:
-    """Whether BERT reads it as a token of its own, or not at all, wherever it stands.
+    """Whether BERT makes a character a token of its own, or drops it, in every context.
 
-    True of white space, punctuation and CJK.
+    True for white space, punctuation and CJK.
     """
     code = ord(character)
     return (
@@ -258,7 +256,7 @@ def stands_alone(character: str) -> bool:
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, for which a tokenizer would refuse the batch."""
+    """The text with U+FFFD for lone surrogates, since a tokenizer refuses a batch that has one."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 

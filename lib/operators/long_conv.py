@@ -1,4 +1,4 @@
-"""Convolutions as long as the text: how every token sees every other below O(L²).
+"""Convolutions as long as the text: every token sees every other in less than O(L²).
 
 Attention compares all pairs of tokens. A long convolution applies one filter,
 as long as the text, to every position; the FFT does it in O(L log L). Here it
@@ -76,9 +76,9 @@ def fft_length(n: int) -> int:
 
 
 class CircularConv(torch.autograd.Function):
-    """y = irfft(rfft(u) · rfft(K)): the product of spectra, with a backward pass that stays in real FFTs.
+    """y = irfft(rfft(u) · rfft(K)), with a backward pass in real FFTs.
 
-    Autograd's own backward of rfft is a complex FFT of twice the size. Here:
+    Autograd's own backward pass of rfft is a complex FFT of twice the size. Here:
 
         du = irfft(rfft(dy) · conj(K^)),   dK = irfft(Σ_b rfft(dy) · conj(u^))
     """
@@ -123,9 +123,9 @@ def circular_kernel(k: Tensor, k_rev: Tensor | None, bias: Tensor | None, n: int
 def long_conv(
     u: Tensor, k: Tensor, k_rev: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Same as `long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around.
+    """`long_conv_direct` in O(L log L): multiply spectra of size ≥ 2L-1, so nothing wraps around.
 
-    16-bit inputs are convolved in float32 and come back as they were.
+    16-bit inputs are convolved in float32; the result has the dtype of u.
     """
     check_kernels(u, k, k_rev)
     L = u.shape[-1]
@@ -138,7 +138,9 @@ def long_conv(
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """y[t] = bias + w[0] x[t-2] + w[1] x[t-1] + w[2] x[t]: depthwise, causal, zeros before the text.
+    """y[t] = bias + w[0] x[t-2] + w[1] x[t-1] + w[2] x[t], depthwise and causal.
+
+    Zeros stand before the text.
 
     Args:
         x: (B, C, L). weight: (C, 1, 3). bias: (C,).
@@ -156,7 +158,8 @@ class ImplicitFilter(nn.Module):
     kernel has its own MLP; both share the sine frequencies F, the inputs z
     (trained) and the decay δ_c, from slow (4.6 / 1.5) to fast (4.6 / 0.3).
 
-    Kernels are float32 whatever the model is: bfloat16 tells 256 places of the time axis apart.
+    Kernels are float32 whatever the model's dtype: bfloat16 tells only 256 positions of the time
+    axis apart.
     """
 
     def __init__(
@@ -188,30 +191,28 @@ class ImplicitFilter(nn.Module):
             )
 
         self.inputs = nn.Parameter(torch.empty(max_length, emb_dim, **wide))  # z
-        self.freq = nn.Parameter(
-            torch.empty(order, **wide)
-        )  # F: one vector for every depth and direction
+        # F: one vector for every depth and direction.
+        self.freq = nn.Parameter(torch.empty(order, **wide))
         self.bias = nn.Parameter(torch.empty(channels, **wide))  # gain on the input
         self.ahead = mlp() if bidirectional else None
         self.back = mlp()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """z, F and the gain; the linear layers are drawn by the model that owns them."""
+        """Reset z, F and the gain; the model that owns the linear layers draws them."""
         with torch.no_grad():
             self.inputs.copy_(filter_inputs(self.max_length, self.emb_dim, self.filter_length))
             self.freq.fill_(self.frequency)
             self.bias.normal_()
 
     def _apply(self, fn, recurse: bool = True):
-        # What `to`, `half` and `bfloat16` call: follow to another device, not into 16 bits.
-        def kept(tensor: Tensor) -> Tensor:
+        # `to`, `half` and `bfloat16` call this: follow to another device, not into 16 bits.
+        def wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return (
-                tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-            )
+            narrow = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if narrow else moved
 
-        return super()._apply(kept, recurse)
+        return super()._apply(wide, recurse)
 
     def decay(self, length: int, channels: slice = slice(None)) -> Tensor:
         """exp(-t_i |δ_c|), (L, D)."""
@@ -236,10 +237,17 @@ class ImplicitFilter(nn.Module):
         )
 
     def hidden(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """What all channels share of the first `length` taps: the last hidden layers of both MLPs, (L, O) each."""
+        """The last hidden layers of both MLPs for the first `length` taps, (L, O) each.
+
+        All channels share them; the second is None in a causal model.
+
+        Raises:
+            ValueError: more taps than the filter was made for.
+        """
         if length > self.max_length:
             raise ValueError(
-                f"{length} taps of a filter made for {self.max_length}: lengthen the model with `extend`"
+                f"{length} taps of a filter made for {self.max_length}: lengthen the model with "
+                "`extend`"
             )
 
         def features(mlp: nn.ModuleList | None) -> Tensor | None:
@@ -256,7 +264,7 @@ class ImplicitFilter(nn.Module):
     def before_decay(
         self, hidden: tuple[Tensor, Tensor | None], channels: slice = slice(None)
     ) -> tuple[Tensor, Tensor | None]:
-        """What some channels make of `hidden`, (L, d) each; the second is None in a causal model."""
+        """The kernels of some channels without their decay, from `hidden`, (L, d) each."""
         with torch.autocast(hidden[0].device.type, enabled=False):
             return tuple(
                 None if h is None else F.linear(h, mlp[3].weight[channels])
@@ -266,15 +274,13 @@ class ImplicitFilter(nn.Module):
     def taps(
         self, hidden: tuple[Tensor, Tensor | None], channels: slice = slice(None)
     ) -> tuple[Tensor, Tensor | None]:
-        """The kernels of some channels from `hidden`, (d, L) each; the second is None in a causal model."""
+        """The kernels of some channels from `hidden`, (d, L) each."""
         decay = self.decay(len(hidden[0]), channels)  # (L, d)
-        return tuple(
-            None if part is None else (part * decay).t()
-            for part in self.before_decay(hidden, channels)
-        )
+        kernels = self.before_decay(hidden, channels)
+        return tuple(None if kernel is None else (kernel * decay).t() for kernel in kernels)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """The first `length` taps of both kernels, (D, L) each; the second is None in a causal model."""
+        """The first `length` taps of both kernels, (D, L); the second is None in a causal model."""
         return self.taps(self.hidden(length))
 
 

@@ -7,8 +7,8 @@ block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
 
     block_diagonal(x, weight)      what the model runs
     block_diagonal_dense(weight)   the same matrix written out, zeros included
-    monarch_dense(left, right)     the full Monarch product, to look at and to test
-    paired(gated, out)             whether two such layers make a gated MLP block by block
+    monarch_dense(left, right)     the full Monarch product, for notebooks and tests
+    paired(gated, out)             whether two such layers form a gated MLP block by block
 
 Source: Fu et al. 2023 (Monarch Mixer, arXiv 2310.12109) and Saad-Falcon et al.
         2024 (arXiv 2402.07440v3); layout of the weights as in the published files.
@@ -31,14 +31,14 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
     """y = blockdiag(W_0 … W_{K-1}) x, without forming the zeros.
 
     Args:
-        x: (…, I). Where K does not divide I, x is padded with zeros to K · ceil(I/K).
+        x: (…, I). If K does not divide I, x is padded with zeros to K · ceil(I/K).
         weight: (K, ceil(O/K), ceil(I/K)).
 
     Returns:
         (…, K · ceil(O/K)); the caller cuts it to O.
 
     Raises:
-        ValueError: x is wider than the blocks together, or a whole block narrower.
+        ValueError: x is wider than all blocks together, or narrower by a block or more.
     """
     blocks, _, fan_in = weight.shape
     missing = blocks * fan_in - x.shape[-1]
@@ -92,7 +92,8 @@ class BlockDiagonalLinear(nn.Module):
         super().__init__()
         if not 1 <= blocks <= min(d_in, d_out):
             raise ValueError(
-                f"{blocks} blocks for {d_in} inputs and {d_out} outputs: between 1 and the smaller of the two"
+                f"{blocks} blocks for {d_in} inputs and {d_out} outputs: between 1 and the smaller "
+                "of the two"
             )
         self.d_in, self.d_out = d_in, d_out
         self.weight = nn.Parameter(
@@ -113,7 +114,11 @@ class BlockDiagonalLinear(nn.Module):
 
 
 def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-    """Whether blocks k and k + K/2 of `gated` are gate and value of what blocks 2k and 2k + 1 of `out` read, with nothing left over."""
+    """Whether two layers form a gated MLP whose blocks need no other block's numbers.
+
+    Blocks k and k + K/2 of `gated` then compute gate and value of the activations that blocks 2k
+    and 2k + 1 of `out` read.
+    """
     K = len(gated.weight)
     return (
         K == len(out.weight)
