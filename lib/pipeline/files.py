@@ -29,7 +29,7 @@ def write(path: str | Path, text: str) -> None:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A draft beside `path`, in its place when the block ends; thrown away when it fails, and the old file stays.
+    """A draft beside `path` that takes its place when the block ends; if it fails, the old stays.
 
     Raises:
         OSError: with the path, where the draft could not be written.
@@ -64,7 +64,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A draft beside `folder`, in its place when the block ends; thrown away when it fails, and the old folder stays.
+    """A draft beside `folder` that takes its place when the block ends; if it fails, the old stays.
 
     (Killed between its two renames, it leaves both, the old one as `.<name>-…-old`.)
     """
@@ -95,15 +95,16 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def encoded(name: str) -> str:
-    """Any name, such as `BeIR/scifact` or `../x`, as one component of a path: other names give other results.
+    """Any name, such as `BeIR/scifact` or `../x`, as one component of a path; it is one-to-one.
 
-    Letters, digits, `_`, `-`, `.` and `~` of ASCII stay, the rest is percent-encoded (RFC 3986); what would be too long for a
-    file system, or mean a folder (`.`, `..`), ends in a hash.
+    ASCII letters, digits, `_`, `-`, `.` and `~` stay, the rest is percent-encoded (RFC 3986). A
+    name that is too long for a file system, or means a folder (`.`, `..`), ends in a hash.
     """
-    text = quote(name.encode("utf-8", "surrogatepass"), safe="")
+    content = name.encode("utf-8", "surrogatepass")
+    text = quote(content, safe="")
     if len(text) <= 180 and text.strip("."):
         return text
-    return f"{text[:160].replace('.', '')}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return f"{text[:160].replace('.', '')}~{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def umask() -> int:

@@ -1,4 +1,4 @@
-"""Notebooks as steps of a pipeline: the same bytes in, the same bytes out, and never a process left behind.
+"""Notebooks as steps of a pipeline: equal bytes in, equal bytes out, no process left behind.
 
     strip(source, destination)              clean copies of a folder's notebooks
     run_stage(notebook, stage, row, …)      a stage of the pipeline, its paths by convention
@@ -31,22 +31,24 @@ from lib.pipeline.errors import WorkbenchError
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python"}
 KERNEL_ENVIRONMENT = {
-    # glibc hands every large buffer back to the system when it is freed, and the next FFT faults its pages in again, one
-    # by one: about half the training speed of our models. These two keep freed memory in the process.
+    # glibc returns every large buffer to the system when it is freed, and the next FFT faults its
+    # pages in again: about half the training speed. These two keep freed memory in the process.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-    # How long a thread spins before it sleeps. By default long enough to starve the other one when the machine has anything else
-    # to do: steps took 1.4 times as long beside one busy process, and cost the same alone.
+    # How long a thread spins before it sleeps. The default starves the other thread if the machine
+    # has anything else to do: steps took 1.4 times as long beside one busy process.
     "GOMP_SPINCOUNT": "1000",
-    # oneDNN keeps the code of 1,024 products; texts of all lengths make a new one each, 0.7 GiB of them in a row of `laptop`, and keeping fewer costs no time.
+    # oneDNN keeps the code of 1,024 matrix multiplications, one per length of a text: 0.7 GiB at
+    # `laptop`. Keeping fewer costs no time.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # figures go into the notebook, whatever the caller uses
+    # Figures go into the notebook, whatever the caller's backend.
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "COLUMNS": "120",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install widgets, which a run drops
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice about widgets
     "SOURCE_DATE_EPOCH": "0",  # the date that matplotlib writes into a figure
-    "TOKENIZERS_PARALLELISM": "true",  # said aloud: a fork would otherwise switch it off, with a warning
+    "TOKENIZERS_PARALLELISM": "true",  # a fork would switch it off, with a warning
 }
 TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)} | {"None": type(None)}
 
@@ -73,7 +75,7 @@ def read(path: str | Path):
 
 
 def identified(notebook: dict) -> dict:
-    """Ids for copied cells, and for those from before cells had ids: by place and text, where nbformat would draw them."""
+    """Ids for cells that were copied, or made before cells had ids: by place and text."""
     seen: set[str] = set()
     for place, cell in enumerate(notebook["cells"]):
         if not cell.get("id") or cell["id"] in seen:
@@ -100,7 +102,7 @@ def strip(source: str | Path, destination: str | Path) -> list[Path]:
     """Write the clean copy of every notebook of a folder, and remove copies whose notebook is gone.
 
     Raises:
-        NotebookError: no folder, no notebooks in it, or one of them cannot be read; nothing is written then.
+        NotebookError: no folder, no notebooks, or one cannot be read; nothing is written then.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
@@ -145,9 +147,9 @@ def plain(notebook) -> dict:
 def scrub(notebook, keep_stderr: bool = False):
     """An executed notebook without what differs between two runs of the same thing.
 
-    Gone: times, papermill's notes, widgets, stderr (warnings with paths, progress bars). Rewritten: absolute paths and
-    memory addresses in text, random ids of styled tables. Streams are merged, since where a stream is cut depends on
-    the machine's speed. Figures, tables and printed text stay.
+    Removed: times, papermill's notes, widgets, stderr (warnings with paths, progress bars).
+    Rewritten: absolute paths, memory addresses, random ids of styled tables. Merged: streams, which
+    are cut as the machine's speed has it. Figures, tables and printed text stay.
     """
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
@@ -246,15 +248,15 @@ def run_stage(
 def run(
     source: str | Path, output: str | Path, given: dict[str, str], timing: str | Path | None = None
 ) -> dict:
-    """Execute a notebook in the root folder and write it, scrubbed, to `output`: whole or not at all.
+    """Execute a notebook in the root folder; write it, scrubbed, to `output`, whole or not at all.
 
     Args:
         given: values for names of the cell tagged `parameters`.
-        timing: folder for stages/<output's name>.json: {"stage", "seconds", "peak_gib"}, peak_gib the largest
-            resident memory of the kernel.
+        timing: folder for stages/<output's name>.json: {"stage", "seconds", "peak_gib"}, the last
+            the largest resident memory of the kernel.
 
     Raises:
-        NotebookError: one line, after the notebook as far as it came was kept as `<output>.failed.ipynb`.
+        NotebookError: one line; the notebook as far as it came is `<output>.failed.ipynb`.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
     notebook = bare(read(source))
@@ -331,8 +333,8 @@ def parameters(notebook, given: dict[str, str], name: str) -> dict:
 def declared(source: str) -> dict[str, tuple[tuple[type, ...], str]]:
     """{parameter: (its types, what it wants in words)} of a cell's assignments, annotated or not.
 
-    They are those of the annotation, where it is plain (`rate: float = 1`, `top: int | None = None`), else the
-    default's. None at all, so that any value will do: where the default is None or no literal.
+    The types are those of a plain annotation (`rate: float = 1`, `top: int | None = None`), else
+    the default's; none, for any value, if the default is None or no literal.
     """
     found: dict[str, tuple[tuple[type, ...], str]] = {}
     for line in ast.parse(source).body:
@@ -373,12 +375,12 @@ def literal(node: ast.expr | str | None):
 
 
 def typed(text: str, types: tuple[type, ...]):
-    """What a text stands for, of one of the types: True, -3, 0.5, [1, 2], {"a": None}, or itself. Of none: any of these.
+    """The value of a text, of one of the types, or of any if there are none.
 
-    As papermill's command line has it, and lists and dicts besides. An int serves where a float is wanted.
+    As in papermill's command line (True, -3, 0.5), and lists and dicts. An int serves as a float.
 
     Raises:
-        ValueError: it stands for something else, or for what papermill does not write into a cell as it is.
+        ValueError: it is of another type, or papermill does not write it into a cell as it is.
         OverflowError: an int too large for a float.
     """
     value = literal(text)
@@ -404,7 +406,7 @@ def typed(text: str, types: tuple[type, ...]):
 
 
 def injectable(value) -> bool:
-    """Whether papermill writes the value as it is; a tuple or set would become a text, and so would a dict's key 1."""
+    """True if papermill writes the value as it is: a tuple or a dict's key 1 would become text."""
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(injectable, value.values()))
     if isinstance(value, list):
@@ -413,7 +415,7 @@ def injectable(value) -> bool:
 
 
 def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str]):
-    """The executed notebook. Cell by cell, papermill keeps `draft` up to date and `begun` gets the cell's id."""
+    """The executed notebook. Cell by cell, `draft` is kept up to date and `begun` gets an id."""
     root = params.root()
     os.environ.update(
         KERNEL_ENVIRONMENT,
@@ -428,7 +430,7 @@ def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str])
     from traitlets import CaselessStrEnum, Unicode
 
     class Kernel(AsyncKernelManager):
-        """Talks through sockets in a private folder (parallel kernels race for TCP ports), and dies with us."""
+        """Talks through sockets in a private folder, since kernels race for TCP ports."""
 
         transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
         connection_file = Unicode(str(folder / "k.json"))
@@ -470,7 +472,7 @@ def execute(notebook, draft: Path, values: dict, folder: Path, begun: list[str])
 
 
 def refuse_early_end(notebook) -> None:
-    """A cell that ends the notebook (`sys.exit()`) is an error here, which papermill takes for success: the cells behind it have not run.
+    """An end before the last cell (`sys.exit()`) is an error, though papermill calls it success.
 
     Raises:
         NotebookError: a cell did.
@@ -498,12 +500,15 @@ def explanation(error: BaseException, begun: list[str]) -> str:
             return f"the cell failed; what it said stands in its output, {where}"
         return f"{error.ename}: {one_line(error.evalue)[:600]}, {where}"
     if kind == "DeadKernelError":
-        return f"the kernel was killed by the system {where}, often out of memory: lower batch_tokens, documents, micro_batch or the profile's lengths"
+        return (
+            f"the kernel was killed by the system {where}, often out of memory: "
+            "lower batch_tokens, documents, micro_batch or the profile's lengths"
+        )
     return f"{kind}: {one_line(error)[:600]}, {where}"
 
 
 def shown(path: Path) -> str:
-    """The path as a reader in the repository's folder would type it; a work folder is .work/<name> in it."""
+    """The path from the repository's folder, in which a work folder is .work/<name>."""
     root = params.root()
     root = root.parent.parent if root.parent.name == ".work" else root
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
@@ -527,7 +532,7 @@ class Terminal:
 
 
 class Folder:
-    """A private folder with a path short enough for sockets (104 characters on macOS, 107 on Linux), gone at the end."""
+    """A private folder, gone at the end; its path is short enough for sockets (104 characters)."""
 
     def __enter__(self) -> Path:
         base = tempfile.gettempdir()
@@ -542,11 +547,11 @@ class Folder:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or the system asked us to end. asyncio lets a KeyboardInterrupt through and nothing else."""
+    """Ctrl-C or a signal to end: asyncio lets nothing but a KeyboardInterrupt through."""
 
 
 def stop_with(kernels: list[int], folder: Path) -> None:
-    """End the kernels at a signal, and when the process that started us is gone (kill -9 of DVC sends no signal)."""
+    """End the kernels at a signal, and when our parent is gone (kill -9 of DVC sends no signal)."""
 
     def end() -> None:
         for pid in kernels:
@@ -570,7 +575,7 @@ def stop_with(kernels: list[int], folder: Path) -> None:
 
 
 def elders() -> tuple[int, ...]:
-    """Our parent and, where it can be read, the parent's parent: DVC may have a shell between itself and us."""
+    """Our parent and, if it can be read, its parent: DVC may put a shell in between."""
     parent = os.getppid()
     try:
         return parent, int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -590,7 +595,7 @@ def watch(before: tuple[int, ...], orphaned) -> None:
 
 
 def kernel(arguments: list[str]) -> None:
-    """What the kernel process runs: IPython's kernel, ended by the system in the moment its parent is."""
+    """What the kernel process runs: IPython's kernel, which the system ends with its parent."""
     parent = int(os.environ.get("JPY_PARENT_PID", 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

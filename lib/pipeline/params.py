@@ -69,7 +69,7 @@ def root() -> Path:
 
 
 def home(profile: str) -> Path:
-    """Where a profile runs: the root for the profile that params.yaml names, .work/<profile> for any other."""
+    """Where a profile runs: in the root if params.yaml names it, else in .work/<profile>."""
     design = load()
     known(profile, design["lengths"], "profile")
     return root() if profile == design["profile"] else root() / ".work" / profile
@@ -95,9 +95,9 @@ def settings(profile: str, stage: str, row: str | None = None) -> dict:
 
     Args:
         stage: one of STAGES.
-        row: for `pretrain` a row of pretrained or continued, for `finetune` one of distilled or retrievers; its own
-            keys (length, pretrained, teacher) come along. For `model` any trained row: the shape of the pretrained
-            model it starts from, and nothing else.
+        row: for `pretrain` a row of pretrained or continued, for `finetune` one of distilled or
+            retrievers; its own keys (length, pretrained, teacher) come along. For `model` any
+            trained row: the shape of the pretrained model that it starts from.
 
     Raises:
         ParamsError: unknown profile, stage or row; or the file is wrong.
@@ -114,7 +114,7 @@ def settings(profile: str, stage: str, row: str | None = None) -> dict:
         }
     if stage not in TRAINED_BY:
         raise ParamsError(
-            f"stage {stage!r} has no rows: settings({profile!r}, {stage!r}) is all there is, not row {row!r}"
+            f"stage {stage!r} has no rows, so none is {row!r}: settings({profile!r}, {stage!r})"
         )
     candidates = {name: own for table in TRAINED_BY[stage] for name, own in design[table].items()}
     known(row, candidates, f"row of {' or '.join(TRAINED_BY[stage])}")
@@ -134,15 +134,15 @@ def length(profile: str, paper_length: int) -> int:
 
 
 def paper_length(row: str) -> int:
-    """The paper's length of a trained row, of any table: its own, or that of the model it starts from."""
+    """The paper's length of a trained row: its own, or that of the model that it starts from."""
     return next(own["length"] for _, own in ancestors(load(), row) if "length" in own)
 
 
 def rows(profile: str, table: str) -> dict[str, dict]:
     """The rows of a table that a profile runs, by name, in the file's order.
 
-    The profile that params.yaml names runs in place, and in place DVC runs every row. Of an ablation, only the rows
-    that the profile runs are left.
+    The profile that params.yaml names runs every row. Of an ablation, the rows that the profile
+    runs are left.
     """
     design = load()
     known(profile, design["lengths"], "profile")
@@ -158,7 +158,7 @@ def own(row: str, table: str) -> dict | None:
 
 
 def repeats(row: str) -> list[str]:
-    """The rows that are this one with other seeds: those of its table that differ from it in nothing but `seed`, in the file's order, itself among them."""
+    """This row and those of its table that differ in `seed` alone, in the file's order."""
     design = load()
     for table in MODELS:
         if row in design[table]:
@@ -191,7 +191,7 @@ def select(design: dict, profile: str) -> dict[str, dict]:
 
 
 def ancestors(design: dict, row: str) -> list[tuple[str, dict]]:
-    """The row and the rows it is built on, (name, its keys), the one pretrained from scratch last."""
+    """(name, keys) of the row and of what it is built on, the one pretrained from scratch last."""
     models = {name: own for table in MODELS for name, own in design[table].items()}
     known(row, models, "row")
     chain = [(row, models[row])]
@@ -232,7 +232,7 @@ def read(text: str, name: str) -> dict:
 
 
 def parse(text: str, name: str) -> dict:
-    """YAML 1.2 as DVC reads it (1e-3 is a number, a key twice is an error); nothing but plain values is built."""
+    """YAML 1.2 as DVC reads it (1e-3 is a number, a key twice an error), of plain values only."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -266,7 +266,8 @@ def check(design: dict) -> None:
     check_references(design)
     if design["evaluated"] != {**design["retrievers"], **design["published"]}:
         raise ParamsError(
-            "evaluated: is always the rows of retrievers and published, `<<: [*retrievers, *published]`; add rows to those"
+            "evaluated: is always the rows of retrievers and published, "
+            "`<<: [*retrievers, *published]`; add rows to those"
         )
     for profile in design["rows"]:
         check_subset(design, profile)
@@ -277,7 +278,8 @@ def check_lengths(lengths: dict) -> None:
         named(profile, "lengths: ")
         if not isinstance(table, dict) or tuple(table) != PAPER_LENGTHS:
             raise ParamsError(
-                f"lengths.{profile}: wants the keys {', '.join(map(str, PAPER_LENGTHS))}, got {table!r}"
+                f"lengths.{profile}: wants the keys {', '.join(map(str, PAPER_LENGTHS))}, "
+                f"got {table!r}"
             )
         for paper, tokens in table.items():
             if type(tokens) is not int or tokens < 1:
@@ -376,13 +378,15 @@ def check_subset(design: dict, profile: str) -> None:
         for row, own in tables[table].items():
             if table != "ablations" and not any(own[key] in tables[target] for target in targets):
                 raise ParamsError(
-                    f"rows.{profile}: {row} of {table} needs {own[key]!r} ({key}), which this profile does not run; "
+                    f"rows.{profile}: {row} of {table} needs {own[key]!r} ({key}), "
+                    f"which this profile does not run; "
                     f"add it to rows.{profile}.{next(t for t in targets if own[key] in design[t])}"
                 )
     for name, own in tables["ablations"].items():
         if not own["rows"]:
             raise ParamsError(
-                f"rows.{profile}: none of the rows that the ablation {name} compares is run; leave it out of rows.{profile}.ablations"
+                f"rows.{profile}: none of the rows that the ablation {name} compares is run; "
+                f"leave it out of rows.{profile}.ablations"
             )
 
 

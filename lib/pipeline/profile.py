@@ -1,9 +1,9 @@
-"""The pipeline at a profile: in place for the one that params.yaml names, in a folder of its own for any other.
+"""The pipeline at a profile: in place if params.yaml names it, else in a folder of its own.
 
     python -m lib.pipeline repro                       everything, at the profile of params.yaml
     python -m lib.pipeline repro smoke                 everything, at smoke, in .work/smoke
-    python -m lib.pipeline repro smoke finetune@opl    one row (or any other arguments of `dvc repro`)
-    python -m lib.pipeline repro smoke --data ~/mine   everything on another collection, in .work/smoke-mine-<hash>
+    python -m lib.pipeline repro smoke finetune@opl    one row, or other arguments of `dvc repro`
+    python -m lib.pipeline repro smoke --data ~/mine   in .work/smoke-mine-<hash>
     python -m lib.pipeline report smoke                open its report
 
     --data    the tasks: a folder in any layout of lib/benchmark/sources.py, hub, or longembed
@@ -51,11 +51,11 @@ def repro(arguments: list[str]) -> int:
     """Run `dvc repro` for a profile; DVC's exit code.
 
     Args:
-        arguments: the profile's name, if it is not the one of params.yaml; --data, --text and --set with their values; then
-            what `dvc repro` takes.
+        arguments: the profile's name, if it is not the one of params.yaml; --data, --text and --set
+            with their values; then what `dvc repro` takes.
 
     Raises:
-        ParamsError: the design is wrong, or there is no such profile, stage, row, folder or setting; nothing has run then.
+        ParamsError: a wrong design, profile, stage, row, folder or setting; nothing has run then.
     """
     root, design = params.root(), params.load()
     given, arguments = options(arguments)
@@ -72,7 +72,8 @@ def repro(arguments: list[str]) -> int:
         home.mkdir(parents=True, exist_ok=True)
         with locked(
             home / ".lock",
-            f"another run at {home.name} is at work in {home.relative_to(root)}: wait until it ends",
+            f"another run at {home.name} is at work in {home.relative_to(root)}: "
+            "wait until it ends",
         ):
             copy(root, home, design, profile)
             make_folders(home, profile, stages)
@@ -121,15 +122,16 @@ def options(arguments: list[str]) -> tuple[dict, list[str]]:
             if not place.is_dir():
                 near = params.nearest(value, SOURCES) if os.sep not in value else ""
                 raise ParamsError(
-                    f"{name.upper()}={value}: {place} is no folder{near if 'did you mean' in near else ''}"
+                    f"{name.upper()}={value}: {place} is no folder"
+                    f"{near if 'did you mean' in near else ''}"
                 )
             given[name] = str(place)
     return given, rest
 
 
 def folder(root: Path, profile: str, given: dict) -> Path:
-    """Where a run works: the root for the profile that params.yaml names, .work/<profile> for another one, and
-    .work/<profile>-<collection> for another collection, text or setting, with a hash of the folder's path in its name."""
+    """Where a run works: in the root or .work/<profile>, as `params.home`; with another collection,
+    text or setting in .work/<profile>-<collection>, with a hash of the collection's path."""
     if not given:
         return params.home(profile)
     params.known(profile, params.load()["lengths"], "profile")
@@ -137,20 +139,8 @@ def folder(root: Path, profile: str, given: dict) -> Path:
     if source in SOURCES:
         return root / ".work" / f"{profile}-{source}"
     name = re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:40]
-    return (
-        root
-        / ".work"
-        / "-".join(
-            filter(
-                None,
-                [
-                    profile,
-                    name,
-                    hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:6],
-                ],
-            )
-        )
-    )
+    digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    return root / ".work" / "-".join(filter(None, [profile, name, digest]))
 
 
 def changed(design: dict, profile: str, given: dict) -> dict:
@@ -219,7 +209,7 @@ def foreach(path: Path) -> dict[str, str | None]:
 def split(
     arguments: list[str], design: dict, stages: dict[str, str | None]
 ) -> tuple[str, list[str]]:
-    """(profile, the rest): the first argument is a profile unless it is an option or a stage. Names are checked."""
+    """(profile, the rest), names checked: the first may be a profile, an option or a stage."""
     profile = design["profile"]
     if (
         arguments
@@ -367,14 +357,16 @@ def summary(report: Path, root: Path) -> str:
     if not costs:
         return f"see {where}"
     slowest = max(costs, key=lambda cost: cost["seconds"])
+    minutes = sum(cost["seconds"] for cost in costs) / 60
     return (
-        f"{len(costs)} stages, {sum(cost['seconds'] for cost in costs) / 60:.1f} min when each last ran (longest: {slowest['stage']}, "
-        f"{slowest['seconds'] / 60:.1f} min), {max(cost['peak_gib'] for cost in costs)} GiB at most; see {where}"
+        f"{len(costs)} stages, {minutes:.1f} min when each last ran (longest: {slowest['stage']}, "
+        f"{slowest['seconds'] / 60:.1f} min), {max(cost['peak_gib'] for cost in costs)} GiB "
+        f"at most; see {where}"
     )
 
 
 def report(arguments: list[str]) -> int:
-    """Open the report of a profile, and of a collection where --data names one, in a browser; print where it is.
+    """Open the report of a profile, or of its run on --data, in a browser; print where it is.
 
     Raises:
         ParamsError: there is no such profile, or it has not been run.
@@ -386,14 +378,12 @@ def report(arguments: list[str]) -> int:
     profile = rest[0] if rest else design["profile"]
     params.known(profile, design["lengths"], "profile")
     home = folder(root, profile, given)
-    page = root / "data" / "report" / (profile if home == root else home.name) / "index.html"
+    name = profile if home == root else home.name
+    page = root / "data" / "report" / name / "index.html"
     if not page.is_file():
-        said = [f"PROFILE={profile}"] * (profile != design["profile"]) + [
-            f"{name.upper()}={given[name]}" for name in ("data", "text") if name in given
-        ]
-        raise ParamsError(
-            f"no report at {profile if home == root else home.name} yet: {' '.join(['make repro', *said])}"
-        )
+        said = [f"PROFILE={profile}"] * (profile != design["profile"])
+        said += [f"{key.upper()}={given[key]}" for key in ("data", "text") if key in given]
+        raise ParamsError(f"no report at {name} yet: {' '.join(['make repro', *said])}")
     print(page)
     webbrowser.open(page.as_uri())
     return 0
