@@ -13,13 +13,9 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from ruamel.yaml import YAML
 
-from lib.benchmark import metrics, search
-from lib.model import published
 from lib.pipeline import params
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +237,10 @@ def test_every_python_block_imports_and_names_what_exists(block):
 
 def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkeypatch):
     """The page's own code, on a file and a tokenizer that are here."""
+    import torch
+
+    from lib.model import published
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = {
         name.removeprefix("param/"): value
@@ -267,6 +267,10 @@ def test_the_lines_for_published_weights_run(golden, tokenizer, tmp_path, monkey
 def test_the_lines_for_an_approximate_index_find_most_of_what_exact_search_finds(
     tmp_path, monkeypatch
 ):
+    import numpy as np
+
+    from lib.benchmark import metrics, search
+
     pytest.importorskip("faiss")
     monkeypatch.chdir(tmp_path)
     vectors = np.random.default_rng(1).standard_normal((1_500, 16)).astype(np.float32)
