@@ -39,10 +39,10 @@ def shape(length: int, width: int = 768, layers: int = 12) -> M2BertConfig:
 
 
 def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
-    entries = race.entrants(shape(max(lengths)), shallow_from=8192)
+    entries = race.contenders(shape(max(lengths)), shallow_from=8192)
     for name in ("definition, float32", "model, float32", "Transformer twin, bfloat16"):
         entries[name]["until"] = 32768
-    turns = race.race(entries, lengths, repeats=3, threads=threads, budget_s=20)
+    turns = race.benchmark(entries, lengths, repeats=3, threads=threads, budget_s=20)
     found = race.table(turns, entries)
     shown = found[
         [

@@ -1,7 +1,7 @@
-"""What reading a text costs, counted on paper.
+"""The cost of encoding a text, counted on paper.
 
-A clock measures one implementation on one machine (lib/efficiency/race.py); a count says
-what any of them has to do. Here for M2-BERT and for its Transformer twin: a BERT
+A clock measures one implementation on one machine (lib/efficiency/race.py); a count says what every
+implementation has to compute. This module counts for M2-BERT and for its Transformer twin, a BERT
 of the same width, depth and intermediate size.
 
     twin(config)                     the twin's configuration
@@ -14,8 +14,9 @@ of the same width, depth and intermediate size.
 
 Conventions: a multiply-add is 2 operations; a real FFT of n points is
 2.5 n log₂ n (half of the textbook 5 n log₂ n of a complex one); norms,
-activations, gates and look-ups are left out, linear in the length and small.
-Axes: B texts, L tokens, D width, I intermediate width, K blocks, O filter width, E filter inputs.
+activations, gates and look-ups are left out: they are small and linear in the length.
+Axes: B texts, L tokens, D width, I intermediate width (`inner`), K blocks, O filter width
+      (`order`), E filter inputs.
 """
 
 import math
@@ -43,12 +44,12 @@ def twin(config: M2BertConfig) -> BertConfig:
 
 
 def build(config) -> torch.nn.Module:
-    """A model with random weights: M2-BERT or BERT, by the kind of configuration."""
+    """A model with random weights: M2-BERT or BERT, by the configuration's class."""
     return (M2BertForRetrieval if isinstance(config, M2BertConfig) else BertModel)(config).eval()
 
 
 def parameters(config) -> int:
-    """How many weights the encoder has, pooler included."""
+    """The number of weights of the encoder, pooler included."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in build(config).parameters())
 
@@ -114,7 +115,7 @@ def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
 
 
 def of_layers(config, layer: dict[str, float]) -> dict[str, float]:
-    """All layers and the pooler."""
+    """The operations of all layers, part by part, and of the pooler."""
     flops = {part: config.num_hidden_layers * float(count) for part, count in layer.items()}
     return flops | {"pooler": 2.0 * config.hidden_size**2}
 
@@ -125,8 +126,8 @@ def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> flo
     Per token and channel: the mixer's input, three projections before and after the short
     convolution, each convolution's input as a spectrum (n/L ≈ 2 real numbers), the gated one's
     output at its full FFT size, and the inputs of the output projection, of the MLP and of its
-    norm. Per token: 4 I in the gated MLP. The filters and their MLPs are shared by the batch. This
-    is what autograd keeps in torch; lib/kernels/mixer.cpp keeps less.
+    norm. Per token: 4 I in the gated MLP. The batch shares the filters and their MLPs. Autograd
+    keeps these numbers in torch; lib/kernels/mixer.cpp keeps fewer.
     """
     L, D, inner = length, config.hidden_size, config.intermediate_size
     filters = 2 if config.residual_long_conv else 1
@@ -152,7 +153,7 @@ def transformer_activations(config: BertConfig, length: int, flash: bool = False
 def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: int = 1) -> float:
     """Bytes to and from memory per text of one forward pass.
 
-    What lies between two steps of a layer is written once and read once. Numbers per layer:
+    Each step of a layer reads its input once and writes its output once. Numbers per layer:
 
     each token    projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D
     each text     spectra: 2 D (n/2 + 1) complex numbers, n ≥ 2L - 1 a power of two
@@ -170,7 +171,7 @@ def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: 
 def transformer_traffic(
     config: BertConfig, length: int, itemsize: int = 4, batch: int = 1
 ) -> float:
-    """The same for a Transformer whose attention weights never leave the cache.
+    """`m2bert_traffic` for a Transformer whose attention weights never leave the cache.
 
     each token    queries, keys, values D + 3D, attention 3D + D, output D + D, MLP D + I, I + D
     B texts       weights: 4 D² + 2 D I
@@ -186,7 +187,7 @@ def transformer_traffic(
 def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, float, float]:
     """Per text: operations of matrix multiplications, all operations, bytes.
 
-    M2-BERT's filters are taken as made: they do not depend on the text.
+    The operations of M2-BERT's filters are left out: they do not depend on the text.
     """
     if isinstance(config, M2BertConfig):
         parts = m2bert_flops(config, length, batch)
@@ -215,11 +216,11 @@ def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> di
     """
     M, R1, R2 = gpu.factors(L)
     fill = M * R1 * R2 / L
-    inner, twiddles = (R2, 1) if R1 == 1 else (R1 + R2, 2)
+    second, twiddles = (R2, 1) if R1 == 1 else (R1 + R2, 2)
     transforms, spectra_read = (3, 2) if backward else (2, 1)
     short = 74 if backward else 21
     return {
-        "products": signals * channels * fill * transforms * (4 * M + 8 * inner),
+        "products": signals * channels * fill * transforms * (4 * M + 8 * second),
         "pointwise": signals * channels * fill * 6 * (transforms * twiddles + spectra_read)
         + short * channels,
     }
@@ -236,7 +237,7 @@ def traffic(
 ) -> dict[str, float]:
     """Bytes per token of one layer's `gpu.mix` to and from memory.
 
-    What a program reads twice is found in a cache the second time.
+    If a program reads a number twice, the cache serves the second read.
 
     texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and
                p, ds, dp 9 in the short convolution; times D

@@ -1,12 +1,17 @@
-"""Encoders race: the same random tokens, taking turns, each in a process of its own.
+"""A benchmark of encoders: interleaved rounds on the same random tokens, one process per encoder.
 
-    entrants(config, device)     who races: the definition in eager float32, what this library runs, a Transformer twin
-    race(entries, lengths, …)    seconds and peak memory, turn by turn; the machine's own limits take turns too
-    table(turns, entries)        tokens a second, ratios, memory, shares of the limits: one line an entrant and length
-    convolutions(lengths, …)     the gated long convolution alone, on a GPU
+    contenders(config, device)          the encoders: the definition in eager float32, this
+                                        library's own, a Transformer twin
+    benchmark(entries, lengths, …)      seconds and peak memory of each round; the machine's limits
+                                        are measured in the same rounds
+    table(measurements, entries)        tokens per second, ratios, memory and shares of the limits,
+                                        one line per contender and length
+    figure(lines, measurements)         time, memory and the roofline
+    convolutions(lengths, …)            the gated long convolution alone, on a GPU
 
-Turns (A B, A B, …) put a slow moment of the machine on both sides of a ratio; a process of its own gives each model its own peak
-of memory, and the system's clock of work (`cpu_s`) its own threads. Weights are random: speed does not depend on them.
+Interleaved rounds (A B, A B, …) put a slow moment of the machine on both sides of a ratio. A
+process per contender gives each its own peak of memory, and its own processor time (`cpu_s`).
+Weights are random: speed does not depend on them.
 Axes: B texts, L tokens, D width.
 """
 
@@ -30,26 +35,33 @@ from lib import kernels
 from lib.efficiency import counts
 from lib.kernels import gpu
 from lib.kernels.engine import Engine
-from lib.model.m2bert import M2BertConfig
 from lib.model.device import use
+from lib.model.m2bert import M2BertConfig
 
 WAYS = ("forward", "definition", "torch", "engine", "compiled")
 LIMITS = "limits"
+RATES = ("gflops_float32", "gflops_bfloat16", "gb_s")
 log = logging.getLogger(__name__)
 NOT_RUN = "not run: no GPU"
 
 
-# ------------------------------------------------------------------ who races
+# ------------------------------------------------------------------ contenders
 
 
-def entrants(
+def contenders(
     config: M2BertConfig, device: str = "cpu", shallow_from: int | None = None
 ) -> dict[str, dict]:
-    """Who races against an M2-BERT of this configuration, by name.
+    """The contenders beside an M2-BERT of this configuration, by name.
 
-    An entry is {"config", "way", "dtype", "shallow_from"} and perhaps "until". shallow_from: tokens from which on one layer is timed and counted for
-    all, since a race should end, or None; until: tokens beyond which it stays out. Ways: `definition` (the equations of lib/model/m2bert.py), `forward` (the model as it is), `torch` (on a GPU:
-    with torch.fft in place of lib/kernels/gpu.py), `compiled` (that, by torch.compile), `engine` (lib/kernels/engine.py).
+    An entry is {"config", "way", "dtype", "shallow_from"}, with or without "until":
+
+        shallow_from    from this length on, one layer is timed and counted for all, because deep
+                        models would take too long; None: at no length
+        until           the contender leaves out longer texts
+        way             definition: the equations of lib/model/m2bert.py, under
+                        `kernels.use("definition")`; forward: the model with its kernels; torch: on
+                        a GPU, torch.fft instead of lib/kernels/gpu.py; compiled: `torch` under
+                        torch.compile; engine: lib/kernels/engine.py
     """
 
     def entry(way: str, dtype: str, config=config, shallow: int | None = None) -> dict:
@@ -103,14 +115,14 @@ def entrants(
 
 
 def shallow_from(entry: dict, layers: int) -> float:
-    """Tokens from which on one of an entrant's layers is timed; a model of one layer is never shallow."""
+    """The length from which on one layer is timed for all; infinite for a model of one layer."""
     return math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
 
 
-# ------------------------------------------------------------------ the race
+# ------------------------------------------------------------------ the benchmark
 
 
-def race(
+def benchmark(
     entries: dict[str, dict],
     lengths: list[int],
     batch: int = 1,
@@ -121,78 +133,97 @@ def race(
     budget_s: float | None = None,
     limits: bool = True,
 ) -> list[dict]:
-    """Let entrants encode the same random tokens, taking turns.
+    """Let the contenders encode the same random tokens in interleaved rounds.
 
     Args:
-        entries: as `entrants` gives them.
-        repeats: turns at each length, after one that warms up and is not reported (left out where an entrant
-            is shallow: these are slow, and warm from shorter texts; at 8,192 tokens of the published size their first turn takes 0 to 10 % longer than the next ones).
-        budget_s: seconds for one length: with less than that many turns taken, the next turns are left out (one is taken in any case).
-        limits: whether the machine's own limits take turns too, as the model "limits".
+        entries: as `contenders` returns them.
+        repeats: rounds at each length, after a warm-up round that is not reported. Shallow
+            contenders skip the warm-up: they are slow, and warm from shorter texts (at 8,192 tokens
+            of the published size their first round takes 0 to 10 % longer than the next ones).
+        budget_s: seconds for one length; once they are over, the remaining rounds are left out, but
+            not the first.
+        limits: whether the machine's limits are measured in the same rounds, as the model "limits".
 
     Returns:
-        One {"model", "length_tokens", "batch", "turn", "layers", "dtype", "encode_s", "cpu_s", "peak_gib"} per entrant, length and
-        turn, shortest first. encode_s is the wall's time (on a GPU: the device's, by its events), cpu_s the sum over threads, which a busy machine disturbs
-        less; where `layers` are fewer than the model has, both are multiplied up (with what lies outside of the layers: half a percent at the published width) and peak_gib is NaN. peak_gib is the whole
-        process's, Python, torch and weights included, NaN where the system does not tell; on a GPU what torch allocated there.
-        Of "limits": gflops_float32, gflops_bfloat16 (a product like an encoder's) and gb_s (a copy larger than any cache).
+        One {"model", "length_tokens", "batch", "turn", "layers", "dtype", "encode_s", "cpu_s",
+        "peak_gib"} per contender, length and round (its number is "turn"), shortest length first.
+        encode_s is wall time (on a GPU: device time, by events), cpu_s the sum over threads, which
+        a busy machine disturbs less. If `layers` is less than the model's, both times are
+        multiplied up, with the parts outside of the layers (half a percent at the published width),
+        and peak_gib is NaN. peak_gib is that of the whole process with Python, torch and weights,
+        NaN if the system does not tell; on a GPU it is torch's allocated memory.
+        "limits" has gflops_float32, gflops_bfloat16 (a matrix multiplication like an encoder's) and
+        gb_s (a copy larger than any cache) instead.
 
     Raises:
         RuntimeError: a process died; the message says at which length, and what to lower.
-        ValueError: a way that is none of WAYS.
+        ValueError: a way that is not in WAYS.
     """
-    for name, entry in entries.items():
-        if entry["way"] not in WAYS:
-            raise ValueError(f"{name} goes the way {entry['way']!r}: one of {', '.join(WAYS)}")
+    check_ways(entries)
     entries = (entries | {LIMITS: None}) if limits else entries
-    # Threads that wait sleep: spinning ones count as work, and on a busy machine they take the core from whom they wait for.
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    runners = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "lib.efficiency.race"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for name in entries
-    }
-    turns = []
+    processes = {name: start_runner() for name in entries}
+    measurements = []
     try:
         for name, entry in entries.items():
-            entry = entry and entry | {
-                "kind": "m2bert" if isinstance(entry["config"], M2BertConfig) else "bert",
-                "config": entry["config"].to_dict(),
-            }
-            say(
-                runners[name],
-                {"entry": entry, "compute": {"threads": threads, "device": device}, "seed": seed},
-            )
+            compute = {"threads": threads, "device": device}
+            say(processes[name], {"entry": as_json(entry), "compute": compute, "seed": seed})
         for length in sorted(lengths):
             started = time.monotonic()
             for turn in range(repeats + 1):
                 if budget_s and turn > 1 and time.monotonic() - started > budget_s:
                     break
+                message = {"length_tokens": length, "batch": batch}
+                warm_up = turn == 0 and length > min(lengths)
                 for name, entry in entries.items():
-                    if entry and (
-                        length > (entry.get("until") or length)
-                        or not turn
-                        and length > min(lengths)
-                        and 0 < shallow_from(entry, entry["config"].num_hidden_layers) <= length
-                    ):
+                    if is_left_out(entry, length, warm_up):
                         continue
-                    answer = say(runners[name], {"length_tokens": length, "batch": batch})
+                    answer = say(processes[name], message)
                     if turn:
-                        turns.append(
-                            {"model": name, "length_tokens": length, "batch": batch, "turn": turn}
-                            | answer
-                        )
-            log.info("the race at %d tokens took %.0f s", length, time.monotonic() - started)
+                        measurements.append({"model": name} | message | {"turn": turn} | answer)
+            log.info("the benchmark at %d tokens took %.0f s", length, time.monotonic() - started)
     finally:
-        for process in runners.values():
+        for process in processes.values():
             process.terminate()
             process.communicate()
-    return turns
+    return measurements
+
+
+def check_ways(entries: dict[str, dict]) -> None:
+    """Raise a ValueError for a way that is not in WAYS."""
+    for name, entry in entries.items():
+        if entry["way"] not in WAYS:
+            raise ValueError(f"{name} goes the way {entry['way']!r}: one of {', '.join(WAYS)}")
+
+
+def start_runner() -> subprocess.Popen:
+    """A process that runs `runner`."""
+    # Waiting threads sleep. Spinning ones would count as work, and on a busy machine they would
+    # keep the processor from the thread that they wait for.
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.efficiency.race"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def as_json(entry: dict | None) -> dict | None:
+    """An entry as a line of JSON can hold it; None, the machine's limits, stays None."""
+    if entry is None:
+        return None
+    kind = "m2bert" if isinstance(entry["config"], M2BertConfig) else "bert"
+    return entry | {"kind": kind, "config": entry["config"].to_dict()}
+
+
+def is_left_out(entry: dict | None, length: int, warm_up: bool) -> bool:
+    """Whether a contender skips a round: the text is too long for it, or it is shallow and warm."""
+    if not entry:
+        return False
+    if length > (entry.get("until") or length):
+        return True
+    return warm_up and 0 < shallow_from(entry, entry["config"].num_hidden_layers) <= length
 
 
 def say(process: subprocess.Popen, message: dict) -> dict:
@@ -204,20 +235,18 @@ def say(process: subprocess.Popen, message: dict) -> dict:
     except BrokenPipeError:
         answer = ""
     if not answer:
-        where = (
-            f"at {message['length_tokens']} tokens"
-            if "length_tokens" in message
-            else "while building its model"
-        )
+        length = message.get("length_tokens")
+        moment = "while building its model" if length is None else f"at {length} tokens"
         raise RuntimeError(
-            f"a measuring process ended {where} with code {process.wait()} (-9: killed by the system, often out of memory): "
-            f"lower efficiency.lengths or efficiency.batch in params.yaml"
+            f"a measuring process ended {moment} with code {process.wait()} (-9: killed by the "
+            "system, often out of memory): lower efficiency.lengths or efficiency.batch in "
+            "params.yaml"
         )
     return json.loads(answer)
 
 
 def runner() -> None:
-    """The other end of `race`: builds a model from the first line, then encodes once per line until the lines end."""
+    """The process of a contender: build the model of the first line, then encode once per line."""
     die_with_parent()
     task = json.loads(sys.stdin.readline())
     device = use(task["compute"])
@@ -225,47 +254,45 @@ def runner() -> None:
     encode = None if task["entry"] is None else encoding(task["entry"], device)
     print(json.dumps({}), flush=True)
     for line in sys.stdin:
-        turn = json.loads(line)
+        message = json.loads(line)
         forget_peak(device)
         with torch.inference_mode():
-            print(
-                json.dumps(limits(device) if encode is None else encode(turn, device)), flush=True
-            )
+            answer = limits(device) if encode is None else encode(message, device)
+        print(json.dumps(answer), flush=True)
 
 
 def encoding(entry: dict, device: torch.device):
-    """A function that encodes random tokens once and says what it cost."""
-    kind = M2BertConfig if entry["kind"] == "m2bert" else BertConfig
-    config = kind.from_dict(entry["config"])
+    """A function that encodes random tokens once and returns its cost."""
+    m2bert = entry["kind"] == "m2bert"
+    config = (M2BertConfig if m2bert else BertConfig).from_dict(entry["config"])
     layers = config.num_hidden_layers
     if shallow_from(entry, layers) == 0:
         config.num_hidden_layers = 1
     model = counts.build(config).to(device)
     if entry["way"] != "engine":
         model = model.to(getattr(torch, entry["dtype"]))
-    stack, name = (model.model, "layers") if entry["kind"] == "m2bert" else (model.encoder, "layer")
-    every, first = getattr(stack, name), getattr(stack, name)[:1]
+    stack, name = (model.model, "layers") if m2bert else (model.encoder, "layer")
+    all_layers, first = getattr(stack, name), getattr(stack, name)[:1]
     ways = {"definition": "definition", "torch": "torch", "compiled": "torch"}
     back_end = ways.get(entry["way"], "auto")
     engine = Engine(model, getattr(torch, entry["dtype"])) if entry["way"] == "engine" else None
     forward = torch.compile(model, dynamic=False) if entry["way"] == "compiled" else model
-    dtype = (
-        entry["dtype"] if engine is None else str(engine.dtype).removeprefix("torch.")
-    )  # float32 where there are no bfloat16 products
+    # The engine computes in float32 if the processor cannot multiply bfloat16 matrices.
+    dtype = entry["dtype"] if engine is None else str(engine.dtype).removeprefix("torch.")
 
-    def encode(turn: dict, device: torch.device) -> dict:
-        shallow = turn["length_tokens"] >= shallow_from(entry, layers)
-        setattr(stack, name, first if shallow else every)
-        ids = torch.randint(5, config.vocab_size, (turn["batch"], turn["length_tokens"])).to(device)
+    def encode(message: dict, device: torch.device) -> dict:
+        batch, length = message["batch"], message["length_tokens"]
+        shallow = length >= shallow_from(entry, layers)
+        setattr(stack, name, first if shallow else all_layers)
+        ids = torch.randint(5, config.vocab_size, (batch, length)).to(device)
         rows = ids.tolist()
+        work = (lambda: forward(ids)) if engine is None else (lambda: engine(rows))
         with kernels.use(back_end):
-            took = timed(
-                (lambda: engine(rows)) if engine is not None else (lambda: forward(ids)), device
-            )
-        times = layers if shallow else 1
+            seconds = timed(work, device)
+        factor = layers if shallow else 1
         return (
             {"layers": len(getattr(stack, name)), "dtype": dtype}
-            | {part: value * times for part, value in took.items()}
+            | {clock: value * factor for clock, value in seconds.items()}
             | {"peak_gib": math.nan if shallow else peak_gib(device)}
         )
 
@@ -273,7 +300,7 @@ def encoding(entry: dict, device: torch.device):
 
 
 def timed(work, device: torch.device) -> dict:
-    """Seconds of work(): the wall's and the processor's; on a GPU its own instead of the wall's."""
+    """Seconds of work(): wall time (on a GPU: device time) and processor time."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -289,45 +316,54 @@ def timed(work, device: torch.device) -> dict:
 
 
 def limits(device: torch.device) -> dict:
-    """What the machine can do: products of (2048, 768) and (768, 3072), and a copy of 256 MiB, medians of five."""
+    """The machine's limits: multiplications of (2048, 768) and (768, 3072), a copy of 256 MiB.
+
+    Medians of five.
+    """
 
     def median(work) -> float:
         work()
         return statistics.median(timed(work, device)["encode_s"] for _ in range(5))
 
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = (
-            torch.randn(2048, 768, device=device).to(dtype),
-            torch.randn(3072, 768, device=device).to(dtype),
-        )
-        found[f"gflops_{str(dtype).removeprefix('torch.')}"] = (
-            2 * 2048 * 768 * 3072 / median(lambda: F.linear(x, w)) / 1e9
-        )
+    def gflops(dtype: torch.dtype) -> float:
+        x = torch.randn(2048, 768, device=device).to(dtype)
+        w = torch.randn(3072, 768, device=device).to(dtype)
+        return 2 * 2048 * 768 * 3072 / median(lambda: F.linear(x, w)) / 1e9
+
+    rates = {
+        "gflops_float32": gflops(torch.float32),
+        "gflops_bfloat16": gflops(torch.bfloat16),
+    }
     a, b = torch.zeros(2**26, device=device), torch.zeros(2**26, device=device)
-    return found | {"gb_s": 2 * a.nbytes / median(lambda: b.copy_(a)) / 1e9}
+    return rates | {"gb_s": 2 * a.nbytes / median(lambda: b.copy_(a)) / 1e9}
 
 
-# ------------------------------------------------------------------ what came of it
+# ------------------------------------------------------------------ table and figure
 
 
-def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
-    """One line an entrant and length, medians over turns.
+def limit_medians(measurements: pd.DataFrame) -> pd.Series | None:
+    """The medians of the machine's limits; None if they were not measured."""
+    if LIMITS not in set(measurements["model"]):
+        return None
+    return measurements[measurements["model"] == LIMITS][list(RATES)].median()
 
-    Columns: length_tokens, model, layers (those timed), dtype, turns, encode_s, fastest_s, slowest_s, cpu_s, tokens_s, over_definition and
-    over_twin (how many times as fast, turn by turn), peak_gib; gflops and gflop_a_byte (counted operations and bytes, lib/efficiency/counts.py, in that time),
-    of_products and of_bandwidth (products, and bytes, in that time as shares of the machine's limits, medians of all their turns).
+
+def table(measurements: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
+    """One line per contender and length, medians over the rounds.
+
+    Columns: length_tokens, model, layers (those timed), dtype, turns, encode_s, fastest_s,
+    slowest_s, cpu_s, tokens_s, peak_gib;
+    over_definition, over_twin: how many times as fast, median of the ratios of each round;
+    gflops, gflop_a_byte: operations and bytes as lib/efficiency/counts.py counts them, in that
+    time;
+    of_products, of_bandwidth: matrix multiplications and bytes in that time, as shares of the
+    machine's limits (medians of all rounds).
     """
-    turns = pd.DataFrame(turns)
-    rate = (
-        turns[turns["model"] == LIMITS][["gflops_float32", "gflops_bfloat16", "gb_s"]].median()
-        if LIMITS in set(turns["model"])
-        else None
-    )
-    turns = turns[turns["model"] != LIMITS]
-    seconds = turns.pivot(index=["length_tokens", "turn"], columns="model", values="encode_s")
-    found = (
-        turns.groupby(["length_tokens", "model"], sort=False)
+    measurements = pd.DataFrame(measurements)
+    rate = limit_medians(measurements)
+    measurements = measurements[measurements["model"] != LIMITS]
+    lines = (
+        measurements.groupby(["length_tokens", "model"], sort=False)
         .agg(
             batch=("batch", "first"),
             layers=("layers", "first"),
@@ -341,49 +377,51 @@ def table(turns: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
         )
         .reset_index()
     )
-    found["tokens_s"] = found["length_tokens"] * found["batch"] / found["encode_s"]
-    for column, model in (
-        ("over_definition", "definition, float32"),
-        ("over_twin", "Transformer twin, bfloat16"),
-    ):
-        ratios = (seconds[[model]].to_numpy() / seconds) if model in seconds else seconds * math.nan
-        found[column] = [
-            ratios.loc[length][name].median()
-            for length, name in zip(found["length_tokens"], found["model"])
-        ]
-    lines = []
-    for line in found.itertuples():
-        entry = entries[line.model]
-        products, operations, moved = counts.cost(
-            entry["config"], line.length_tokens, 4 if line.dtype == "float32" else 2, line.batch
-        )
-        lines.append(
-            {
-                "gflops": operations / line.encode_s / 1e9 * line.batch,
-                "gflop_a_byte": operations / moved,
-                "of_products": math.nan
-                if rate is None
-                else products * line.batch / line.encode_s / 1e9 / rate[f"gflops_{line.dtype}"],
-                "of_bandwidth": math.nan
-                if rate is None
-                else moved * line.batch / line.encode_s / 1e9 / rate["gb_s"],
-            }
-        )
-    return pd.concat([found, pd.DataFrame(lines)], axis=1)
+    lines["tokens_s"] = lines["length_tokens"] * lines["batch"] / lines["encode_s"]
+    lines["over_definition"] = speed_ratios(measurements, lines, "definition, float32")
+    lines["over_twin"] = speed_ratios(measurements, lines, "Transformer twin, bfloat16")
+    shares = [against_limits(line, entries[line.model], rate) for line in lines.itertuples()]
+    return pd.concat([lines, pd.DataFrame(shares)], axis=1)
 
 
-def figure(found: pd.DataFrame, turns: list[dict]):
-    """Time a token and memory against length, and the roofline: what was reached of what products and memory allow."""
+def speed_ratios(measurements: pd.DataFrame, lines: pd.DataFrame, reference: str) -> list[float]:
+    """For each line, how many times as fast as `reference`: the median of the rounds' ratios."""
+    index = ["length_tokens", "turn"]
+    seconds = measurements.pivot(index=index, columns="model", values="encode_s")
+    known = reference in seconds
+    ratios = (seconds[[reference]].to_numpy() / seconds) if known else seconds * math.nan
+    return [
+        ratios.loc[length][name].median()
+        for length, name in zip(lines["length_tokens"], lines["model"])
+    ]
+
+
+def against_limits(line, entry: dict, rate: pd.Series | None) -> dict[str, float]:
+    """A line's counted operations and bytes in its time, and their shares of the limits."""
+    itemsize = 4 if line.dtype == "float32" else 2
+    products, operations, moved = counts.cost(
+        entry["config"], line.length_tokens, itemsize, line.batch
+    )
+    shares = {"of_products": math.nan, "of_bandwidth": math.nan}
+    if rate is not None:
+        shares = {
+            "of_products": products
+            * line.batch
+            / line.encode_s
+            / 1e9
+            / rate[f"gflops_{line.dtype}"],
+            "of_bandwidth": moved * line.batch / line.encode_s / 1e9 / rate["gb_s"],
+        }
+    gflops = operations / line.encode_s / 1e9 * line.batch
+    return {"gflops": gflops, "gflop_a_byte": operations / moved} | shares
+
+
+def figure(lines: pd.DataFrame, measurements: list[dict]):
+    """Time per token and memory against length, and the roofline of the machine."""
     import matplotlib.pyplot as plt
 
-    machine = pd.DataFrame(turns)
-    machine = (
-        machine[["gflops_float32", "gflops_bfloat16", "gb_s"]][machine["model"] == LIMITS].median()
-        if LIMITS in set(machine["model"])
-        else None
-    )
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
-    for i, (model, rows) in enumerate(found.groupby("model", sort=False)):
+    for i, (model, rows) in enumerate(lines.groupby("model", sort=False)):
         style = dict(marker="o", ms=4, color=f"C{i}", label=model)
         unit = 1e6 / rows["length_tokens"] / rows["batch"]
         a.errorbar(
@@ -398,19 +436,10 @@ def figure(found: pd.DataFrame, turns: list[dict]):
         )
         b.plot(rows["length_tokens"], rows["peak_gib"], **style)
         c.plot(rows["gflop_a_byte"], rows["gflops"], ls="", **style)
-    intensity = [found["gflop_a_byte"].min() / 2, found["gflop_a_byte"].max() * 2]
-    for dtype, line in (("float32", "--"), ("bfloat16", "-")) if machine is not None else ():
-        rate = machine[f"gflops_{dtype}"]
-        points = sorted({*intensity, min(max(rate / machine["gb_s"], intensity[0]), intensity[1])})
-        c.plot(
-            points,
-            [min(rate, machine["gb_s"] * x) for x in points],
-            color="0.4",
-            lw=1,
-            ls=line,
-            label=f"limit, {dtype}",
-        )
-    lengths = sorted(set(found["length_tokens"]))
+    rates = limit_medians(pd.DataFrame(measurements))
+    if rates is not None:
+        draw_limits(c, rates, [lines["gflop_a_byte"].min() / 2, lines["gflop_a_byte"].max() * 2])
+    lengths = sorted(set(lines["length_tokens"]))
     for ax, title, label in (
         (a, "time", "µs a token"),
         (b, "peak memory of the process", "GiB"),
@@ -435,6 +464,15 @@ def figure(found: pd.DataFrame, turns: list[dict]):
     return fig
 
 
+def draw_limits(axis, rates: pd.Series, intensity: list[float]) -> None:
+    """The roofline over a range of operations per byte: the lower of memory and multiplications."""
+    for dtype, style in (("float32", "--"), ("bfloat16", "-")):
+        rate, low, high = rates[f"gflops_{dtype}"], *intensity
+        points = sorted({low, high, min(max(rate / rates["gb_s"], low), high)})
+        roof = [min(rate, rates["gb_s"] * point) for point in points]
+        axis.plot(points, roof, color="0.4", lw=1, ls=style, label=f"limit, {dtype}")
+
+
 def convolutions(
     lengths: list[int],
     width: int = 768,
@@ -442,32 +480,23 @@ def convolutions(
     tokens: int = 131_072,
     repeats: int = 20,
 ) -> pd.DataFrame:
-    """The gated long convolution of one layer alone, forward, at batch 1 and at `tokens` tokens a batch: milliseconds by torch.fft, by that compiled, and by lib/kernels/gpu.py.
+    """Milliseconds of one layer's gated long convolution, forward.
 
-    One line a length and batch; on a machine without a GPU they say "not run: no GPU". `of_bandwidth` is the share of the
-    GPU's bandwidth (a copy of 256 MiB) that the bytes of lib/kernels/gpu.py, counted, take in its time.
+    The batch is 1 and as many texts as fill `tokens` tokens. The convolution runs by torch.fft, by
+    torch.fft under torch.compile, and by lib/kernels/gpu.py; one line per
+    length and batch. Without a GPU the cells say "not run: no GPU". `of_bandwidth` is the share of
+    the GPU's bandwidth (a copy of 256 MiB) that the counted bytes of lib/kernels/gpu.py take in its
+    time.
     """
-    lines, gpu = [], torch.cuda.is_available()
+    columns = "torch_fft_ms", "compiled_ms", "monarch_ms", "fft_over_monarch", "of_bandwidth"
+    lines, has_gpu = [], torch.cuda.is_available()
     for length in lengths:
         for batch in sorted({1, max(1, tokens // length)}):
-            line = {"length_tokens": length, "batch": batch}
-            lines.append(
-                line
-                | (
-                    measured(length, batch, width, getattr(torch, dtype), repeats)
-                    if gpu
-                    else dict.fromkeys(
-                        (
-                            "torch_fft_ms",
-                            "compiled_ms",
-                            "monarch_ms",
-                            "fft_over_monarch",
-                            "of_bandwidth",
-                        ),
-                        NOT_RUN,
-                    )
-                )
-            )
+            if has_gpu:
+                cells = measured(length, batch, width, getattr(torch, dtype), repeats)
+            else:
+                cells = dict.fromkeys(columns, NOT_RUN)
+            lines.append({"length_tokens": length, "batch": batch} | cells)
     return pd.DataFrame(lines)
 
 
@@ -475,47 +504,36 @@ def convolutions(
 def measured(
     length: int, batch: int, width: int, dtype: torch.dtype, repeats: int, device: str = "cuda"
 ) -> dict:
+    """The cells of one line of `convolutions`, medians over `repeats` interleaved rounds."""
     device = torch.device(device)
     torch.manual_seed(0)
-    torch._dynamo.reset()  # else the ninth shape and all after it would run uncompiled
-    p, u = (
-        torch.randn(batch, channels, length, device=device).to(dtype)
-        for channels in (3 * width, width)
-    )
-    weight, bias = (
-        torch.randn(3 * width, 1, 3, device=device),
-        torch.randn(3 * width, device=device),
-    )
-    kernels = [
-        (
-            torch.randn(width, length, device=device),
-            torch.randn(width, length, device=device),
-            torch.randn(width, device=device),
-        )
-        for _ in range(2)
-    ]
-    spectra = gpu.spectra(*kernels, length)
+    torch._dynamo.reset()  # otherwise the ninth shape and all later ones would run uncompiled
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    p, u = draw(batch, 3 * width, length).to(dtype), draw(batch, width, length).to(dtype)
+    weight, bias = draw(3 * width, 1, 3), draw(3 * width)
+    filters = [(draw(width, length), draw(width, length), draw(width)) for _ in range(2)]
+    spectra = gpu.spectra(*filters, length)
     compiled = torch.compile(gpu.mix_direct, dynamic=False)
     ways = {
-        "torch_fft_ms": lambda: gpu.mix_direct(p, u, weight, bias, kernels),
-        "compiled_ms": lambda: compiled(p, u, weight, bias, kernels),
+        "torch_fft_ms": lambda: gpu.mix_direct(p, u, weight, bias, filters),
+        "compiled_ms": lambda: compiled(p, u, weight, bias, filters),
         "monarch_ms": lambda: gpu.mix(p, u, weight, bias, spectra),
     }
-    taken: dict[str, list] = {name: [] for name in ways}
-    for turn in range(repeats + 3):
+    times: dict[str, list] = {name: [] for name in ways}
+    for number in range(repeats + 3):
         for name, way in ways.items():
-            took = timed(way, device)["encode_s"] * 1000
-            if turn >= 3:
-                taken[name].append(took)
-    found = {name: statistics.median(values) for name, values in taken.items()}
-    moved = (
-        sum(counts.traffic(length, width, batch=batch, size=dtype.itemsize).values())
-        * length
-        * batch
-    )
-    return found | {
-        "fft_over_monarch": found["torch_fft_ms"] / found["monarch_ms"],
-        "of_bandwidth": moved / found["monarch_ms"] * 1000 / limits(device)["gb_s"] / 1e9,
+            milliseconds = timed(way, device)["encode_s"] * 1000
+            if number >= 3:
+                times[name].append(milliseconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    per_token = sum(counts.traffic(length, width, batch=batch, size=dtype.itemsize).values())
+    moved = per_token * length * batch
+    return medians | {
+        "fft_over_monarch": medians["torch_fft_ms"] / medians["monarch_ms"],
+        "of_bandwidth": moved / medians["monarch_ms"] * 1000 / limits(device)["gb_s"] / 1e9,
     }
 
 
@@ -523,13 +541,13 @@ def measured(
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies; elsewhere the closed pipe ends it at the next line."""
+    """Ask Linux to end this process when its parent dies; elsewhere the closed pipe ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 15)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak start again from what is in memory now; where the system refuses, it stays the highest so far."""
+    """Reset the peak to the memory in use; if the system refuses, the old peak stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -539,7 +557,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The largest resident memory of this process since `forget_peak`, in GiB; on a GPU, torch's largest allocation there."""
+    """The largest resident memory since `forget_peak`; on a GPU, torch's largest allocation."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     try:

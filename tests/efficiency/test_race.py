@@ -71,7 +71,7 @@ def test_the_definition_is_the_model(options, length):
 
 
 def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
-    entries = race.entrants(CONFIG, shallow_from=64)
+    entries = race.contenders(CONFIG, shallow_from=64)
     entries["model, float32"]["until"] = 16
     asked, say = [], race.say
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
             asked.append(message.get("length_tokens")) or say(process, message)
         ),
     )
-    turns = race.race(entries, lengths=[64, 16], repeats=2, threads=1)
+    turns = race.benchmark(entries, lengths=[64, 16], repeats=2, threads=1)
     names = [*entries, race.LIMITS]
     assert [(turn["length_tokens"], turn["model"]) for turn in turns] == [
         (length, name)
@@ -114,18 +114,18 @@ def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
 
 
 def test_a_race_says_which_length_was_too_much():
-    entries = {"engine": race.entrants(CONFIG)["engine, float32"]}
+    entries = {"engine": race.contenders(CONFIG)["engine, float32"]}
     with pytest.raises(RuntimeError, match="at 100 tokens with code 1"):
-        race.race(entries, lengths=[100], repeats=1, threads=1, limits=False)  # the model reads 96
+        race.benchmark(entries, lengths=[100], repeats=1, threads=1, limits=False)  # the model reads 96
     with pytest.raises(ValueError, match="goes the way 'swim'"):
-        race.race({"engine": entries["engine"] | {"way": "swim"}}, lengths=[8])
+        race.benchmark({"engine": entries["engine"] | {"way": "swim"}}, lengths=[8])
 
 
 def test_a_table_by_hand():
     """Two turns, in which the machine is slow once: a ratio is taken turn by turn."""
     entries = {
         name: entry
-        for name, entry in race.entrants(CONFIG).items()
+        for name, entry in race.contenders(CONFIG).items()
         if name in ("definition, float32", "engine, bfloat16", "Transformer twin, bfloat16")
     }
     seconds = {
@@ -198,7 +198,7 @@ def test_without_a_gpu_its_cells_say_so():
 
 
 def test_on_a_gpu_others_race():
-    entries = race.entrants(CONFIG, "cuda")
+    entries = race.contenders(CONFIG, "cuda")
     assert counts.parameters(entries["a 7B shape, bfloat16"]["config"]) == pytest.approx(
         7e9, rel=0.03
     )
