@@ -3,7 +3,7 @@
     python tests/bench_train.py [--width 256 --layers 4 --threads 2] [length …]
 
 Masked-language steps of 8,192 tokens. "eager" is the original's way: FFTs of twice the length by autograd, whole logits, an
-optimizer that goes tensor by tensor, float32. bfloat16 is of matrix products (`train.products`). One JSON line a length: seconds
+optimizer that goes tensor by tensor, float32. bfloat16 is of matrix products (`optim.autocast`). One JSON line a length: seconds
 of a step and ratios to eager, medians.
 """
 
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lib import kernels
 from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM
-from lib.training import train
+from lib.training.optim import autocast
+from lib.training.optim import optimizer as training_optimizer
 
 TOKENS, VOCABULARY = 8192, 8192
 KINDS = ("eager", "torch_float32", "torch_bfloat16", "native_float32", "native_bfloat16")
@@ -37,11 +38,11 @@ def step_of(kind: str, length: int, width: int = 256, layers: int = 4):
     optimizer = (
         torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
         if kind == "eager"
-        else train.optimizer(model, 1e-4, 0.01)
+        else training_optimizer(model, 1e-4, 0.01)
     )
     ids = torch.randint(5, VOCABULARY, (max(1, TOKENS // length), length))
     labels = ids.masked_fill(torch.rand(ids.shape) > 0.3, -100)
-    context = train.products(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
+    context = autocast(ids.device, "bfloat16" if kind.endswith("bfloat16") else "float32")
 
     def loss():
         if kind == "eager":

@@ -37,7 +37,8 @@ def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
     """
     if not len(q) == len(d) == len(y) or y.ndim != 1:
         raise ValueError(
-            f"one label per pair: got {len(q)} queries, {len(d)} documents, labels of shape {tuple(y.shape)}"
+            f"one label per pair: got {len(q)} queries, {len(d)} documents, "
+            f"labels of shape {tuple(y.shape)}"
         )
     check_widths(q, d)
     return F.mse_loss(F.cosine_similarity(q, d), y.to(q.dtype))
@@ -57,7 +58,7 @@ def multiple_negatives_ranking_loss(
         C_b  = {j : j = target_b or not relevant_bj}
         MNRL = mean_b -log ( exp s_b,target_b / Σ_{j ∈ C_b} exp s_bj )
 
-    A query with nothing to rank, in a batch of one pair or where all other
+    A query without negatives, in a batch of one pair or if all other
     documents answer it too, adds 0 to the mean, and its gradient is 0.
 
     Args:
@@ -66,29 +67,32 @@ def multiple_negatives_ranking_loss(
         negatives: documents that answer none of the queries, (M, D).
         scale: inverse temperature.
         targets: which document answers each query, (B,), when queries share documents.
-        relevant: documents that answer a query besides its target, (B, N + M) bool: left out of
-            its softmax. A target is never left out, whatever is said of it here.
+        relevant: documents that answer a query besides its target, (B, N + M) bool, left out of
+            its softmax. A target is never left out, whatever its value here.
 
     Raises:
-        ValueError: no query, a query without a document, widths that differ, or `relevant` of another shape or type.
+        ValueError: no query, a query without a document, different widths, or `relevant` of another
+            shape or dtype.
     """
     check_widths(q, d, *([] if negatives is None else [negatives]))
     if targets is None:
         if len(q) != len(d):
             raise ValueError(
-                f"one document per query: got {len(q)} queries, {len(d)} documents; pass `targets` where queries share them"
+                f"one document per query: got {len(q)} queries, {len(d)} documents; "
+                "pass `targets` if queries share documents"
             )
         targets = torch.arange(len(q), device=q.device)
     elif targets.shape != (len(q),) or targets.min() < 0 or targets.max() >= len(d):
         raise ValueError(
-            f"one target per query, each one of {len(d)} documents: got {targets.tolist()} for {len(q)} queries"
+            f"one target per query, each one of {len(d)} documents: "
+            f"got {targets.tolist()} for {len(q)} queries"
         )
     candidates = d if negatives is None else torch.cat([d, negatives])  # (N + M, D)
     scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
     if relevant is not None:
         if relevant.shape != scores.shape or relevant.dtype != torch.bool:
             raise ValueError(
-                f"relevant says of {len(q)} queries and {len(candidates)} documents which answer which, True or False: "
+                f"relevant is bool of shape {tuple(scores.shape)} (queries, documents): "
                 f"got {relevant.dtype} of shape {tuple(relevant.shape)}"
             )
         scores = scores.masked_fill(relevant.scatter(1, targets[:, None], False), -torch.inf)
@@ -100,12 +104,12 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
 
         PL = mean_b [1 - cos(teacher(q_b), student(q_b))] + [1 - cos(teacher(d_b), student(d_b))]
 
-    The paper prints the sum of the cosines; what is minimised is their distance
-    from 1. The teacher reads the first 128 tokens only. No gradient reaches it.
+    The paper prints the sum of the cosines; we minimise their distance from 1.
+    The teacher reads the first 128 tokens only. No gradient reaches it.
 
     Args:
         q, d: the student's embeddings, (B, D), any norm.
-        teacher_q, teacher_d: the teacher's for the same texts, (B, D).
+        teacher_q, teacher_d: the teacher's embeddings of the same texts, (B, D).
 
     Returns:
         Scalar in [0, 4].
@@ -116,7 +120,8 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
     if q.shape != teacher_q.shape or d.shape != teacher_d.shape:
         raise ValueError(
             f"student and teacher embed the same texts into one space: got {tuple(q.shape)} and "
-            f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} for documents"
+            f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} "
+            "for documents"
         )
     check_widths(q, d)
     near_q = F.cosine_similarity(q, teacher_q.detach())
@@ -126,11 +131,6 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
 
 def check_widths(q: Tensor, *others: Tensor) -> None:
     """A shape that broadcasts by accident is a wrong loss without a warning."""
-    if (
-        q.ndim != 2
-        or not len(q)
-        or any(other.ndim != 2 or other.shape[1] != q.shape[1] for other in others)
-    ):
-        raise ValueError(
-            f"embeddings are (B, D) with B ≥ 1 and one D: got {', '.join(str(tuple(x.shape)) for x in (q, *others))}"
-        )
+    if any(x.ndim != 2 or x.shape[1] != q.shape[1] for x in (q, *others)) or not len(q):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, *others))
+        raise ValueError(f"embeddings are (B, D) with B ≥ 1 and one D: got {shapes}")

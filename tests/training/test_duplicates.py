@@ -1,4 +1,4 @@
-"""Near-identical texts: against the definition, at the threshold, in any script, and without comparing all pairs."""
+"""Near-duplicates: against the definition, at the threshold, in any script, without all pairs."""
 
 import itertools
 import os
@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib.training import duplicates
-from lib.training.duplicates import near_duplicates, question
+from lib.training.duplicates import near_duplicates, normalized
 
 
 def words(text):
-    """The definition: runs of letters, digits and their marks; of Chinese and Thai each character with its marks."""
+    """The definition: letters, digits and their marks; in Chinese and Thai, each character."""
     found, inside = [], False
     for c in unicodedata.normalize("NFKC", text).casefold():
         unspaced = any(first <= ord(c) <= last for first, last in duplicates.UNSPACED)
@@ -88,7 +88,7 @@ def test_pairs_are_those_of_the_definition(texts, size, jaccard):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
 def test_copies_with_changes_are_those_of_the_definition(seed):
-    """Long texts, cut and changed until some stay near and some do not, behind one form that all share."""
+    """Long texts behind a shared form, cut and changed: some stay near-duplicates."""
     rng = np.random.default_rng(seed)
     form, texts = [f"form{i}" for i in range(40)], []
     for _ in range(4):
@@ -167,18 +167,18 @@ def test_marks_make_words_and_encodings_do_not():
 
 def test_a_question_is_the_same_up_to_white_space_case_and_encoding():
     assert (
-        question(" Who\n is\u00a0the FOX? ")
-        == question("who is the fox?")
-        != question("who is the fox")
+        normalized(" Who\n is\u00a0the FOX? ")
+        == normalized("who is the fox?")
+        != normalized("who is the fox")
     )
-    assert question("Caf\u00e9") == question("CAFE\u0301") != question("cafe")
+    assert normalized("Caf\u00e9") == normalized("CAFE\u0301") != normalized("cafe")
 
 
 # ---------------------------------------------------------------- cost, and the same anywhere
 
 
 def test_a_form_that_all_share_compares_nobody(monkeypatch):
-    """2,000 texts with 300 words in common and 60 of their own: by a common run all 2 million pairs would be compared."""
+    """2,000 texts share 300 words: a common shingle would make 2 million candidate pairs."""
     form = " ".join(f"form{i}" for i in range(300))
     texts = [form + " " + " ".join(f"w{60 * n + i}" for i in range(60)) for n in range(2_000)]
     texts.append(texts[7] + " again")
@@ -203,11 +203,11 @@ def test_very_many_runs_are_sampled_and_the_estimate_finds_what_is_clear(monkeyp
     texts = base + copies + halves + short
     clear = [(i, 20 + i) for i in range(20)] + [(60, 61)]
     assert pairs(texts) == clear
-    monkeypatch.setattr(duplicates, "MOST_RUNS", 6_000)
-    sets = duplicates.run_codes(texts, 13)
+    monkeypatch.setattr(duplicates, "MOST_SHINGLES", 6_000)
+    sets = duplicates.shingles(texts, 13)
     assert 3_000 < sum(map(len, sets)) <= 6_000 and all(len(codes) for codes in sets)
     assert pairs(texts) == clear
-    whole = [duplicates.run_codes([text], 13)[0] for text in texts]
+    whole = [duplicates.shingles([text], 13)[0] for text in texts]
     limit = max(codes[-1] for codes in sets if len(codes) > 1)
     assert all(
         np.array_equal(codes, full[: max(1, np.searchsorted(full, limit, "right"))])
@@ -221,7 +221,10 @@ def test_codes_are_the_same_on_every_machine_and_in_every_process():
         4180359565708635316,
         15159603104389917082,
     ]
-    program = "from lib.training import duplicates; print(duplicates.run_codes(['The red fox', 'x ' * 20], 13))"
+    program = """
+from lib.training import duplicates
+print(duplicates.shingles(['The red fox', 'x ' * 20], 13))
+"""
     out = {
         subprocess.run(
             [sys.executable, "-c", program],

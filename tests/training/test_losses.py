@@ -107,7 +107,7 @@ def test_opl_gradient_of_a_pair_ignores_its_batch_mates():
 
 
 def accumulated(loss, model, q, d, parts, *more):
-    """The gradient of a model's weight: the loss of each part, weighted by its share of the pairs."""
+    """The gradient of a model's weight: each part's loss, weighted by its share of the pairs."""
     total = torch.zeros_like(model.weight)
     for some in parts:
         value = loss(model(q[some]), model(d[some]), *(x[some] for x in more))
@@ -118,7 +118,7 @@ def accumulated(loss, model, q, d, parts, *more):
 @settings(deadline=None, max_examples=25)
 @given(sizes=st.lists(st.integers(1, 4), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_accumulated_opl_is_the_gradient_of_the_large_batch(sizes, seed):
-    """In float64, so that only a wrong claim can fail: any split of the pairs adds up to the whole."""
+    """Any split of the pairs adds up to the whole; float64, so that only a wrong claim fails."""
     B = sum(sizes)
     model = torch.nn.Linear(8, 6, bias=False).double()
     q, d = (
@@ -137,7 +137,7 @@ def test_accumulated_opl_is_the_gradient_of_the_large_batch(sizes, seed):
 
 
 def test_accumulated_mnrl_is_another_gradient():
-    """The pairs of a part never meet the others: at one pair a part there is nothing left to rank."""
+    """The pairs of a part never meet the others: one pair alone has nothing to rank."""
     model = torch.nn.Linear(8, 6, bias=False).double()
     q, d = (
         draw(4, 8, dtype=torch.float64).detach(),
@@ -217,7 +217,7 @@ def test_mnrl_targets_let_queries_share_a_document():
 
 
 def test_mnrl_leaves_a_second_answer_out_by_hand():
-    """q0 is answered by d0 and d1. Ranked against each other they cost log 2 where both are perfect."""
+    """d0 and d1 answer q0. Ranked against each other they cost log 2, though both are perfect."""
     q, d = (
         torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
         torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]),
@@ -226,9 +226,10 @@ def test_mnrl_leaves_a_second_answer_out_by_hand():
         torch.tensor([0, 2]),
         torch.tensor([[True, True, False], [False, False, False]]),
     )
-    rank = lambda scale, **options: multiple_negatives_ranking_loss(
-        q, d, scale=scale, targets=targets, **options
-    ).item()
+
+    def rank(scale, **options):
+        return multiple_negatives_ranking_loss(q, d, scale=scale, targets=targets, **options).item()
+
     assert rank(50.0) == pytest.approx(math.log(2) / 2) and rank(
         50.0, relevant=relevant
     ) == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,108 @@
+"""Pretraining: what a step does, and what stops it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from toys import SENTENCES, learn, weights
+
+from lib.model.m2bert import M2BertForMaskedLM
+from lib.pipeline.errors import TrainingError
+from lib.training import text as module
+from lib.training.pretrain import mlm_accuracy
+from lib.training.text import PretrainingText
+
+
+def test_how_a_step_is_bucketed_does_not_change_its_gradient(text, tiny, monkeypatch):
+    """The loss is the mean over the step's targets, in buckets or each example alone."""
+    curves, models = [], []
+    for most in (None, 1):
+        model = tiny(M2BertForMaskedLM)
+        monkeypatch.setattr(
+            module,
+            "bucket_by_length",
+            lambda lengths, _=None, most=most: (
+                [[i] for i in range(len(lengths))] if most else [list(range(len(lengths)))]
+            ),
+        )
+        # Masks are drawn bucket by bucket: mask the same tokens by masking none at random.
+        monkeypatch.setattr(
+            module,
+            "mask_tokens",
+            lambda ids, real, tokenizer, rate, generator: (
+                ids,
+                torch.where((torch.arange(ids.shape[1]) % 3 == 1) & real.bool(), ids, -100),
+            ),
+        )
+        curves.append(learn(model, text, tokens=128, batch_tokens=128, lr=1e-3))
+        models.append(weights(model))
+    assert curves[0][0]["loss"] == pytest.approx(curves[1][0]["loss"], abs=1e-5)
+    torch.testing.assert_close(models[0], models[1], rtol=0, atol=2e-4)
+
+
+def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny):
+    model = tiny(M2BertForMaskedLM)
+    curve = learn(model, text, tokens=12_000, batch_tokens=200, lr=5e-3)
+    assert len(curve) == 60 and curve[-1]["tokens"] >= 12_000
+    assert np.mean([line["loss"] for line in curve[-5:]]) < 0.8 * np.mean(
+        [line["loss"] for line in curve[:5]]
+    )
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model(text, tiny):
+    def run(seed):
+        model = tiny(M2BertForMaskedLM)
+        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, seed=seed)
+        return weights(model)
+
+    first, second, other = run(1), run(1), run(2)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_with_a_way_out(text, tiny):
+    model = tiny(M2BertForMaskedLM)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    with pytest.raises(TrainingError, match=r"pretraining: the loss is nan at step 0 .*lower lr"):
+        learn(model, text, tokens=1_000, batch_tokens=200, lr=1e-3)
+
+
+def test_a_mixture_without_its_text_is_refused(tokenizer, tiny):
+    text = PretrainingText.from_texts([" ".join(SENTENCES)], [], tokenizer, length=16)
+    model = tiny(M2BertForMaskedLM)
+    line = (
+        "has no long text that fills 16 tokens, which mixture 'mixed' draws from: add some to the "
+        "pretraining text, or set mixture: short$"
+    )
+    before = weights(model)
+    with pytest.raises(TrainingError, match=f"^the training text {line}"):
+        learn(model, text, tokens=100, batch_tokens=50, lr=1e-3)
+    with pytest.raises(TrainingError, match=f"^the held-out text {line}"):
+        mlm_accuracy(model, text)
+    assert torch.equal(weights(model), before)
+    assert learn(model, text, tokens=0, batch_tokens=50, lr=1e-3) == []
+
+
+def test_accuracy_is_the_share_of_masked_tokens_and_its_interval_holds_it(text):
+    class Oracle(torch.nn.Module):
+        """Right about every masked token whose id is even."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids, real, labels):
+            words = labels[labels > 0]
+            asked.append(words)
+            return SimpleNamespace(
+                logits=torch.nn.functional.one_hot(
+                    torch.where(words % 2 == 0, words, 0), 100
+                ).float()
+            )
+
+    asked = []
+    accuracy, low, high = mlm_accuracy(Oracle(), text, batches=3, batch_tokens=400)
+    assert accuracy == pytest.approx((torch.cat(asked) % 2 == 0).float().mean().item())
+    assert low < accuracy < high
