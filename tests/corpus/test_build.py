@@ -564,8 +564,11 @@ UNUSABLE = [
     (spoil("b.jsonl", '{"text": "é"}\n'.encode("latin-1")), ["text/b.jsonl:1:", "no JSON object"]),
     (spoil("b.jsonl", '{"text": "owl"}\n{"text": null}\n'), ["text/b.jsonl: text 2 is null"]),
     (spoil("b.jsonl", '{"text": "owl"}\n\n{"text": "ow'), ["text/b.jsonl:3:", "no JSON object"]),
-    (spoil("b.jsonl", '{"text": "owl"}\n{"txt": "owl"}\n'), ["text/b.jsonl:2: has no text"]),
-    (spoil("b.jsonl", '{"text": "owl"}\n["owl"]\n'), ["text/b.jsonl:2: has no text"]),
+    (
+        spoil("b.jsonl", '{"text": "owl"}\n{"txt": "owl"}\n'),
+        ["text/b.jsonl:2: no JSON object with text"],
+    ),
+    (spoil("b.jsonl", '{"text": "owl"}\n["owl"]\n'), ["text/b.jsonl:2: no JSON object with text"]),
     (spoil("b.jsonl", "[" * 100_000), ["text/b.jsonl:1:", "no JSON object"]),
     (spoil("b.parquet", b""), ["text/b.parquet cannot be read"]),
     (parquet({"text": ["owl"] * 9}, cut=-40), ["text/b.parquet cannot be read", "fetch it again"]),
