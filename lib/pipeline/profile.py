@@ -18,6 +18,7 @@ nothing. Given folders are dependencies of the stage `data`: what changes in
 them is noticed.
 """
 
+import configparser
 import copy as copying
 import ctypes
 import hashlib
@@ -64,8 +65,7 @@ def repro(arguments: list[str]) -> int:
     home = folder(root, profile, given)
     if home == root:
         make_folders(root, profile, stages)
-        if not (root / ".git").exists():  # a source archive: DVC refuses to run without git
-            configure(root, core={"no_scm": True})
+        configure(root, no_scm=not (root / ".git").exists())
         code = dvc(root, ["repro", *arguments])
     else:
         design = changed(design, profile, given)
@@ -264,47 +264,78 @@ def copy(root: Path, home: Path, design: dict, profile: str) -> None:
         YAML().dump(
             {**design, "profile": profile, "rows": {}, **params.select(design, profile)}, file
         )
-    known = configuration(root)
-    remotes = {
-        name: {**remote, "url": absolute(remote["url"])} for name, remote in known["remote"].items()
-    }
-    configure(home, core=known["core"] | {"no_scm": True}, remote=remotes)
-    configure(home, cache={**known["cache"], "dir": str(cache_folder(root))})
+    local = root / ".dvc" / "config.local"
+    if local.is_file():
+        shutil.copy2(local, home / ".dvc" / "config.local")
+    configure(home, no_scm=True, cache=cache_folder(root))
+    for name in ("config", "config.local"):
+        absolute_remotes(home / ".dvc" / name, root / ".dvc")
 
 
-def absolute(url: str) -> str:
-    """A folder as an absolute path: DVC gives it as the configuration's folder and `../..`."""
-    return url if "://" in url or url.startswith("~") else os.path.normpath(url)
-
-
-def configuration(root: Path):
-    """DVC's own reading of its configuration: all its files, comments and quotes.
-
-    Raises:
-        ParamsError: it cannot be read.
-    """
-    from dvc.config import Config, ConfigError
-
-    try:
-        return Config(dvc_dir=str(root / ".dvc"))
-    except ConfigError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ParamsError(f".dvc/config or .dvc/config.local cannot be read: {reason}") from None
+def absolute_remotes(path: Path, base: Path) -> None:
+    """Make a relative remote absolute: it is meant from the root's .dvc."""
+    config = read_config(path)
+    moved = False
+    for section in config.sections():
+        url = config[section].get("url", "").strip("\"'")
+        if (
+            "remote" in section
+            and url
+            and "://" not in url
+            and not url.startswith("~")
+            and not Path(url).is_absolute()
+        ):
+            config[section]["url"], moved = f'"{(base / url).resolve()}"', True
+    if moved:
+        with open(path, "w", encoding="utf-8") as file:
+            config.write(file)
 
 
 def cache_folder(root: Path) -> Path:
-    """Where the root's cache is: .dvc/cache, or what DVC's configuration says."""
-    given = configuration(root)["cache"].get("dir", "cache")
-    return (root / ".dvc" / Path(given).expanduser()).resolve()
+    """Where the root's cache is: .dvc/cache, or what DVC's configuration says.
+
+    Raises:
+        ParamsError: the configuration cannot be read.
+    """
+    from dvc.config import (
+        Config,
+        ConfigError,
+    )  # its own reading: other files, ~, comments and quotes
+
+    try:
+        said = Config(dvc_dir=str(root / ".dvc")).get("cache", {}).get("dir")
+    except ConfigError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ParamsError(f".dvc/config or .dvc/config.local cannot be read: {reason}") from None
+    return (root / ".dvc" / Path(said).expanduser()).resolve() if said else root / ".dvc" / "cache"
 
 
-def configure(root: Path, **sections: dict) -> None:
-    """Add to DVC's untracked config.local what holds only here."""
-    from dvc.config import merge
+def configure(root: Path, no_scm: bool, cache: Path | None = None) -> None:
+    """Tell DVC, in its untracked config.local, what only holds here."""
+    path = root / ".dvc" / "config.local"
+    config = read_config(path)
+    before = {name: dict(section) for name, section in config.items()}
+    if no_scm:  # a source archive, or a copy: DVC refuses to run without git unless told
+        config.setdefault("core", {})
+        config["core"]["no_scm"] = "true"
+    if cache:
+        config.setdefault("cache", {})
+        config["cache"]["dir"] = f'"{cache}"'
+    if {name: dict(section) for name, section in config.items()} != before:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            config.write(file)
 
-    (root / ".dvc").mkdir(exist_ok=True)
-    with configuration(root).edit("local") as local:
-        merge(local, sections)
+
+def read_config(path: Path) -> configparser.ConfigParser:
+    config = configparser.ConfigParser(interpolation=None)
+    try:
+        config.read(path, encoding="utf-8-sig")
+    except configparser.Error as error:
+        raise ParamsError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:160]})"
+        ) from None
+    return config
 
 
 def bring_back(source: Path, target: Path) -> None:
