@@ -1,12 +1,16 @@
-"""What encoding costs with the published 80M shape, in one interleaved race: one table, under 5 minutes on two cores.
+"""The cost of encoding with the published 80M shape: one table, in under 5 minutes on two cores.
 
-    python tests/bench_encoder.py [--threads 2] [--out folder] [length …]       128 to 32,768 tokens; 65,536 and 131,072 where they are named
-    python tests/bench_encoder.py --documents 60 [--width 768 --layers 12]      a collection of 100 to 32,768 tokens a document, and a query of 10 tokens
+    python tests/bench_encoder.py [--threads 2] [--out folder] [length …]
+        128 to 32,768 tokens; 65,536 and 131,072 if they are named
+    python tests/bench_encoder.py --documents 60 [--width 768 --layers 12]
+        a collection of 100 to 32,768 tokens per document, and a query of 10 tokens
 
-The definition is the authors' arithmetic in eager float32 (lib/efficiency/race.py), the twin BERT-base in bfloat16 with SDPA. From 8,192 tokens
-on one layer of these two (and of the model's own forward) is timed and counted for twelve. `of_products` and `of_bandwidth`:
-shares of what the machine's matrix products and memory allow, measured in turn with the others. Weights are random: speed does
-not depend on them. With --out the table and its figure are written, as encoder.csv and encoder.svg.
+The definition is the equations of lib/model/m2bert.py in eager float32, the twin BERT-base in
+bfloat16 with SDPA. From 8,192 tokens on, one layer of these two (and of the model's own forward) is
+timed and counted for twelve. `of_products` and `of_bandwidth` are shares of the limits that the
+machine's matrix multiplications and memory set, measured in the same interleaved rounds. Weights
+are random: speed does not depend on them. --out writes the table and its figure as encoder.csv and
+encoder.svg.
 """
 
 import argparse
@@ -109,11 +113,12 @@ def collection(
     own = Engine(model, getattr(torch, precision))
     for some in (own, encoder.engine):
         some(ids[:3])
-    alone = sum(seconds(lambda: own([ids[i]])) for i in np.argsort(-lengths, kind="stable"))
+    alone = sum(seconds(lambda i=i: own([ids[i]])) for i in np.argsort(-lengths, kind="stable"))
     own.tables.clear()
     together = seconds(lambda: encoder.embed(ids, 32, show_progress=False))
     print(
-        f"{documents} documents, {lengths.sum():,} tokens, width {width}, {layers} layers, {precision}, {threads} threads: {together:.1f} s together, {alone:.1f} s one by one "
+        f"{documents} documents, {lengths.sum():,} tokens, width {width}, {layers} layers, "
+        f"{precision}, {threads} threads: {together:.1f} s together, {alone:.1f} s one by one "
         f"({together / alone:.2f}); {lengths.sum() / together:,.0f} tokens/s"
     )
     short, long = (
@@ -126,11 +131,12 @@ def collection(
         np.median([seconds(lambda: encoder.engine(long)) for _ in range(3)]),
     )
     print(
-        f"a query of 10 tokens: {1000 * query:.1f} ms; 32,768 tokens, which padding would make of it: {padded:.2f} s ({padded / query:,.0f} times)"
+        f"a query of 10 tokens: {1000 * query:.1f} ms; 32,768 tokens, which padding would make of "
+        f"it: {padded:.2f} s ({padded / query:,.0f} times)"
     )
-    print(
-        f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 2**30:.1f} GiB"
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(f"peak {peak / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

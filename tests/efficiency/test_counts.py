@@ -87,7 +87,7 @@ def test_parameters_of_the_published_models(length, expected):
 
 
 def kept_by_a_layer(model, layers: int) -> float:
-    """Numbers in distinct storages that autograd saves, weights aside, over the number of layers."""
+    """Numbers in distinct storages that autograd saves per layer, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
 

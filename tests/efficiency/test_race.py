@@ -1,4 +1,4 @@
-"""A race is fair, its numbers are what they say, and the definition it is measured against is the model."""
+"""The benchmark is fair, its numbers are what they say, and its definition is the model."""
 
 import math
 
@@ -116,7 +116,7 @@ def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
 def test_a_race_says_which_length_was_too_much():
     entries = {"engine": race.contenders(CONFIG)["engine, float32"]}
     with pytest.raises(RuntimeError, match="at 100 tokens with code 1"):
-        race.benchmark(entries, lengths=[100], repeats=1, threads=1, limits=False)  # the model reads 96
+        race.benchmark(entries, lengths=[100], repeats=1, threads=1, limits=False)  # reads 96
     with pytest.raises(ValueError, match="goes the way 'swim'"):
         race.benchmark({"engine": entries["engine"] | {"way": "swim"}}, lengths=[8])
 

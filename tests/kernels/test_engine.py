@@ -1,4 +1,4 @@
-"""The fast encoder is the model: every shape and switch, with and without the compiled kernel, and it notices new weights."""
+"""The fast encoder is the model, with and without the compiled kernel, and notices new weights."""
 
 import copy
 import logging
@@ -18,7 +18,7 @@ from lib.model.m2bert import MLP, M2BertConfig, M2BertForMaskedLM, M2BertForRetr
 
 
 def missing() -> str:
-    """Why lib/kernels/mixer.cpp is not used here, in the words of lib/kernels/cpu.py; empty where it is."""
+    """Why mixer.cpp is not used here, in the words of cpu.py; empty if it is used."""
     try:
         cpu.load()
     except (OSError, RuntimeError) as error:
@@ -30,7 +30,8 @@ MISSING = missing()
 compiled = pytest.mark.skipif(bool(MISSING), reason=f"lib/kernels/mixer.cpp: {MISSING}")
 onednn = pytest.mark.skipif(
     not support.takes_bfloat16(),
-    reason="oneDNN takes no bfloat16 here: it needs AVX-512 or AVX-NE-CONVERT, and an ONEDNN_MAX_CPU_ISA that allows it",
+    reason="oneDNN takes no bfloat16 here: it needs AVX-512 or AVX-NE-CONVERT, and an "
+    "ONEDNN_MAX_CPU_ISA that allows it",
 )
 multiplies_bfloat16 = support.multiplies_bfloat16  # which the tests replace
 LENGTHS = (1, 2, 3, 17, 33, 64, 65, 130, 200)
@@ -56,12 +57,15 @@ def model(**options) -> M2BertForRetrieval:
 
 @pytest.fixture(autouse=True)
 def products_in_bfloat16(monkeypatch):
-    """Tested where a processor has none too, slowly: oneDNN emulates them where it takes bfloat16 (AVX-512), else they are torch's own."""
+    """Let processors without bfloat16 multiply it, slowly.
+
+    oneDNN emulates it if it takes bfloat16 (AVX-512); otherwise torch computes it.
+    """
     monkeypatch.setattr(support, "multiplies_bfloat16", lambda: True)
 
 
 def as_with_avx512(patch, cache) -> None:
-    """lib/kernels/cpu.py compiles and loads lib/kernels/mixer.cpp, which any x86-64 can; what is loaded must not be called."""
+    """cpu.py compiles and loads mixer.cpp, which any x86-64 can; it must not be called."""
     patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     patch.setenv("LOCO_NATIVE", "1")
     patch.setenv("XDG_CACHE_HOME", str(cache))
@@ -69,7 +73,7 @@ def as_with_avx512(patch, cache) -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """lib/kernels/mixer.cpp compiled; a source that does not compile, or does not load, is an error and no reason to skip."""
+    """mixer.cpp compiled; failing to compile or to load is an error and no reason to skip."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip(
             f"lib/kernels/mixer.cpp is for x86-64 with AVX-512, and this is {platform.machine()}"
@@ -458,14 +462,17 @@ def test_the_fused_mixer_and_its_gradients_are_those_of_the_definition(
             gradient / scale,
             rtol=0,
             atol=1e-4,
-            msg=lambda text: f"{name}: {text}",
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
 @compiled
 @pytest.mark.parametrize("length", [1, 2, 3, 40, 130])
 def test_in_bfloat16_the_fused_mixer_rounds_what_it_reads_and_writes_and_nothing_else(length):
-    """The same rounded numbers in float32: results differ by a rounding, sums over all positions by the rounding of what they sum."""
+    """The same rounded numbers in float32.
+
+    Results differ by one rounding, sums over all positions by the rounding of their terms.
+    """
     torch.manual_seed(length)
     real = torch.tensor([length, max(1, length - 7)])
     p, u, dy, table = (
@@ -567,7 +574,10 @@ def native_only(mixer, u):
 @compiled
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 2048])
 def test_float16_tables_lose_11_bits_and_nothing_of_the_range(n):
-    """A channel a million times smaller than its neighbour is kept as well; all but numbers 2^-28 of the largest in their channel."""
+    """A channel a million times smaller than its neighbour is kept as exactly.
+
+    Lost are only numbers of 2^-28 of the largest in their channel.
+    """
     torch.manual_seed(n)
     L = max(1, n // 2)
     size = 10.0 ** torch.linspace(-6, 3, 32)
@@ -727,7 +737,7 @@ def test_without_it_the_log_says_so_once_and_the_result_is_the_same(
 
 
 def test_a_damaged_library_is_not_believed(monkeypatch, tmp_path, caplog, library):
-    """What lies in the cache under its name but cannot be loaded leaves torch; what others may write is not loaded."""
+    """A cached library that cannot be loaded leaves torch; one that others may write is refused."""
     damaged, writable = (
         tmp_path / name / "loco-workbench" / library.name for name in ("damaged", "writable")
     )
@@ -797,5 +807,5 @@ def test_the_gated_mlp_and_its_gradients_are_those_of_the_definition(blocks, wid
             other.grad,
             rtol=1e-4,
             atol=2e-5,
-            msg=lambda text: f"{name}: {text}",
+            msg=lambda text, name=name: f"{name}: {text}",
         )

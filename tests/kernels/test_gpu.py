@@ -1,4 +1,4 @@
-"""The GPU's mixer is the definition: every length, both ways, in Triton's interpreter where there is no GPU."""
+"""The GPU's mixer is the definition, forward and backward; without a GPU in the interpreter."""
 
 import copy
 import logging
@@ -118,7 +118,10 @@ def test_the_definition_here_is_that_of_the_long_convolution():
 
 
 def test_the_spectrum_of_three_tokens_by_hand():
-    """N = 512: the gain and the taps back at 0, 1, 2; the tap ahead at 511, negated, is e^{+2πi (k + ½) / 512} without a sign."""
+    """N = 512: the gain and the taps back at 0, 1, 2; the tap ahead at 511, negated.
+
+    The last is e^{+2πi (k + ½) / 512} without a sign.
+    """
     back, ahead, gain = (
         torch.tensor([[1.0, 2.0, 3.0]]),
         torch.tensor([[0.5, 0.25, 9.0]]),
@@ -231,7 +234,7 @@ def check_gradients(some, tolerance=5e-5):
             theirs / scale,
             rtol=0,
             atol=tolerance,
-            msg=lambda text: f"{NAMES[i]}: {text}",
+            msg=lambda text, i=i: f"{NAMES[i]}: {text}",
         )
 
 
@@ -381,7 +384,11 @@ def test_training_gives_the_same_gradients(used):
     assert len(used) == 2 and ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}"
+            ours[name],
+            theirs[name],
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -475,7 +482,10 @@ def test_without_the_interpreter_a_cpu_has_its_own_way(monkeypatch, used):
 
 
 def test_costs_by_hand():
-    """200 tokens in a tile of 16 x 16, ten channels, one signal, two texts; 8192 tokens in 32 x (16 x 16), one channel, two signals."""
+    """200 tokens in a tile of 16 x 16: ten channels, one signal, two texts.
+
+    8192 tokens in 32 x (16 x 16): one channel, two signals.
+    """
     assert gpu.factors(200) == (16, 1, 16) and gpu.factors(8192) == (32, 16, 16)
     fill = 256 / 200
     assert counts.flops(200, 10, signals=1) == pytest.approx(
@@ -549,35 +559,49 @@ class Driver:
 def compiled(kernel, grid):
     def launch(*given, **switches):
         made = kernel.warmup(*given, grid=grid, **switches)
-        assert made.asm["cubin"] and made.metadata.shared <= {80: 163, 90: 227}[made.metadata.target.arch] * 1024, (kernel, given, made.metadata.shared)
+        limit = {80: 163, 90: 227}[made.metadata.target.arch] * 1024
+        assert made.asm["cubin"] and made.metadata.shared <= limit, (
+            kernel, given, made.metadata.shared)
         names.add(kernel.__name__)
     return launch
 
 names = set()
 triton.runtime.jit.JITFunction.__getitem__ = compiled
-for capability, dtype, L in ((80, torch.bfloat16, 1), (80, torch.bfloat16, 1000), (80, torch.bfloat16, 2**17), (90, torch.bfloat16, 37), (90, torch.bfloat16, 4096), (90, torch.bfloat16, 2**17), (90, torch.float32, 128)):
+half = torch.bfloat16
+for capability, dtype, L in (
+        (80, half, 1), (80, half, 1000), (80, half, 2**17), (90, half, 37), (90, half, 4096),
+        (90, half, 2**17), (90, torch.float32, 128)):
     triton.runtime.driver.set_active(Driver(capability))
     M, R1, R2 = gpu.factors(L)
-    p, u, table = (torch.zeros(shape, dtype=kind, requires_grad=True) for shape, kind in (((1, 6, L), dtype), ((1, 2, L), dtype), ((2, 2, 2, M * R1 * R2), torch.float32)))
+    shapes = ((1, 6, L), dtype), ((1, 2, L), dtype), ((2, 2, 2, M * R1 * R2), torch.float32)
+    p, u, table = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape, dtype in shapes)
     y = gpu.mix(p, u, torch.zeros(6, 1, 3), torch.zeros(6), table)
     y.backward(torch.zeros_like(y))
 for capability in (80, 90):
     triton.runtime.driver.set_active(Driver(capability))
-    for tokens in gpu_mlp.TOKENS[: capability // 80 + capability // 90]:       # 128 tokens want more shared memory than an A100 has
-        gpu_mlp.mlp(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((100, 768), (4, 1536, 192), (4, 192, 768), (768,), (768,), (768,))), 1e-12, tokens)
-assert names == {"gated_mlp", "mix", "mix_gradient", "columns", "rows", "finish", "rows_gradient", "finish_gradient", "short_gradient"}, names
+    shapes = (100, 768), (4, 1536, 192), (4, 192, 768), (768,), (768,), (768,)
+    # 128 tokens need more shared memory than an A100 has.
+    for tokens in gpu_mlp.TOKENS[: capability // 80 + capability // 90]:
+        gpu_mlp.mlp(*(torch.zeros(shape, dtype=half) for shape in shapes), 1e-12, tokens)
+assert names == {
+    "gated_mlp", "mix", "mix_gradient", "columns", "rows", "finish", "rows_gradient",
+    "finish_gradient", "short_gradient"}, names
 """
 RUN = """
 import logging, torch
 from lib.kernels import gpu, gpu_mlp, support
 logging.basicConfig(level=logging.INFO)
 refused = []
-support.log.addFilter(lambda record: refused.append(record.getMessage()) if record.levelno > logging.INFO else True)
+def note(record):
+    return refused.append(record.getMessage()) if record.levelno > logging.INFO else True
+support.log.addFilter(note)
 for dtype in gpu.TYPES:
     for L in (1, 16, 37, 128, 300, 512, 1000, 1024, 2048, 4095, 4096, 4097, 8192, 32768, 131072):
         for residual in (True, False):
             for gradients in (False, True):
-                assert gpu.is_supported(L, dtype, torch.device("cuda", 0), residual, gradients), (dtype, L, residual, gradients)
+                case = dtype, L, residual, gradients
+                device = torch.device("cuda", 0)
+                assert gpu.is_supported(L, dtype, device, residual, gradients), case
 for width, inner, blocks in ((768, 3072, 4), (256, 1024, 4), (960, 3840, 4)):
     gpu_mlp.program(width, inner, blocks, torch.bfloat16, torch.device("cuda", 0))
 assert not [line for line in refused if "is wrong" in line], refused
@@ -601,7 +625,10 @@ def in_its_own_process(code, **variables):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its compiler for Linux alone")
 def test_the_compiler_makes_code_that_fits_an_a100_and_an_h100(tmp_path):
-    """Without a GPU: every launch of a pass and its gradient down to the machine's code, within the shared memory of a program. Speed is another matter."""
+    """Without a GPU: every launch of a pass and its gradient compiles to machine code.
+
+    It stays within the shared memory of a program. Speed is another matter.
+    """
     in_its_own_process(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
 
 

@@ -38,14 +38,14 @@ ARCHITECTURE = (
 def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Path) -> None:
     """Write the weights as the authors do, whole or not at all.
 
-    A retriever as the flat dict of their retrieval files, a masked language model as Composer's ['state']['model'] with
-    its prefix `model.`; in safetensors, which cannot nest, without the outer dicts.
+    A retriever becomes the flat dict of their retrieval files, a masked language model Composer's
+    ['state']['model'] with its prefix `model.`; safetensors cannot nest and has no outer dicts.
 
     Args:
         path: ….safetensors, or ….bin or ….pt for torch's format.
 
     Raises:
-        CheckpointError: the model's embedding is not one that the authors' code computes, or another suffix.
+        CheckpointError: the authors' code cannot compute the embedding, or another suffix.
     """
     path, state = Path(path), to_authors(model)
     if path.suffix not in (".safetensors", ".bin", ".pt"):
@@ -62,7 +62,8 @@ def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Pa
         )
         if ours != there:
             raise CheckpointError(
-                f"{name}={ours!r}: the file cannot say so, and the authors' code would compute another embedding from these weights, with {there!r}; "
+                f"{name}={ours!r}: the file cannot say so, and the authors' code would compute "
+                f"another embedding from these weights, with {there!r}; "
                 f"set model.config.{name} = {there!r} first if that is what you want"
             )
     if isinstance(model, M2BertForMaskedLM):
@@ -78,7 +79,10 @@ def save_published(model: M2BertForRetrieval | M2BertForMaskedLM, path: str | Pa
 
 
 def to_authors(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor]:
-    """The inverse: every key of the authors' state dict, constants and copies included, each a tensor of its own."""
+    """The inverse: every key of the authors' state dict, constants and copies included.
+
+    Each is a tensor of its own.
+    """
     renames = [
         (r"^model\.layers\.(\d+)\.mixer\.", r"bert.encoder.layer.\1.attention."),
         (r"^model\.layers\.(\d+)\.mlp\.", r"bert.encoder.layer.\1.mlp."),

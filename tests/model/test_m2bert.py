@@ -32,7 +32,7 @@ VARIANTS = (
 
 
 def by_convolution(mixer, u, mask):
-    """The sequence mixer with convolutions as sums instead of FFTs, O(L²): u (B, L, D), mask (B, 1, L)."""
+    """The sequence mixer with sums instead of FFTs, O(L²): u (B, L, D), mask (B, 1, L)."""
     mask = torch.ones(len(u), 1, u.shape[1]) if mask is None else mask
     u = (u if mixer.layernorm is None else mixer.layernorm(u)).transpose(1, 2) * mask  # (B, D, L)
     p = (mixer.in_linear.weight @ u + mixer.in_linear.bias[:, None]) * mask  # (B, 3D, L)
@@ -153,7 +153,11 @@ def test_gradients_reproduce_the_reference():
     assert set(expected) - set(ours) == set()
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            ours[name], gradient, rtol=2e-4, atol=2e-6, msg=lambda text: f"{name}: {text}"
+            ours[name],
+            gradient,
+            rtol=2e-4,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -451,17 +455,16 @@ def test_parameter_counts_are_the_published_ones(width, length, encoder, with_he
 @pytest.mark.parametrize("length", [128, 2048, 8192, 32768])
 @pytest.mark.parametrize("D", [768, 960, 1536, 1792])
 def test_parameter_counts_follow_their_arithmetic(D, length):
-    V, I, E, O, K = 30_528, 4 * D, 5, 128, 4
+    V, inner, E, order, K = 30_528, 4 * D, 5, 128, 4
     embeddings = V * D + length * D + 2 * D + 2 * D
-    mlp_of_filter = E * O + O + 2 * (O * O + O) + O * D
-    long_filter = (
-        length * E + O + D + 2 * mlp_of_filter
-    )  # inputs, one frequency vector, gain, two directions
+    mlp_of_filter = E * order + order + 2 * (order * order + order) + order * D
+    # Inputs, one frequency vector, gain, two directions.
+    long_filter = length * E + order + D + 2 * mlp_of_filter
     mixer = 3 * D * D + 3 * D + 3 * 3 * D + 3 * D + 2 * long_filter + D * D + D
-    layer = mixer + 2 * I * D // K + I * D // K + D + 2 * D
+    layer = mixer + 2 * inner * D // K + inner * D // K + D + 2 * D
     with torch.device("meta"):
         model = M2BertForRetrieval(
-            M2BertConfig(hidden_size=D, intermediate_size=I, max_position_embeddings=length)
+            M2BertConfig(hidden_size=D, intermediate_size=inner, max_position_embeddings=length)
         )
         head = M2BertForMaskedLM(model.config)
     assert sum(p.numel() for p in model.parameters()) == embeddings + 12 * layer + D * D + D
@@ -533,7 +536,7 @@ def test_outputs_are_hugging_faces():
 
 @torch.no_grad()
 def test_a_text_far_beyond_the_training_length_needs_memory_for_a_group_of_channels(monkeypatch):
-    """The peak of torch's own allocations, in multiples of one (L, D) buffer, with groups and without."""
+    """The peak of torch's allocations in (L, D) buffers, with groups and without."""
     model = extend(
         tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=128),
         2**15,
@@ -590,7 +593,7 @@ def test_extend_keeps_what_each_choice_promises():
 
 @torch.no_grad()
 def test_a_cut_model_is_stretched_by_the_same_rule():
-    """Its time unit is not its length: the end of its axis goes to the end of the new one all the same."""
+    """Its time unit is not its length: the end of its axis becomes the end of the new axis."""
     short = published.cut(tiny(), 24)
     old, new = (m.model.layers[0].mixer.gated_filter for m in (short, extend(short, 47)))
     close(new(47)[0][:, ::2], old(24)[0], 1e-5)  # every second place falls on an old one
@@ -601,7 +604,7 @@ def test_a_cut_model_is_stretched_by_the_same_rule():
 
 @torch.no_grad()
 def test_extended_kernels_follow_their_equations():
-    """Every tap from scratch: z and t of the longer model by the docstring, then the filter's MLP."""
+    """Every tap anew: z and t of the longer model by the docstring, then the filter's MLP."""
     model, N, M = tiny(), 64, 192
     old = model.model.layers[1].mixer.residual_filter
     i = torch.arange(M)
@@ -650,7 +653,10 @@ def test_save_pretrained_round_trip_and_auto_classes(tmp_path):
 
 @pytest.mark.parametrize("evaluating", [True, False])
 def test_spectra_kept_for_a_gpu_are_those_of_the_weights_after_a_fused_step(evaluating):
-    """A fused optimizer leaves a weight's version as it was: a pass without gradients between backward and step must leave nothing behind."""
+    """A fused optimizer does not change a weight's version.
+
+    So a pass without gradients between backward and step must leave nothing behind.
+    """
     torch.manual_seed(0)
     mixer = SequenceMixer(M2BertConfig(hidden_size=32, max_position_embeddings=40, filter_order=8))
     optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)

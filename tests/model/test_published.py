@@ -1,4 +1,4 @@
-"""The authors' weights become a row: fetched, checked, evaluated by the stages that evaluate every row."""
+"""The authors' weights become a row: fetched, checked, evaluated by the usual stages."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import torch
 from transformers import AutoTokenizer
 
 from lib.benchmark import locov1, metrics, search
-from lib.pipeline.errors import CorpusError
 from lib.model import checkpoint, published
 from lib.model.checkpoint import CheckpointError
 from lib.pipeline import params
+from lib.pipeline.errors import CorpusError
 from lib.pipeline.params import ParamsError
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def weights(golden, tokenizer, tmp_path):
 
 @pytest.fixture
 def house(tmp_path, monkeypatch, weights):
-    """house(row): a copy of the repository whose only published row is that, and the working directory in it."""
+    """house(row): a copy of the repository with this published row alone, as working directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PYTHONPATH", raising=False)
 

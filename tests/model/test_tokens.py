@@ -49,7 +49,7 @@ def test_tokenising_the_beginning_gives_the_tokens_of_the_whole(
 
 
 def test_a_word_across_the_first_cut_is_read_whole(tokenizer):
-    """16 characters a token are tokenised at first; here the cut falls into a word that would end in other pieces."""
+    """The first 16 characters per token end inside a word that would end in other pieces."""
     text = " " * (16 * 8 - 4) + "unbelievable red green blue fox hen owl runs"
     ids, cut = tokens.tokenize([text], tokenizer, 8)
     assert tokenizer.convert_ids_to_tokens(ids[0]) == [
@@ -70,7 +70,10 @@ def test_a_word_across_the_first_cut_is_read_whole(tokenizer):
 )
 def test_a_million_words_cost_as_much_as_the_first_few(tokenizer, separator):
     seen = []
-    spy = lambda texts, **options: seen.extend(map(len, texts)) or tokenizer(texts, **options)
+
+    def spy(texts, **options):
+        return seen.extend(map(len, texts)) or tokenizer(texts, **options)
+
     tokens.tokenize([f"fox{separator}" * 1_000_000], spy, 32)
     assert max(seen) <= 16 * 32
 
@@ -111,7 +114,10 @@ def test_pieces_give_the_tokens_of_the_whole(tokenizer, texts, piece, reach):
 def test_no_call_of_the_tokenizer_gets_more_than_a_piece(tokenizer, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE", 1000)
     seen = []
-    spy = lambda texts, **options: seen.append(sum(map(len, texts))) or tokenizer(texts, **options)
+
+    def spy(texts, **options):
+        return seen.append(sum(map(len, texts))) or tokenizer(texts, **options)
+
     tokens.tokenize(["fox " * n for n in (10, 200, 249, 90, 1, 1000, 3)], spy, 10**4)
     assert (
         max(seen) == 4000 and sorted(seen)[-2] <= 1000 and sum(seen) == 4 * 1553

@@ -29,7 +29,8 @@ def test_three_positions_by_hand():
     u, k, k_rev = (
         torch.tensor(row) for row in ([[[1.0, 10.0, 100.0]]], [[1.0, 2.0, 3.0]], [[0.5, 0.25, 9.0]])
     )
-    # y0 = 1·1 + .5·10 + .25·100, y1 = 1·10 + 2·1 + .5·100, y2 = 1·100 + 2·10 + 3·1; and twice u from the gain
+    # y0 = 1·1 + .5·10 + .25·100, y1 = 1·10 + 2·1 + .5·100, y2 = 1·100 + 2·10 + 3·1;
+    # and twice u from the gain
     expected = torch.tensor([[[31.0 + 2, 62.0 + 20, 123.0 + 200]]])
     torch.testing.assert_close(long_conv_direct(u, k, k_rev, torch.tensor([2.0])), expected)
     torch.testing.assert_close(long_conv(u, k, k_rev, torch.tensor([2.0])), expected)
@@ -74,7 +75,7 @@ def test_long_conv_equals_its_definition(L, reverse, gain, seed):
 
 @pytest.mark.parametrize("L", [1, 2, 3, 32, 33, 64, 96])
 def test_gradients_equal_those_of_the_definition(L):
-    """In float32, for u, both kernels and the gain: the hand-written backward against autograd's."""
+    """In float32, for u, both kernels and the gain: our backward pass against autograd's."""
     case = draw(L)
     inputs = [value.requires_grad_() for value in case.values()]
     weight = torch.randn(2, 3, L)
@@ -82,7 +83,7 @@ def test_gradients_equal_those_of_the_definition(L):
     slow = torch.autograd.grad((long_conv_direct(*inputs) * weight).sum(), inputs)
     for name, ours, theirs in zip(case, fast, slow):
         torch.testing.assert_close(
-            ours, theirs, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}"
+            ours, theirs, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

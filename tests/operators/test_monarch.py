@@ -88,7 +88,7 @@ def test_initial_weights_fill_the_published_range(d_in, d_out, bound):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_monarch_is_two_block_diagonals_around_transpositions(n):
-    """Apply it to a vector laid out as a grid: R mixes each row, L each column. No matrix is formed."""
+    """Apply it to a vector as a grid: R mixes each row, L each column. No matrix is formed."""
     left, right = torch.randn(n, n, n), torch.randn(n, n, n)
     x = torch.randn(n * n)
     grid = torch.stack([right[i] @ row for i, row in enumerate(x.reshape(n, n))])  # R, row by row
@@ -110,7 +110,7 @@ def test_monarch_of_identities_is_the_identity_and_one_of_ones_sees_everything()
 
 
 def test_monarch_reaches_matrices_no_block_diagonal_can():
-    """The Fourier matrix of size 4 is a Monarch matrix up to the order of its inputs (Cooley and Tukey)."""
+    """The Fourier matrix of size 4 is a Monarch matrix up to its inputs' order (Cooley, Tukey)."""
     n = 2
     omega = torch.exp(torch.tensor(-2j * torch.pi / n**2))
     two = torch.tensor([[1, 1], [1, -1]], dtype=torch.complex64)
