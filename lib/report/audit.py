@@ -5,8 +5,9 @@
     Measured(profile, tasks, read)                  our numbers by row, in the paper's unit
     stand_ins(profile)                              the rows that stand for a model of the paper
 
-A number *matches* if it lies in our interval and *differs* if not; it was *not run* if it could have been here, and
-*cannot run here* if it could not. Measured on other tasks or by a smaller model it will differ, and the reason says so.
+A number *matches* if it lies in our interval and *differs* if not; it was *not run* if it could
+have been here, and *cannot run here* if it could not. Measured on other tasks or by a smaller
+model it will differ, and the reason says so.
 (Whether the paper's numbers agree with each other is the question of notebook 12.)
 """
 
@@ -44,8 +45,8 @@ class Measured:
     """What the rows of a profile scored: (mean, low, high) × 100, or None where that was not run.
 
     Args:
-        tasks: the test tasks of all sources, as `locov1.every` gives them. Those that are LoCoV1's, name and size, are
-            `real`: {LoCoV1's name: task}.
+        tasks: the test tasks of all sources, as `locov1.every` gives them. Those that are LoCoV1's
+            by name and size are `real`: {LoCoV1's name: task}.
         read: the table where_read of notebook 11: source, row, asked, bin, ndcg@10, low, high.
     """
 
@@ -77,7 +78,7 @@ class Measured:
         )
 
     def on_own(self, row: str) -> tuple | None:
-        """On the profile's own tasks, their queries together and each query averaged over the row's seeds."""
+        """On the queries of the profile's own tasks, each averaged over the row's seeds."""
         some = comparison.seeds_mean(self.values[self.values["task"].isin(self.own)], row)
         return tuple(100 * np.array(statistics.interval(some.to_numpy()))) if len(some) else None
 
@@ -119,7 +120,7 @@ def size(task: locov1.Task) -> tuple[int, int]:
 
 
 def stand_ins(profile: str) -> dict[str, list[str]]:
-    """{model of the paper: the rows that stand for it, the best first}; "<model>, chunks" for those that read in windows."""
+    """{model of the paper: the rows that stand for it, best first}; windows: "<model>, chunks"."""
     baselines = params.rows(profile, "baselines")
     found = {model: [row] for model, row in LADDER.items()}
     for model, name in OTHERS.items():
@@ -144,7 +145,7 @@ def stand_ins(profile: str) -> dict[str, list[str]]:
 
 
 def counted(task: locov1.Task) -> dict[str, tuple]:
-    """The size of a real task, by the columns of the paper's Table 10; rounding explains half of one."""
+    """The size of a real task, by the columns of the paper's Table 10, give or take rounding."""
     queries, documents = size(task)
     values = {
         "test_queries": queries,
@@ -169,8 +170,8 @@ def cells(
 
     Args:
         name: of data/paper/<name>.csv; key: the column or columns that name its lines.
-        ours: {(line, column): ((mean, low, high), why)}, in the paper's unit. `matches`: the paper's number lies in the
-            interval. None in place of the three: that cell was not run.
+        ours: {(line, column): ((mean, low, high), why)}, in the paper's unit; None in place of
+            the three: that cell was not run. `matches`: the paper's number lies in the interval.
         otherwise: (line, column) -> the verdict and the reason of a cell that `ours` does not hold.
         columns: which columns hold numbers of the paper; None: all that are numeric.
     """
@@ -238,7 +239,7 @@ def locov1_cells(
     """The lines of a table of models on LoCoV1's tasks, or on their average.
 
     Args:
-        rows: {model of the paper: the row that stands for it}; trained: rows that were trained here.
+        rows: {model of the paper: the row that stands for it}; trained: rows trained here.
     """
     ours = {
         (model, task): (
@@ -271,11 +272,13 @@ def paper_cells(
 
     Args:
         tasks, read: as for `Measured`.
-        accuracy: {"warm_32k": (mean, low, high) of the share of hidden words guessed, "cold_32k": …}; not numbers where not run.
+        accuracy: {"warm_32k": (mean, low, high) of the MLM accuracy, "cold_32k": …}; NaN if that
+            row was not run.
     """
     measured, trained = Measured(profile, tasks, read), set(params.rows(profile, "retrievers"))
     rows = {model: found[0] for model, found in stand_ins(profile).items() if found}
-    note = f"our own tasks and encoders of minutes (profile {profile}): compare differences, not numbers"
+    note = f"our own tasks and encoders of minutes (profile {profile}): "
+    note += "compare differences, not numbers"
     beir, mteb = (
         always(results.NOT_RUN, "BEIR's collections: a folder of them in evaluate.also"),
         always(

@@ -1,13 +1,13 @@
-"""The report as pages that need nothing but a browser: no network, no scripts, and the same bytes for the same results.
+"""The report as pages that need nothing but a browser: offline, no scripts, the same bytes twice.
 
     python -m lib.report.site laptop
 
-    data/report/<profile>/index.html          figures and tables in the order of the questions, what was not run by name
+    data/report/<profile>/index.html          figures and tables, question by question
     data/report/<profile>/notebooks/          every executed notebook as a page
-    data/report/<profile>/timings/index.html  what was measured: it differs from run to run, so it is no output of the pipeline
+    data/report/<profile>/timings/index.html  seconds and memory: they differ from run to run
 
-Text of notebooks, tables and figures is made safe on the way: what is not known to be harmless is left out, and a
-policy in each page forbids the browser to fetch anything.
+lib/report/safe.py makes text of notebooks, tables and figures harmless, and a policy in each page
+forbids the browser to fetch anything. What was not run is named, with the command that runs it.
 """
 
 import json
@@ -15,17 +15,15 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from html import escape
-from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from xml.etree import ElementTree
 
 from lib.pipeline import files, notebook, params
-from lib.report import comparison, display, results
+from lib.report import claims, comparison, display, results, safe
 
-# Stage -> (the notebook it runs, None where its row says which; the table of its rows, None without), in the pipeline's order.
+# Stage -> (its notebook, None if the row names it; the table of its rows, None if it has none),
+# in the pipeline's order.
 STAGES = {
     "data": ("01_locov1", None),
     "pretrain": ("03_pretrain", "pretrained"),
@@ -49,61 +47,13 @@ VERDICTS = {
     results.NOT_RUN: "soft",
     "cannot run here": "soft",
 }
+PAPERS = "the paper's"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-CSS = """
-:root { color-scheme: light dark; --ink: #1d2229; --soft: #5a6470; --line: #d9dee4; --card: #f6f7f9; --page: #fff; --link: #0a58a8; --bar: #7fa8d1; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --soft: #a0a9b4; --line: #3a424c; --card: #1f252c; --page: #15191e; --link: #7db7f5; --bar: #3f6f9f; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem; max-width: 70rem; color: var(--ink); background: var(--page); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: .6rem 0; }
-h2 { font-size: 1.3rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line); scroll-margin-top: .5rem; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
-p, li { max-width: 46rem; }
-p:has(math[display=block]) { max-width: none; }
-a { color: var(--link); text-underline-offset: .15em; }
-.soft, figcaption, caption, .missing { color: var(--soft); font-size: .9rem; }
-figure { margin: 1.2rem 0 1.6rem; }
-figcaption { margin-top: .5rem; max-width: 52rem; }
-.picture { padding: .8rem; background: #fff; border: 1px solid var(--line); border-radius: .6rem; overflow-x: auto; color: #000; }
-.picture svg, .picture img { display: block; max-width: 100%; height: auto; margin: auto; }
-.picture svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--line); border-radius: .6rem; width: fit-content; max-width: 100%; margin: 1rem 0; }
-table { min-width: 24rem; border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .8rem; position: sticky; left: 0; max-width: min(60rem, calc(100vw - 4rem)); }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal; }
-thead th { position: sticky; top: 0; background: var(--card); }
-tbody th { font-weight: inherit; min-width: 8rem; position: sticky; left: 0; background: var(--page); }
-tbody tr:last-child > * { border-bottom: 0; }
-.number, [align=right] { text-align: right; } .number { white-space: nowrap; }
-.yes { color: #1a7f3c; font-weight: 600; } .no { color: #c0352b; font-weight: 600; }
-@media (prefers-color-scheme: dark) { .yes { color: #6fcf8e; } .no { color: #f08a80; } }
-.dataframe th, .dataframe td { text-align: right; }
-.missing { border: 1px dashed var(--line); border-radius: .6rem; padding: .6rem .9rem; width: fit-content; }
-code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--card); padding: .1em .3em; border-radius: .25em; }
-pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; margin: .5rem 0; padding: .6rem .9rem; border-radius: .4rem; }
-pre code { font: inherit; background: none; padding: 0; }
-pre.code { background: var(--card); border-left: 3px solid var(--line); }
-pre.error { border: 1px solid #c33; }
-math[display=block] { margin: .8rem 0; padding: .2rem 0; overflow: auto hidden; }
-dl.parameters { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .8rem 0; padding: .5rem .9rem; background: var(--card); border-radius: .4rem; font-size: .88rem; }
-dl.parameters div { display: flex; gap: .4rem; } dl.parameters dd { margin: 0; font-weight: 600; } dl.parameters dt { color: var(--soft); }
-.bar { display: block; height: .9rem; margin-top: .25rem; min-width: 1px; border-radius: .2rem; background: var(--bar); }
-header nav, footer nav { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .9rem; } footer nav { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; }
-.contents ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; }
-@media (min-width: 90rem) {
-  body:has(.contents) { max-width: 84rem; display: grid; grid-template-columns: 12rem minmax(0, 70rem); gap: 0 2rem; }
-  .contents { position: sticky; top: 1.5rem; align-self: start; } .contents ul { display: block; } .contents li { margin-bottom: .35rem; }
-}
-@media print {
-  :root { color-scheme: light; --ink: #000; --soft: #444; --page: #fff; --card: #f6f7f9; --link: #000; }
-  .contents, header nav, footer nav { display: none; } .scroll { overflow: visible; max-height: none; } thead th { position: static; }
-  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; }
-}
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 class PageError(RuntimeError):
-    """Something that the report is made of cannot be read; the message is one line with the way out."""
+    """An input of the report cannot be read; the message is one line with the way out."""
 
 
 # ------------------------------------------------------------------ the pages
@@ -163,7 +113,7 @@ def opened(path: Path, read: Callable):
 
 
 def writer(path: Path) -> str | None:
-    """The stage that writes a file, as `dvc repro` takes it; None where no stage of params.yaml does."""
+    """The stage that writes a file, as `dvc repro` takes it; None if params.yaml has no such."""
     design = params.load()
     if path.suffix == ".ipynb" or path.parent.name == "stages":
         stage, _, row = path.stem.partition("-")
@@ -190,17 +140,41 @@ def in_order(paths) -> list[Path]:
     return sorted(paths, key=key)
 
 
+def render(template: str, **values) -> str:
+    """A template of this folder, filled in; values are HTML unless the template escapes them."""
+    from jinja2 import Environment, FileSystemLoader
+
+    return Environment(loader=FileSystemLoader(TEMPLATES)).get_template(template).render(**values)
+
+
 def document(title: str, body: str) -> str:
+    """A whole page; its policy forbids the browser to fetch anything or to run anything."""
+    css = (TEMPLATES / "page.css").read_text(encoding="utf-8") + safe.code_css()
+    return render("page.html.j2", policy=POLICY, title=title, css=css, body=body) + "\n"
+
+
+def headlines(path: Path) -> str:
+    """The claims that claims.yaml calls headlines, each with its verdict, from the map."""
+    names = {entry["claim"] for entry in claims.entries() if entry.get("headline")}
+    if not path.is_file():
+        return not_run(path)
+    _, columns, _, rows = opened(path, pipe_table)
+    lines = [line for row in rows if (line := dict(zip(columns, row))).get("claim") in names]
+    return "\n".join(['<ul class="headlines">', *map(headline, lines), "</ul>"])
+
+
+def headline(line: dict[str, str]) -> str:
+    verdict, numbers = line["verdict"], f"{line['ours']}; the paper: {line[PAPERS]}"
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<title>{escape(title)}</title>\n<style>{CSS}{code_css()}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+        f'<li><b class="{VERDICTS.get(verdict, "soft")}">{escape(verdict)}</b>'
+        f'{escape(line["claim"])} <span class="soft">{escape(numbers)}</span></li>'
     )
 
 
 def index_page(profile: str, place: Path, executed: dict) -> str:
-    """Every figure and table where its question is asked; what is there and not asked for comes last."""
+    """Every figure and table where its question is asked; anything else comes last."""
     left = {
-        (kind, path.relative_to(place).with_suffix("").as_posix())
+        f"{kind}/{path.relative_to(place).with_suffix('').as_posix()}"
         for kind, suffix in (("figures", "svg"), ("tables", "md"), ("tables", "csv"))
         for stage in STAGES
         for path in (place / stage).rglob(f"*.{suffix}")
@@ -208,125 +182,25 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
     }
 
     def items(*names: str) -> str:
-        """`figures/<stage>/<name>` and `tables/…` as HTML, each crossed off the list of what is left."""
+        """`figures/<stage>/<name>`, `tables/…` as HTML, each crossed off the list of the rest."""
+        left.difference_update(names)
         parts = []
-        for name in names:
-            kind, _, stem = name.partition("/")
-            left.discard((kind, stem))
-            parts.append(
-                (figure if kind == "figures" else table)(
-                    place / stem, made_by(place / stem, executed)
-                )
-            )
+        for kind, _, stem in (name.partition("/") for name in names):
+            show = figure if kind == "figures" else table
+            parts.append(show(place / stem, made_by(place / stem, executed)))
         return "\n".join(parts)
 
-    sections = [
-        (
-            "claims",
-            "The claims",
-            "What the paper says, beside what was found here.",
-            items("tables/overview/paper_map"),
-        ),
-        (
-            "length",
-            "Does reading further help?",
-            "The same kind of encoder, reading further and further.",
-            items(
-                "figures/overview/length_ladder",
-                "figures/overview/retrievers",
-                "tables/overview/table_locov1",
-            ),
-        ),
-        (
-            "where",
-            "Where is the evidence read?",
-            "By its place in the document, by the document’s length, and by moving a needle.",
-            items(
-                "figures/overview/needle",
-                "figures/overview/where_read",
-                "tables/overview/where_read",
-            ),
-        ),
-    ]
-    for name, own in params.rows(profile, "ablations").items():
-        sections.append(
-            (
-                f"ablation-{name}",
-                f"Ablation: {name.replace('_', ' ')}",
-                f"Compared with {own['rows'][0]}: {', '.join(own['rows'][1:]) or 'nothing at this profile'}.",
-                items(
-                    f"figures/ablation/{name}/ablation_{name}",
-                    f"tables/ablation/{name}/ablation_{name}",
-                ),
-            )
-        )
-    sections += [
-        (
-            "training",
-            "Training",
-            "How each row learned, and what came of it.",
-            items("figures/overview/training", "tables/overview/rows"),
-        ),
-        (
-            "data",
-            "The data",
-            "What is searched, how long it is, and how much of it a word count needs.",
-            items("figures/data/data_lengths", "figures/data/bm25_ladder", "tables/data/data"),
-        ),
-        (
-            "efficiency",
-            "Efficiency",
-            'Counted here; measured times differ from run to run and <a href="timings/index.html">have a page of their own</a>.',
-            items("figures/efficiency/efficiency_counts", "tables/efficiency/efficiency_counts"),
-        ),
-        (
-            "lessons",
-            "Lessons",
-            "A search, the mixer and the losses from close by.",
-            items(
-                *(
-                    f"figures/lesson/{name}/lesson_{name}"
-                    for name in params.rows(profile, "lessons")
-                )
-            ),
-        ),
-        (
-            "cells",
-            "The paper, number by number",
-            "Each number that the paper prints, and what became of it here.",
-            items("tables/overview/paper_cells"),
-        ),
-        (
-            "notebooks",
-            "Notebooks",
-            "Every number above comes out of one of these, as it was run.",
-            notebook_list(profile, executed),
-        ),
-    ]
-    if left:
-        sections.append(
-            (
-                "more",
-                "More",
-                "What else the stages wrote.",
-                items(*(f"{kind}/{stem}" for kind, stem in sorted(left))),
-            )
-        )
-    contents = "\n".join(
-        f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _, _ in sections
+    body = render(
+        "index.html.j2",
+        items=items,
+        left=lambda: sorted(left),
+        headlines=headlines(place / "overview" / "paper_map.md"),
+        ablations=params.rows(profile, "ablations"),
+        lessons=params.rows(profile, "lessons"),
+        notebooks=notebook_list(profile, executed),
+        note=f"{display.note(profile)} {evaluated(profile)}",
     )
-    body = "\n".join(
-        f'<section id="{name}">\n<h2>{escape(title)}</h2>\n<p>{lead}</p>\n{content}\n</section>'
-        for name, title, lead, content in sections
-    )
-    return document(
-        f"LoCoV1 and M2-BERT, {profile}",
-        (
-            f'<nav class="contents" aria-label="Contents"><ul>\n{contents}\n</ul></nav>\n<main>\n<h1>Does an encoder that reads further find more?</h1>\n'
-            f'<p>A reproduction of LoCoV1 and M2-BERT (<a href="https://arxiv.org/abs/2402.07440">arXiv 2402.07440</a>): encoders that read from one page to a whole book, '
-            f'the paper’s own choices taken out one at a time, and each of its claims beside what was measured here.</p>\n<p class="soft">{escape(display.note(profile))} {escape(evaluated(profile))}</p>\n{body}\n</main>'
-        ),
-    )
+    return document(f"LoCoV1 and M2-BERT, {profile}", body)
 
 
 def evaluated(profile: str) -> str:
@@ -340,7 +214,8 @@ def evaluated(profile: str) -> str:
         for row in rows
         if not (results.source(profile, "evaluate", row) / "metrics.json").is_file()
     ]
-    return f"{len(rows) - len(missing)} of {len(rows)} rows are scored{f'; {results.NOT_RUN}: ' + ', '.join(missing) if missing else ''}."
+    names = f"; {results.NOT_RUN}: {', '.join(missing)}" if missing else ""
+    return f"{len(rows) - len(missing)} of {len(rows)} rows are scored{names}."
 
 
 # ------------------------------------------------------------------ figures and tables
@@ -351,9 +226,10 @@ def figure(path: Path, note: str = "") -> str:
     if not path.is_file():
         return not_run(path)
     picture, caption = opened(
-        path, lambda path: drawn(path.read_text(encoding="utf-8"), f"figure-{path.stem}")
+        path, lambda path: safe.drawn(path.read_text(encoding="utf-8"), f"figure-{path.stem}")
     )
-    return f'<figure>\n<div class="picture">{picture}</div>\n<figcaption>{escape(caption)} {note}</figcaption>\n</figure>'
+    caption = f"<figcaption>{escape(caption)} {note}</figcaption>"
+    return f'<figure>\n<div class="picture">{picture}</div>\n{caption}\n</figure>'
 
 
 def table(path: Path, note: str = "") -> str:
@@ -376,7 +252,9 @@ def table(path: Path, note: str = "") -> str:
 def not_run(path: Path) -> str:
     kind = "figure" if path.suffix == ".svg" else "table"
     stage = writer(path)
-    return f'<p class="missing">The {kind} {escape(path.stem)}: {results.NOT_RUN}{f" (<code>dvc repro {stage}</code>)" if stage else ""}.</p>'
+    command = f" (<code>dvc repro {stage}</code>)" if stage else ""
+    name = f"The {kind} {escape(path.stem)}"
+    return f'<p class="missing">{name}: {results.NOT_RUN}{command}.</p>'
 
 
 def made_by(path: Path, executed: dict) -> str:
@@ -388,7 +266,7 @@ def made_by(path: Path, executed: dict) -> str:
 
 
 def pipe_table(path: Path) -> tuple[str, list[str], list[bool], list[list[str]]]:
-    """(caption, column names, which columns hold numbers, rows of cells) of a table that `report.save_table` wrote.
+    """(caption, columns, which columns hold numbers, rows) of a table of `display.save_table`.
 
     Raises:
         ValueError: it is no table, or a line has more or fewer cells than there are columns.
@@ -444,15 +322,11 @@ def tabular(parts: tuple[str, list[str], list[bool], list[list[str]]], note: str
         + "</tr>"
         for row in rows
     )
-    return scrolled(
-        f"<table>\n<caption>{escape(caption)} {note}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>",
+    return safe.scrolled(
+        f"<table>\n<caption>{escape(caption)} {note}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table>",
         caption,
     )
-
-
-def scrolled(content: str, label: str) -> str:
-    """A wide table scrolls by itself, also by keyboard."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label[:80] or "table")}">{content}</div>'
 
 
 # ------------------------------------------------------------------ notebooks
@@ -472,7 +346,7 @@ def catalogue(profile: str) -> dict[str, dict[str, list[str]]]:
 
 
 def notebook_list(profile: str, executed: dict) -> str:
-    """The executed notebooks by question; rows as links, and the command for those that were not run."""
+    """The executed notebooks by question; for those that were not run, the command."""
     groups, shown = catalogue(profile), {"efficiency"}
     parts = []
     for source, stages in groups.items():
@@ -486,11 +360,9 @@ def notebook_list(profile: str, executed: dict) -> str:
         for stage, own in stages.items():
             links = ", ".join(page_link(name, executed) for name in own)
             missing = any(name not in executed for name in own if name != "efficiency")
-            command = (
-                f' <span class="soft">({results.NOT_RUN}: <code>dvc repro {stage if len(own) > 1 else own[0].replace("-", "@", 1)}</code>)</span>'
-                if missing
-                else ""
-            )
+            target = stage if len(own) > 1 else own[0].replace("-", "@", 1)
+            command = f"{results.NOT_RUN}: <code>dvc repro {target}</code>"
+            command = f' <span class="soft">({command})</span>' if missing else ""
             lines.append(
                 f"<li>{stage}: {links}{command}</li>"
                 if own != [stage]
@@ -558,19 +430,21 @@ def notebook_page(book, name: str, profile: str, known: set[str], links: str = "
     for number, cell in enumerate(book.cells):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "markdown":
-            parts.append(markdown(cell.source, known))
+            parts.append(safe.markdown(cell.source, known))
         elif "parameters" in tags and injected:  # the injected ones follow, and win
             continue
         elif {"parameters", "injected-parameters"} & set(tags):
             parts.append(parameters(cell.source))
         elif cell.cell_type == "code":
-            parts.append(highlighted(cell.source))
+            parts.append(safe.highlighted(cell.source))
             parts += [
                 output_of(output, f"cell-{number}-{place}", known)
                 for place, output in enumerate(cell.outputs)
             ]
     title = title_of(book)
-    back = f'<header><nav aria-label="Report"><a href="../index.html#notebooks">Report at {escape(profile)}</a><span class="soft">{escape(name)}</span>{links}</nav></header>'
+    report = f'<a href="../index.html#notebooks">Report at {escape(profile)}</a>'
+    here = f'<span class="soft">{escape(name)}</span>'
+    back = f'<header><nav aria-label="Report">{report}{here}{links}</nav></header>'
     return document(
         f"{title} ({name})",
         back
@@ -595,446 +469,59 @@ def parameters(source: str) -> str:
 def output_of(output, prefix: str, known: set[str]) -> str:
     """The richest form of an output that is harmless."""
     if output.output_type == "stream":
-        return plain(output.text)
+        return safe.plain(output.text)
     if output.output_type == "error":
-        return plain("\n".join(output.traceback) or f"{output.ename}: {output.evalue}", "error")
+        return safe.plain(
+            "\n".join(output.traceback) or f"{output.ename}: {output.evalue}", "error"
+        )
     forms = output.get("data", {})
     if "image/svg+xml" in forms:
         try:
-            return f'<figure class="picture">{drawn(forms["image/svg+xml"], prefix)[0]}</figure>'
+            return (
+                f'<figure class="picture">{safe.drawn(forms["image/svg+xml"], prefix)[0]}</figure>'
+            )
         except (ValueError, SyntaxError):  # not XML: one of the other forms will do
             pass
     if "image/png" in forms and re.fullmatch(r"[A-Za-z0-9+/=\s]+", forms["image/png"]):
-        return f'<figure class="picture"><img alt="{escape(forms.get("text/plain", "figure"))}" src="data:image/png;base64,{"".join(forms["image/png"].split())}"></figure>'
-    if "text/html" in forms and (clean := sanitized(forms["text/html"])).strip():
-        return scrolled(clean, "table") if "<table" in clean else clean
+        alt, image = escape(forms.get("text/plain", "figure")), "".join(forms["image/png"].split())
+        source = f"data:image/png;base64,{image}"
+        return f'<figure class="picture"><img alt="{alt}" src="{source}"></figure>'
+    if "text/html" in forms and (clean := safe.sanitized(forms["text/html"])).strip():
+        return safe.scrolled(clean, "table") if "<table" in clean else clean
     if "text/markdown" in forms:
-        return markdown(forms["text/markdown"], known)
-    return plain(forms.get("text/plain", ""))
-
-
-def plain(text: str, kind: str = "output") -> str:
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip("\n")
-    return f'<pre class="{kind}">{escape(text)}</pre>' if text else ""
-
-
-# ------------------------------------------------------------------ markdown, formulas, code
-
-# Code comes first, so that a dollar in it is a dollar. Inline: no space inside the dollars, no digit behind them.
-FORMULA = re.compile(
-    r"""(?P<code>^[ \t]*(?P<fence>`{3,}|~{3,}).*?(?:^[ \t]*(?P=fence)|\Z)|(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))
-    |\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:(?:[^$\n]|\n(?!\s*\n))*[^\s$\\])?)\$(?![\d\w])""",
-    re.S | re.M | re.X,
-)
-MATHML = {
-    "math",
-    "mrow",
-    "mi",
-    "mn",
-    "mo",
-    "mtext",
-    "mspace",
-    "msup",
-    "msub",
-    "msubsup",
-    "mfrac",
-    "msqrt",
-    "mroot",
-    "munder",
-    "mover",
-    "munderover",
-    "mtable",
-    "mtr",
-    "mtd",
-    "mstyle",
-    "mpadded",
-    "mphantom",
-    "menclose",
-    "mmultiscripts",
-    "mprescripts",
-    "none",
-}
-
-
-def markdown(text: str, known: set[str]) -> str:
-    """Markdown as HTML: formulas as MathML, raw HTML as text, links to notebooks as links to the index."""
-    import mistune
-
-    class Renderer(mistune.HTMLRenderer):
-        def link(self, text, url, title=None):
-            if re.match(r"https?://[^\s\"'<>\ue000]+$", url):
-                return f'<a href="{escape(url)}" rel="noopener">{text}</a>'
-            name = re.fullmatch(r"(?:\./)?(\d\d_\w+)\.ipynb(?:#.*)?", url)
-            return (
-                f'<a href="../index.html#notebook-{name[1]}">{text}</a>'
-                if name and name[1] in known
-                else text
-            )
-
-        def image(self, text, url, title=None):
-            return text
-
-        def block_code(self, code, info=None):
-            return highlighted(code, info or "text") + "\n"
-
-    formulas: list[str] = []
-
-    def keep(match: re.Match) -> str:
-        if match["code"]:
-            return match[0]
-        formulas.append(
-            formula(match["block"] or match["inline"], "block" if match["block"] else "inline")
-        )
-        return f"\ue000{len(formulas) - 1}\ue001"  # characters that mean nothing to markdown, nor to anyone
-
-    text = FORMULA.sub(keep, re.sub("[\ue000\ue001]", "", text))
-    html = mistune.create_markdown(
-        renderer=Renderer(escape=True), plugins=["table", "strikethrough"]
-    )(text)
-    html = re.sub("\ue000(\\d+)\ue001", lambda match: formulas[int(match[1])], html)
-    return re.sub(
-        r"<table>.*?</table>", lambda match: scrolled(match[0], "table"), html, flags=re.S
-    ).strip()
-
-
-def formula(latex: str, display: str) -> str:
-    """LaTeX as MathML; what cannot be converted is shown as it was typed."""
-    from latex2mathml.converter import convert
-
-    try:
-        tree = ElementTree.fromstring(convert(latex.strip(), display=display))
-        bad = any(
-            local(part.tag) not in MATHML or "\\" in (part.text or "") for part in tree.iter()
-        )
-    except Exception:  # the converter raises a dozen kinds
-        bad = True
-    if bad:
-        return f"<code>{escape(' '.join(latex.split()))}</code>"
-    return markup(
-        tree,
-        MATHML,
-        lambda name, key, value: (
-            (key, value)
-            if key
-            in (
-                "display",
-                "mathvariant",
-                "stretchy",
-                "width",
-                "minsize",
-                "maxsize",
-                "accent",
-                "linethickness",
-                "columnalign",
-                "fence",
-                "form",
-                "movablelimits",
-                "notation",
-                "lspace",
-                "rspace",
-            )
-            else None
-        ),
-    )
-
-
-def highlighted(code: str, language: str = "python") -> str:
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import get_lexer_by_name
-    from pygments.util import ClassNotFound
-
-    try:
-        lexer = get_lexer_by_name(language.split()[0], stripnl=True)
-    except (ClassNotFound, IndexError):
-        lexer = get_lexer_by_name("text")
-    return (
-        f'<pre class="code"><code>{highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip()}</code></pre>'
-        if code.strip()
-        else ""
-    )
-
-
-@cache
-def code_css() -> str:
-    """Colours of code in daylight and in the dark."""
-    from pygments.formatters import HtmlFormatter
-
-    def colours(style: str) -> str:
-        lines = HtmlFormatter(style=style).get_style_defs("pre.code").split("\n")
-        return "\n".join(line for line in lines if re.match(r"pre\.code \.\w+ ", line))
-
-    return f"{colours('xcode')}\n@media screen and (prefers-color-scheme: dark) {{\n{colours('github-dark')}\n}}\n"
-
-
-# ------------------------------------------------------------------ harmless HTML and SVG
-
-HTML_TAGS = {
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "caption",
-    "div",
-    "span",
-    "p",
-    "code",
-    "pre",
-    "b",
-    "i",
-    "em",
-    "strong",
-    "sub",
-    "sup",
-    "br",
-}
-SILENT = {
-    "script",
-    "style",
-    "template",
-    "title",
-    "head",
-    "iframe",
-    "object",
-    "svg",
-    "math",
-    "noscript",
-    "textarea",
-    "select",
-}
-SVG_TAGS = {
-    "svg",
-    "g",
-    "path",
-    "use",
-    "defs",
-    "clipPath",
-    "rect",
-    "circle",
-    "ellipse",
-    "line",
-    "polyline",
-    "polygon",
-    "text",
-    "tspan",
-    "title",
-    "desc",
-    "linearGradient",
-    "radialGradient",
-    "stop",
-    "pattern",
-    "mask",
-    "marker",
-    "symbol",
-    "image",
-}
-
-
-class Sanitizer(HTMLParser):
-    """Writes anew the tags and attributes that are known to be harmless, closes what is open, and keeps other tags' text."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.written: list[str] = []
-        self.open: list[str] = []
-        self.silent: list[str] = []
-
-    def handle_starttag(self, tag, attributes):
-        if tag in SILENT:
-            self.silent.append(tag)
-        if self.silent or tag not in HTML_TAGS:
-            return
-        kept = "".join(
-            f' {key}="{escape(value or "")}"'
-            for key, value in dict(attributes).items()
-            if key in ("align", "scope", "colspan", "rowspan", "class")
-        )
-        self.written.append(f"<{tag}{kept}>")
-        if tag != "br":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        if tag not in SILENT:
-            self.handle_starttag(tag, attributes)
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        if self.silent:
-            if tag in self.silent:
-                del self.silent[self.silent.index(tag) :]
-        elif tag in self.open:
-            while self.open[-1] != tag:
-                self.written.append(f"</{self.open.pop()}>")
-            self.written.append(f"</{self.open.pop()}>")
-
-    def handle_data(self, data):
-        if not self.silent:
-            self.written.append(escape(data))
-
-
-def sanitized(html: str) -> str:
-    parser = Sanitizer()
-    parser.feed(html)
-    parser.close()
-    return "".join(parser.written) + "".join(f"</{tag}>" for tag in reversed(parser.open))
-
-
-def drawn(text: str, prefix: str) -> tuple[str, str]:
-    """(an SVG for the middle of a page, its caption): shapes only, no address outside, and no id that another picture has.
-
-    Raises:
-        ValueError, ElementTree.ParseError: it is no SVG, or declares entities.
-    """
-    prefix = re.sub(r"\W", "-", prefix)
-    if "<!ENTITY" in text:
-        raise ValueError("declares entities")
-    root = ElementTree.fromstring(text)
-    if local(root.tag) != "svg":
-        raise ValueError(f"holds <{local(root.tag)}>, not <svg>")
-    said = {
-        kind: next((child for child in root if local(child.tag) == kind), None)
-        for kind in ("title", "desc")
-    }
-    for kind, child in said.items():
-        if child is not None:
-            child.set("id", kind)
-    labels = [kind for kind, child in said.items() if child is not None]
-    wanted = {
-        name
-        for part in root.iter()
-        for key, value in part.items()
-        for name in re.findall(r"url\(#([^)\s]+)\)" if local(key) != "href" else r"^#(\S+)$", value)
-    } | {*labels}
-
-    def attribute(tag: str, key: str, value: str) -> tuple[str, str] | None:
-        if key == "id":
-            return (key, f"{prefix}-{value}") if value in wanted else None
-        if key == "href":
-            if value.startswith("#"):
-                return key, f"#{prefix}-{value[1:]}"
-            return (
-                (key, value)
-                if tag == "image"
-                and re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=\s]*", value)
-                else None
-            )
-        value = re.sub(r"url\(#([^)\s]+)\)", rf"url(#{prefix}-\1)", value)
-        if (
-            key.lower().startswith(("on", "aria", "role"))
-            or not re.fullmatch(r"[A-Za-z][A-Za-z-]*\d?", key)
-            or re.search(r"//|\\|@|url\((?!#)", value)
-        ):
-            return None
-        return key, value
-
-    for part in root.iter():  # matplotlib's line breaks between shapes
-        part.text, part.tail = (
-            (part.text if local(part.tag) in ("text", "tspan", "title", "desc") else None),
-            (part.tail or "").strip() and part.tail,
-        )
-    label = (
-        f'aria-labelledby="{" ".join(f"{prefix}-{kind}" for kind in labels)}"'
-        if labels
-        else 'aria-label="figure"'
-    )
-    caption = (
-        (said["desc"].text or "")
-        if said["desc"] is not None
-        else (said["title"].text or "")
-        if said["title"] is not None
-        else ""
-    )
-    return markup(root, SVG_TAGS, attribute).replace(
-        "<svg", f'<svg role="img" {label}', 1
-    ), " ".join(caption.split())
-
-
-def local(name) -> str:
-    """A name without its namespace; comments have none."""
-    return name.rpartition("}")[2] if isinstance(name, str) else ""
-
-
-def markup(part: ElementTree.Element, tags: set[str], attribute: Callable) -> str:
-    """The element as HTML takes it: known tags, and of their attributes what `attribute` lets through."""
-    tag = local(part.tag)
-    if tag not in tags:
-        return ""
-    kept = "".join(
-        f' {item[0]}="{escape(item[1])}"'
-        for key, value in part.items()
-        if (item := attribute(tag, local(key), value))
-    )
-    inside = escape(part.text or "", quote=False) + "".join(
-        markup(child, tags, attribute) + escape(child.tail or "", quote=False) for child in part
-    )
-    return (
-        f"<{tag}{kept}>{inside}</{tag}>"
-        if inside or tag not in ("path", "use", "rect", "image", "mspace")
-        else f"<{tag}{kept}/>"
-    )
+        return safe.markdown(forms["text/markdown"], known)
+    return safe.plain(forms.get("text/plain", ""))
 
 
 # ------------------------------------------------------------------ what was measured
 
 
 def timing_pages(profile: str, place: Path) -> dict[str, str]:
-    """Seconds and memory of every stage when it last ran, and the race of notebook 10."""
+    """Seconds and memory of every stage when it last ran, and the benchmark of notebook 10."""
 
     def cost(path: Path) -> tuple[str, float, float]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return str(values["stage"]), float(values["seconds"]), float(values["peak_gib"])
 
-    costs = [opened(path, cost) for path in in_order((place / "stages").glob("*.json"))]
-    if costs:
-        longest = max(seconds for _, seconds, _ in costs) or 1.0
-        rows = "\n".join(
-            f'<tr><th scope="row">{escape(stage)}</th><td class="number">{seconds:,.1f}</td><td class="number">{gib:.2f}</td>'
-            f'<td style="width: 18rem"><span class="bar" style="width: {100 * seconds / longest:.1f}%"></span></td></tr>'
-            for stage, seconds, gib in costs
-        )
-        total = f"{len(costs)} stages, {sum(seconds for _, seconds, _ in costs) / 60:.1f} min when each last ran, {max(gib for *_, gib in costs):.2f} GiB at most."
-        stages = scrolled(
-            f'<table>\n<caption>{total}</caption>\n<thead><tr><th scope="col">stage</th><th scope="col" class="number">seconds</th>'
-            f'<th scope="col" class="number">peak GiB</th><th scope="col"><span class="soft">of the longest</span></th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>',
-            "Seconds and memory of the stages",
-        )
-    else:
-        stages = f'<p class="missing">No stage has left its time here: {results.NOT_RUN} (<code>dvc repro</code>).</p>'
-    race = [
+    files_of = (("efficiency", "svg"), ("efficiency", "csv"), ("convolution", "csv"))
+    benchmark = [
         (figure if suffix == "svg" else table)(place / name)
-        for name, suffix in (("efficiency", "svg"), ("efficiency", "csv"), ("convolution", "csv"))
+        for name, suffix in files_of
         if (place / f"{name}.{suffix}").is_file()
     ]
-    race = race or [
-        f'<p class="missing">The race of notebook 10: {results.NOT_RUN} (<code>dvc repro --force efficiency</code>).</p>'
-    ]
-    home = f'<header><nav aria-label="Report"><a href="../index.html">Report at {escape(profile)}</a></nav></header>\n<main>\n'
+    costs = [opened(path, cost) for path in in_order((place / "stages").glob("*.json"))]
+    values = {"profile": profile, "costs": costs, "benchmark": benchmark, "no": results.NOT_RUN}
+    index = document(f"What was measured, {profile}", render("timings.html.j2", **values))
     book = place / "efficiency.ipynb"
-    if book.is_file():
-        run = notebook_page(
-            opened(book, notebook.read),
-            "efficiency",
-            profile,
-            set(catalogue(profile)),
-            '<a href="index.html">What was measured</a>',
-        )
-    else:
-        run = document(
-            "Efficiency",
-            f'{home}<h1>Efficiency</h1>\n<p class="missing">The notebook 10_efficiency: {results.NOT_RUN} (<code>dvc repro --force efficiency</code>).</p>\n</main>',
-        )
-    index = document(
-        f"What was measured, {profile}",
-        (
-            f"{home}<h1>What was measured</h1>\n<p>Times and memory belong to the machine and the moment: two runs of the same thing agree on every number of the report and on none of these.</p>\n"
-            f'<h2>Stages</h2>\n{stages}\n<h2>Efficiency</h2>\n<p><a href="efficiency.html">Notebook 10 as it was run.</a></p>\n'
-            + "\n".join(race)
-            + "\n</main>"
-        ),
-    )
-    return {"efficiency": run, "index": index}
+    if not book.is_file():
+        missing = render("timings.html.j2", **values, without_notebook=True)
+        return {"efficiency": document("Efficiency", missing), "index": index}
+    cells, known = opened(book, notebook.read), set(catalogue(profile))
+    links = '<a href="index.html">What was measured</a>'
+    return {
+        "efficiency": notebook_page(cells, "efficiency", profile, known, links),
+        "index": index,
+    }
 
 
 # ------------------------------------------------------------------ command line

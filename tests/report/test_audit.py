@@ -1,4 +1,4 @@
-"""Every number of the paper gets a verdict, and one of ours is set beside it only where it measures the same."""
+"""Every number of the paper gets a verdict, beside ours if both measure the same."""
 
 from pathlib import Path
 
@@ -205,11 +205,13 @@ def test_the_authors_weights_stand_before_ours_and_windows_beside_the_beginning(
     for old, new in (
         (
             "published: &published {}",
-            "published: &published\n  theirs: {checkpoint: togethercomputer/m2-bert-80M-32k-retrieval}",
+            "published: &published\n"
+            "  theirs: {checkpoint: togethercomputer/m2-bert-80M-32k-retrieval}",
         ),
         (
             "\nbaselines:\n",
-            "\nbaselines:\n  bge: {model: BAAI/bge-large-en-v1.5}\n  bge_chunks: {model: BAAI/bge-large-en-v1.5, chunk: best}\n",
+            "\nbaselines:\n  bge: {model: BAAI/bge-large-en-v1.5}\n"
+            "  bge_chunks: {model: BAAI/bge-large-en-v1.5, chunk: best}\n",
         ),
     ):
         assert text.count(old) == 1

@@ -31,7 +31,7 @@ def test_the_card_names_where_the_model_comes_from_and_what_was_measured(tiny):
         "up to 32 tokens",
         "the mean over tokens",
         '"lr": 5e-06',
-        card.fingerprint(ABOUT["settings"]),
+        checkpoint.fingerprint(ABOUT["settings"]),
     ):
         assert part in text, part
     assert f"{sum(p.numel() for p in tiny().parameters()):,} parameters" in text
@@ -73,9 +73,9 @@ def test_the_head_is_what_the_hub_reads(tiny, kind, expected):
 
 def test_equal_settings_have_equal_fingerprints_in_any_order():
     assert (
-        card.fingerprint({"a": 1, "b": [2]})
-        == card.fingerprint({"b": [2], "a": 1})
-        != card.fingerprint({"a": 1, "b": [3]})
+        checkpoint.fingerprint({"a": 1, "b": [2]})
+        == checkpoint.fingerprint({"b": [2], "a": 1})
+        != checkpoint.fingerprint({"a": 1, "b": [3]})
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows are compared on the same queries, with their seeds, and a verdict is given for what is beyond chance."""
+"""Rows are compared on the same queries, with their seeds; a verdict needs more than chance."""
 
 import math
 
@@ -102,7 +102,7 @@ def seeded(row: str, values: list[float]) -> None:
 
 
 def test_rows_that_differ_in_the_seed_alone_are_one_row_trained_twice(house):
-    """Each query has the mean of both trainings; the difference of each pair of trainings is shown."""
+    """Each query has the mean of both trainings; each pair of trainings has a difference."""
     assert (
         params.repeats("opl") == params.repeats("opl_again") == ["opl", "opl_again"]
         and params.repeats("bm25") == ["bm25"]
@@ -169,61 +169,61 @@ def test_books_say_by_their_name_where_their_answers_stand():
         task("tail", 5),
         task("x/book_8_deep", 9, source="x"),
     ]
-    assert comparison.asked(tasks, "deep") == (
+    assert comparison.queries_where(tasks, "deep") == (
         "deep",
         {("book_8_deep", f"q{i}") for i in range(3)},
         "",
     )
-    assert comparison.asked(tasks, "shallow") == (
+    assert comparison.queries_where(tasks, "shallow") == (
         "shallow",
         {("book_8_shallow", f"q{i}") for i in range(2)},
         "",
     )
     assert (
-        comparison.asked(tasks, "all").on == "books"
-        and len(comparison.asked(tasks, "all").queries) == 5
+        comparison.queries_where(tasks, "all").on == "books"
+        and len(comparison.queries_where(tasks, "all").queries) == 5
     )
 
 
 def test_elsewhere_the_evidence_says_it_and_where_there_is_none_the_reason_stands():
     known = [task("book_description", 90, [0.1] * 30 + [0.3] * 10 + [0.5] * 30)]
-    assert comparison.asked(known, "deep") == (
+    assert comparison.queries_where(known, "deep") == (
         "answer in the second half",
         {("book_description", f"q{i}") for i in range(40, 70)},
         "",
     )
-    assert comparison.asked(known, "shallow") == (
+    assert comparison.queries_where(known, "shallow") == (
         "answer in the first 15 %",
         {("book_description", f"q{i}") for i in range(30)},
         "",
     )
     assert (
-        comparison.asked(known, "all").on == "all tasks"
-        and len(comparison.asked(known, "all").queries) == 90
+        comparison.queries_where(known, "all").on == "all tasks"
+        and len(comparison.queries_where(known, "all").queries) == 90
     )
     few, none = [task("qmsum", 9, [0.1, 0.9])], [task("qmsum", 9)]
     for tasks in (few, none):
-        assert comparison.asked(tasks, "deep") == (
+        assert comparison.queries_where(tasks, "deep") == (
             "all tasks",
             {("qmsum", f"q{i}") for i in range(9)},
             "",
         )
-        assert not comparison.asked(tasks, "shallow").queries
+        assert not comparison.queries_where(tasks, "shallow").queries
     assert (
-        comparison.asked(few, "shallow").why
+        comparison.queries_where(few, "shallow").why
         == "it is known of 1 queries that their answer stands in the first 15 %"
     )
-    assert comparison.asked(none, "shallow").why.startswith("no evidence is known")
+    assert comparison.queries_where(none, "shallow").why.startswith("no evidence is known")
 
 
 def test_lines_of_queries_are_found_by_task_and_query():
     values = pd.DataFrame([("a", "q0"), ("a", "q1"), ("b", "q0")], columns=["task", "qid"])
-    assert comparison.Asked("", {("a", "q1"), ("b", "q0"), ("b", "q1")}).of(
+    assert comparison.Queries("", {("a", "q1"), ("b", "q0"), ("b", "q1")}).of(
         values
     ).index.tolist() == [1, 2]
     assert (
-        comparison.Asked("", set()).of(values).empty
-        and comparison.Asked("", {("a", "q0")}).of(values[:0]).empty
+        comparison.Queries("", set()).of(values).empty
+        and comparison.Queries("", {("a", "q0")}).of(values[:0]).empty
     )
 
 

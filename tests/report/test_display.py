@@ -66,10 +66,10 @@ def test_outside_of_a_notebook_a_figure_is_its_caption(house, capsys):
 
 
 def test_a_note_says_which_lengths_stand_for_the_papers(house):
-    here = params.load()["lengths"]["smoke"]
-    assert (
-        display.note("smoke")
-        == f"Profile smoke: {here[128]}, {here[2048]}, {here[8192]} and {here[32768]} tokens stand for the paper's 128, 2,048, 8,192 and 32,768."
+    a, b, c, d = params.load()["lengths"]["smoke"].values()
+    assert display.note("smoke") == (
+        f"Profile smoke: {a}, {b}, {c} and {d} tokens stand for the paper's 128, 2,048, 8,192 and"
+        " 32,768."
     )
     assert display.note("gpu") == "Profile gpu, the paper's own lengths."
     assert display.note("paper") == "Profile paper on LoCoV1, the paper's own lengths."

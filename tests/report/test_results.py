@@ -245,7 +245,7 @@ def test_every_number_of_the_paper_is_finite_and_has_a_source(path):
 
 
 def test_the_papers_averages_are_those_of_its_own_tasks():
-    """Table 13 prints twelve scores and their mean; Table 3 prints another mean for the 32k model (94.7), which is why notebooks name both."""
+    """Table 13 prints twelve scores and their mean; Table 3 prints another mean (94.7)."""
     frame = pd.read_csv(ROOT / "data" / "paper" / "table13_locov1.csv").set_index("model")
     tasks = frame.columns.difference(["max_length", "average", "source"])
     assert len(tasks) == 12

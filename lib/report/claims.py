@@ -1,0 +1,188 @@
+"""The claims of data/paper/claims.yaml, each with our number and a verdict.
+
+    paper_map(profile, tasks)   a line for each claim: ours, interval, p-value, verdict
+    entries()                   the claims themselves
+
+A claim about nDCG@10 compares two rows on the same queries. Its p-value is corrected after Holm
+for all such claims that have an expected sign. The warm start's accuracy has an interval only,
+and the needle's p-value stands alone.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pandas as pd
+
+from lib.benchmark import statistics
+from lib.benchmark.task import Task
+from lib.pipeline import params
+from lib.report import comparison, display, results
+from lib.report.comparison import Queries
+
+NOT_MEASURED = (math.nan, math.nan, math.nan)
+ABSENT = "no row of this profile, or not run"
+START = 0, 39  # the needle's first place, and its last
+
+
+class Evidence(NamedTuple):
+    """What was measured for a claim.
+
+    Attributes:
+        ours: (difference, low, high); p, by_seed: see `comparison.verdict`.
+        cells: cells of the map that differ from the claim's own words.
+        missing: the reason if nothing was measured; always: `next` is shown whatever the verdict.
+    """
+
+    ours: tuple[float, float, float] = NOT_MEASURED
+    p: float | None = None
+    by_seed: list[float] = []
+    cells: dict = {}
+    missing: str = ""
+    always: bool = False
+
+
+def entries() -> list[dict]:
+    """The claims as data/paper/claims.yaml lists them; none in a folder without it."""
+    from ruamel.yaml import YAML
+
+    path = params.root() / "data" / "paper" / "claims.yaml"
+    if not path.is_file():
+        return []
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+
+
+def paper_map(profile: str, tasks: Iterable[Task]) -> pd.DataFrame:
+    """Every claim beside our number: one line per claim, in the order of claims.yaml."""
+    tasks, claims = list(tasks), entries()
+    evidence = [MEASURES[claim.get("measured", "ndcg")](claim, profile, tasks) for claim in claims]
+    tested = [
+        i
+        for i, (claim, found) in enumerate(zip(claims, evidence))
+        if claim.get("measured") is None and claim["expected"] and found.p is not None
+    ]
+    for i, p in zip(tested, statistics.holm([evidence[i].p for i in tested])):
+        evidence[i] = evidence[i]._replace(p=p)
+    return pd.DataFrame([line(claim, found) for claim, found in zip(claims, evidence)])
+
+
+def line(claim: dict, evidence: Evidence) -> dict:
+    """A line of the map."""
+    value, low, high = evidence.ours
+    verdict = results.NOT_RUN if math.isnan(value) else "no claim"
+    if claim.get("expected"):
+        p = evidence.p or 0.0
+        verdict = comparison.verdict(low, high, claim["expected"], p, evidence.by_seed)
+    cells = {
+        "claim": claim["claim"],
+        "paper": claim["paper"],
+        "notebook": claim.get("notebook", "–"),
+        "rows": claim.get("rows", "–"),
+        "on": claim.get("on", "–"),
+        "ours": results.NOT_RUN
+        if math.isnan(value)
+        else display.with_interval(*evidence.ours, signed=True),
+        "n": 0,
+        "seeds": "–",
+        "seed by seed": display.each_seed(evidence.by_seed),
+        "the paper's": claim.get("printed", "–"),
+        "p, Holm": display.chance(evidence.p),
+        "verdict": verdict,
+    } | evidence.cells
+    undecided = cells["verdict"] in (comparison.NOT_HERE, comparison.UNDECIDED)
+    answer = claim.get("next", "") if undecided or evidence.always else evidence.missing or "–"
+    return cells | {"tried, and what would settle it": answer}
+
+
+# ------------------------------------------------------------------ measures
+
+
+def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
+    """The first row minus the second on the claim's queries."""
+    row, reference = claim["rows"]
+    queries = queries_of(claim["on"], tasks)
+    every = results.per_query(profile, [row, reference])
+    values = queries.of(every[every["reads"] == "all"])
+    ours = comparison.difference(values, row, reference) or NOT_MEASURED
+    seeds = [comparison.seeds(values, name) for name in (row, reference)]
+    names = [results.marked(profile, name) for name in (row, reference)]
+    absent = [name for name in (row, reference) if not (every["row"] == name).any()]
+    missing = f"{' and '.join(absent)}: {ABSENT}" if absent else ""
+    cells = {
+        "rows": " − ".join(names),
+        "on": queries.on,
+        "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, row)),
+        "seeds": "{}, {}".format(*seeds),
+    }
+    return Evidence(
+        ours,
+        comparison.p_value(values, row, reference),
+        comparison.by_seed(values, row, reference),
+        cells,
+        missing if queries.queries else queries.why,
+    )
+
+
+def queries_of(name: str, tasks: list[Task]) -> Queries:
+    if name != "every":
+        return comparison.queries_where(tasks, "all" if name == "both" else name)
+    own = [task for task in tasks if not task.source]
+    return Queries("all tasks", {(task.name, qid) for task in own for qid in task.queries})
+
+
+def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
+    """MLM accuracy of two pretrained models: the ends of the intervals against each other.
+
+    The result is wider than an interval of paired differences, never narrower.
+    """
+    cells = {"rows": " − ".join(claim["rows"]), "seeds": "1, 1"}
+    (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in claim["rows"])
+    ours = (a - b, a_low - b_high, a_high - b_low)
+    return Evidence(
+        ours, cells=cells, missing=f"{claim['rows'][1]}: {ABSENT}" if a - b != a - b else ""
+    )
+
+
+def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
+    """(mean, low, high) of a pretrained row on held-out text; NaN if it was not run."""
+    metrics = results.load_metrics(profile, "pretrain")
+    if row not in metrics.index or metrics.at[row, "status"] != "run":
+        return NOT_MEASURED
+    parts = ("mean", "low", "high")
+    return tuple(metrics.at[row, f"mlm_accuracy_validation.{part}"] for part in parts)
+
+
+def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
+    """nDCG@10 of reads_32k with the needle in the last place, minus that in the first."""
+    scores = results.needles(profile)
+    mine = scores[(scores["row"] == "reads_32k") & scores["place"].isin(START)]
+    if mine.empty:
+        few = "it is known of too few queries where their answer stands"
+        missing = few if scores.empty else f"reads_32k: {ABSENT}"
+        return Evidence(cells={"the paper's": "–"}, missing=missing)
+    places = mine.pivot_table(index="qid", columns="place", values="ndcg@10")
+    first, last = (places[place].to_dict() for place in START)
+    p = statistics.p_value(last, first)
+    cells = {"n": len(places), "seeds": "1"}
+    return Evidence(statistics.paired(last, first), p, cells=cells, always=True)
+
+
+def counted(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
+    """Operations of the Transformer twin divided by ours, at 32,768 tokens."""
+    path = results.source(profile, "efficiency") / "efficiency_counts.csv"
+    ratio = pd.read_csv(path).set_index("tokens").at[32768, "GFLOP, twin / M2-BERT"]
+    cells = {"ours": f"{ratio:.1f} times", "verdict": "same direction, other quantity"}
+    return Evidence(cells=cells, always=True)
+
+
+def nothing(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
+    return Evidence(cells={"the paper's": "see data/paper"}, always=True)
+
+
+MEASURES = {
+    "ndcg": ndcg,
+    "accuracy": accuracy,
+    "needle": needle,
+    "counted": counted,
+    "nothing": nothing,
+}

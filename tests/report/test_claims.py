@@ -1,0 +1,124 @@
+"""Every claim of the paper has its line, its verdict, and the number that the paper printed."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lib.benchmark.task import Task
+from lib.pipeline import params
+from lib.report import claims, comparison, results
+
+ROOT = Path(__file__).parents[2]
+TASKS = [
+    Task(f"book_512_{depth}", "test", {"d": "x"}, {f"q{i}": "y" for i in range(40)}, {})
+    for depth in ("deep", "shallow")
+]
+# What the claims of each table are differences of: (column of names, first, second, column).
+PRINTED = {
+    "reads_more_than_128": ("table13_locov1", "model", "M2-BERT-32k", "M2-BERT-128", "average"),
+    "reads_more_than_2k": ("table13_locov1", "model", "M2-BERT-32k", "M2-BERT-2k", "average"),
+    "reads_more_than_8k": ("table13_locov1", "model", "M2-BERT-32k", "M2-BERT-8k", "average"),
+    "beats_bm25": ("table3_locov1", "model", "M2-BERT-32k", "BM25", "score"),
+    "mixture_short": ("table6_mixture", "mixture", "mixed", "short", "score"),
+    "mixture_long": ("table6_mixture", "mixture", "mixed", "long", "score"),
+    "warm_start_accuracy": ("table7_warm_start", "start", "warm", "cold", "mlm_accuracy"),
+    "opl_beats_mnrl": ("table8_loss", "loss", "opl", "mnrl", "score"),
+    "mnrl_beats_prototype": ("table8_loss", "loss", "mnrl", "prototype", "score"),
+}
+
+
+@pytest.fixture
+def printed(house):
+    """The paper's tables, and counted operations, in a repository folder without a run."""
+    (house / "data").mkdir()
+    (house / "data" / "paper").symlink_to(ROOT / "data" / "paper")
+    folder = results.source("laptop", "efficiency")
+    folder.mkdir(parents=True)
+    counts = {"tokens": [32768], "GFLOP, twin / M2-BERT": [11.8]}
+    pd.DataFrame(counts).to_csv(folder / "efficiency_counts.csv", index=False)
+    return house
+
+
+def scored(row: str, value: float, alternating: float = 0.0) -> None:
+    """nDCG@10 of a row on both tasks: one value, every second query a little higher."""
+    runs = params.data("laptop") / "runs" / row
+    runs.mkdir(parents=True)
+    lines = [
+        {"task": task.name, "source": "", "reads": "all", "qid": qid}
+        | {"ndcg@10": value + alternating * (i % 2)}
+        for task in TASKS
+        for i, qid in enumerate(task.queries)
+    ]
+    pd.DataFrame(lines).to_parquet(runs / "per_query.parquet")
+
+
+def lines() -> dict[str, dict]:
+    table = claims.paper_map("laptop", TASKS).to_dict("records")
+    return {entry["id"]: line for entry, line in zip(claims.entries(), table)}
+
+
+def test_every_claim_has_an_id_of_its_own_and_what_its_measure_needs(printed):
+    entries = claims.entries()
+    assert len({entry["id"] for entry in entries}) == len(entries) > 20
+    for entry in entries:
+        assert entry.get("measured", "ndcg") in claims.MEASURES
+        if "measured" not in entry:
+            assert len(entry["rows"]) == 2 and entry["expected"] in (-1, 0, 1)
+            assert entry["on"] in ("deep", "shallow", "both", "every")
+            assert not entry["expected"] or entry["next"]
+
+
+def test_the_papers_numbers_are_those_of_its_tables(printed):
+    entries = {entry["id"]: entry for entry in claims.entries()}
+    for name, (table, key, first, second, column) in PRINTED.items():
+        values = results.paper(table).set_index(key)[column]
+        assert entries[name]["printed"] == f"{values[first] - values[second]:+.1f}"
+    needle = results.paper("table15_needle").query("model == 'M2-BERT-32k'").set_index("position")
+    fade = needle.at["39", "score"] - needle.at["0", "score"]
+    assert entries["needle_fades"]["printed"] == f"{fade:+.1f}"
+
+
+def test_without_a_run_nothing_is_decided_and_the_reason_stands(printed):
+    for name, line in lines().items():
+        assert line["verdict"] == (
+            "same direction, other quantity" if name.startswith("cheap") else "not run"
+        )
+        assert line["tried, and what would settle it"] not in ("", "–")
+    assert lines()["beats_bm25"]["tried, and what would settle it"].startswith("reads_32k and bm25")
+
+
+def test_a_claim_is_decided_by_its_interval_its_p_value_and_its_sign(printed):
+    scored("reads_32k", 0.5, 0.1)
+    scored("reads_8k", 0.4)
+    scored("bm25", 0.6, 0.1)
+    scored("bag", 0.3)
+    table = lines()
+    ours = table["reads_more_than_8k"]
+    assert ours["ours"].startswith("+15.0 [+1") and ours["n"] == 40
+    assert ours["verdict"] == "reproduces" and ours["tried, and what would settle it"] == "–"
+    assert table["beats_bm25"]["ours"] == "-10.0 [-10.0, -10.0]"
+    assert table["beats_bm25"]["verdict"] == comparison.NOT_HERE
+    assert table["beats_bm25"]["tried, and what would settle it"].startswith("a bag of embeddings")
+    assert table["beats_bag"]["verdict"] == "no claim" and table["beats_bag"]["p, Holm"] != "–"
+
+
+def test_the_needles_places_are_compared_query_by_query(printed):
+    scored("reads_32k", 0.5)
+    runs = params.data("laptop") / "runs" / "reads_32k"
+    needles = [(place, f"n{i}", 1.0 - place / 39) for place in (0, 20, 39) for i in range(12)]
+    pd.DataFrame(needles, columns=["place", "qid", "ndcg@10"]).to_parquet(runs / "needle.parquet")
+    line = lines()["needle_fades"]
+    assert line["ours"] == "-100.0 [-100.0, -100.0]" and line["n"] == 12
+    assert line["verdict"] == "reproduces" and line["the paper's"] == "-81.2"
+
+
+def test_accuracies_are_compared_end_against_end(printed):
+    for stage, row, mean in (("pretrain", "cold_32k", 0.1), ("continue", "warm_32k", 0.3)):
+        accuracy = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+        metrics = {"mlm_accuracy_validation": accuracy}
+        results.metric(metrics, stage, row, params.data("laptop"), "laptop")
+    line = lines()["warm_start_accuracy"]
+    assert line["ours"] == "+20.0 [+10.0, +30.0]" and line["verdict"] == "reproduces"
+    assert math.isnan(claims.mlm_accuracy("laptop", "mixed_2k")[0])
