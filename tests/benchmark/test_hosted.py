@@ -1,4 +1,4 @@
-"""A server that fails, throttles and cuts off, and a memory that forgets nothing and believes nothing damaged."""
+"""A server that fails, throttles, cuts off; a store that keeps all and trusts nothing damaged."""
 
 import hashlib
 import json
@@ -41,11 +41,51 @@ FAULTS = {
 }
 
 
+DEFECTS = {  # of the vectors inside an answer that says 200
+    "without zeros": lambda data: [
+        {name: value for name, value in item.items() if value != 0} for item in data
+    ],
+    "without numbers": lambda data: [{"embedding": item["embedding"]} for item in data],
+    "too few": lambda data: data[1:],
+    "numbered twice": lambda data: [item | {"index": 0} for item in data],
+    "not a number": lambda data: [item | {"embedding": [float("nan")] * 3} for item in data],
+    "no numbers": lambda data: [item | {"embedding": []} for item in data],
+    "uneven": lambda data: [item | {"embedding": [1.0] * (i + 1)} for i, item in enumerate(data)],
+    "wider": lambda data: [item | {"embedding": [1.0] * 4} for item in data],
+}
+
+
+def embeddings(texts: list[str], kind: str) -> dict:
+    """An answer's content: the vectors of the texts in another order, or with the defect `kind`."""
+    data = [{"index": i, "embedding": vector(text)} for i, text in enumerate(texts)]
+    return {"data": DEFECTS[kind](data) if kind in DEFECTS else data[::-1]}
+
+
+def answer(house, texts: list[str], sender, kind: str) -> tuple:
+    """Status, content and headers of the answer `kind`; sender: the headers of the request."""
+    if sender["User-Agent"].startswith("Python-urllib"):
+        return 403, {"error": "no robots"}, {}
+    if kind in FAULTS:
+        return *FAULTS[kind], {}
+    if any(house.dislikes(text) for text in texts):
+        return 400, {"error": {"message": "a text is too long"}}, {}
+    if len(texts) > house.most:
+        return 413, {"detail": "too many tokens at once"}, {}
+    if kind == "throttled":
+        return 429, {"error": "slow down"}, {"Retry-After": "7"}
+    if kind == "moved":
+        return 302, {}, {"Location": house.elsewhere}
+    if kind == "echo":
+        return 401, {"error": f"bad key {sender['Authorization']}"}, {}
+    return 200, embeddings(texts, kind), {}
+
+
 @pytest.fixture
 def server(monkeypatch):
-    """server.plan: what the next answers are, a name each; then good ones. server.bodies and .headers: what came.
+    """A local server that keeps the requests' bodies and headers.
 
-    server.dislikes: what it refuses a batch for; server.most: how many texts it takes at once.
+    plan: the names of the next answers; good ones follow. dislikes: the texts for which it refuses
+    a batch. most: the number of texts it takes at once.
     """
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
@@ -56,45 +96,7 @@ def server(monkeypatch):
             house.bodies.append(body)
             house.headers.append(self.headers)
             kind = house.plan.pop(0) if house.plan else "good"
-            texts = body["input"]
-            data = [{"index": i, "embedding": vector(text)} for i, text in enumerate(texts)]
-            content, status, headers = {"data": data[::-1]}, 200, {}  # in any order
-            if self.headers["User-Agent"].startswith("Python-urllib"):
-                content, status = {"error": "no robots"}, 403
-            elif kind in FAULTS:
-                status, content = FAULTS[kind]
-            elif any(house.dislikes(text) for text in texts):
-                content, status = {"error": {"message": "a text is too long"}}, 400
-            elif len(texts) > house.most:
-                content, status = {"detail": "too many tokens at once"}, 413
-            elif kind == "throttled":
-                content, status, headers = {"error": "slow down"}, 429, {"Retry-After": "7"}
-            elif kind == "without zeros":
-                content = {
-                    "data": [
-                        {name: value for name, value in item.items() if value != 0} for item in data
-                    ]
-                }
-            elif kind == "without numbers":
-                content = {"data": [{"embedding": item["embedding"]} for item in data]}
-            elif kind == "too few":
-                content = {"data": data[1:]}
-            elif kind == "numbered twice":
-                content = {"data": [item | {"index": 0} for item in data]}
-            elif kind == "not a number":
-                content = {"data": [item | {"embedding": [float("nan")] * 3} for item in data]}
-            elif kind == "no numbers":
-                content = {"data": [item | {"embedding": []} for item in data]}
-            elif kind == "uneven":
-                content = {
-                    "data": [item | {"embedding": [1.0] * (i + 1)} for i, item in enumerate(data)]
-                }
-            elif kind == "wider":
-                content = {"data": [item | {"embedding": [1.0] * 4} for item in data]}
-            elif kind == "moved":
-                content, status, headers = {}, 302, {"Location": house.elsewhere}
-            elif kind == "echo":
-                content, status = {"error": f"bad key {self.headers['Authorization']}"}, 401
+            status, content, headers = answer(house, body["input"], self.headers, kind)
             text = json.dumps(content).encode()
             self.send_response(status)
             for name, value in headers.items():
@@ -229,7 +231,7 @@ def test_what_does_not_pass_is_one_line_without_the_key(server, monkeypatch, kin
     ],
 )
 def test_what_would_come_again_is_told_at_once(server, kind, part):
-    """Also an error inside a 200, in the server's own words, where six tries ended in KeyError: 'data'."""
+    """Also an error inside a 200, in the server's words: six tries ended in KeyError: 'data'."""
     server.plan = [kind]
     with pytest.raises(HostedError, match=part) as error:
         EmbeddingAPI(server.url, "m").encode(TEXTS)
@@ -268,7 +270,7 @@ def test_a_blank_text_is_not_sent_and_its_vector_is_zero(server):
 
 
 def test_a_blank_document_is_ranked_like_any_other(server, tokenizer, tmp_path):
-    """Last, with the score 0; also where all documents are blank, and where a run goes on behind those that are kept."""
+    """Last, with the score 0; also if all documents are blank, or a run resumes after kept ones."""
     own = {"url": server.url, "model": "m", "batch": 2}
     documents = {"a": "red fox", "b": "", "c": "hen", "d": " \n"}
     for some in (documents, {"b": "", "d": " "}):
@@ -382,7 +384,10 @@ def test_one_model_has_one_width(server, tmp_path):
 
 
 def test_an_endpoint_is_a_row_that_asks_once(server, tokenizer, tmp_path, monkeypatch):
-    """Documents and queries with their own options and prompts; a run that stops, or comes again, pays for nothing twice."""
+    """Documents and queries have their own options and prompts; no run pays for a text twice.
+
+    Neither a run that stops nor one that comes again.
+    """
     monkeypatch.setenv("SOME_KEY", "s3cret")
     task = SimpleNamespace(
         name="toy",
@@ -539,7 +544,7 @@ def test_a_damaged_vector_is_embedded_again(tmp_path):
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
-    """No database, cut off, or with a page of noise, which LMDB itself would follow wherever it leads."""
+    """No database, cut off, or with a page of noise, which LMDB itself would follow anywhere."""
     texts, path = [f"text {i}" for i in range(500)], tmp_path / "v"
     expected = CachedEncoder(Counting(), path, "m").encode(texts)
     whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(4096)
@@ -607,7 +612,8 @@ class Inner:
             os.kill(os.getpid(), signal.SIGKILL)
         return np.array([[len(text), 1, 1] for text in texts], dtype=np.float32)
 
-CachedEncoder(Inner(), sys.argv[1], "m", step=5).encode([f"text {i}" for i in range(int(sys.argv[2]), int(sys.argv[3]))])
+texts = [f"text {i}" for i in range(int(sys.argv[2]), int(sys.argv[3]))]
+CachedEncoder(Inner(), sys.argv[1], "m", step=5).encode(texts)
 """
 
 
@@ -615,7 +621,7 @@ def other(path: Path, first: int, last: int, dies_after: int = 10**9) -> subproc
     """Another process that embeds some texts."""
     return subprocess.Popen(
         [sys.executable, "-c", OTHER, str(path), str(first), str(last), str(dies_after)],
-        cwd=Path(hosted.__file__).parents[1],
+        cwd=Path(hosted.__file__).parents[2],
     )
 
 
