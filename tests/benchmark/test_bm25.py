@@ -17,17 +17,25 @@ from lib.model.tokens import encodable
 
 
 def test_bm25_by_hand():
-    """Lucene's form: idf = ln(1 + (N - n + .5) / (n + .5)), tf part = f / (f + 1.2 (.25 + .75 |d| / mean|d|))."""
+    """Lucene's form: the sum over words of idf · tf.
+
+    idf = ln(1 + (N - n + .5) / (n + .5)), tf = f / (f + 1.2 (.25 + .75 |d| / mean|d|)).
+    """
     documents = {"a": "fox fox hen", "b": "Hen!", "c": "owl owl owl owl"}
     run = bm25(documents, {"q": "the FOX, hen", "r": "hen hen", "s": "wolf"})
     length = (3 + 1 + 4) / 3
-    idf = lambda n: math.log(1 + (3 - n + 0.5) / (n + 0.5))
-    part = lambda f, words: f / (f + 1.2 * (0.25 + 0.75 * words / length))
+
+    def idf(n):
+        return math.log(1 + (3 - n + 0.5) / (n + 0.5))
+
+    def tf(f, words):
+        return f / (f + 1.2 * (0.25 + 0.75 * words / length))
+
     assert run["q"] == pytest.approx(
-        {"a": idf(1) * part(2, 3) + idf(2) * part(1, 3), "b": idf(2) * part(1, 1)}, rel=1e-5
+        {"a": idf(1) * tf(2, 3) + idf(2) * tf(1, 3), "b": idf(2) * tf(1, 1)}, rel=1e-5
     )
     assert run["r"] == pytest.approx(
-        {"b": 2 * idf(2) * part(1, 1), "a": 2 * idf(2) * part(1, 3)}, rel=1e-5
+        {"b": 2 * idf(2) * tf(1, 1), "a": 2 * idf(2) * tf(1, 3)}, rel=1e-5
     )
     assert list(run["r"]) == ["b", "a"]
     assert run["s"] == {}
@@ -154,9 +162,11 @@ def test_what_is_no_letter_makes_no_word():
     )
 
 
-# Letters, marks, signs, ignorable and separating characters of many scripts, and any character at all.
+# Letters, marks, signs, ignorable and separating characters of many scripts,
+# and any character at all.
 ODD = (
-    "aZé\u0301\u0308\u0323\u0338\u0345Åß Σςİı_-.=≠½™①⼭㎏ｶﾞ＿がか\u3099゛人々ー한각\u1100\u1161क\u094dषकिதாะที่ำក\u17d2មမ\u103c\u102cαᾳ"
+    "aZé\u0301\u0308\u0323\u0338\u0345Åß Σςİı_-.=≠½™①⼭㎏ｶﾞ＿がか\u3099゛人々ー"
+    "한각\u1100\u1161क\u094dषकिதாะที่ำក\u17d2មမ\u103c\u102cαᾳ"
     "\u00ad\u200b\u200c\u200d\u2060\ufeff\ufe0f\u034f\u3164"
 )
 ANY = st.text(st.one_of(st.sampled_from(ODD), st.characters()), max_size=30)
@@ -210,7 +220,7 @@ def test_words_of_ascii_are_runs_of_letters_digits_and_underscores(text):
 @settings(deadline=None, max_examples=400)
 @given(text=ANY, n=st.integers(1, 12))
 def test_the_first_words_are_those_of_the_whole_text(text, n):
-    """A beginning of the text as it stands; as many words as fit, and at least the first stretch of letters."""
+    """A beginning of the text as it stands: the words that fit, at least the first stretch."""
     part, found = first_words(text, n), all_words(text)
     kept = all_words(part)
     assert text.startswith(part) and found[: len(kept)] == kept
@@ -257,10 +267,11 @@ def test_bm25_reads_only_the_first_pieces_of_a_tokenizer(tokenizer):
         "a": "unbelievable red fox",
         "b": "red fox unbelievable",
     }  # un ##believ ##able red fox
-    run = lambda n: {
-        qid: set(found)
-        for qid, found in bm25(documents, {"q": "fox", "r": "unbelievable"}, n, tokenizer).items()
-    }
+    queries = {"q": "fox", "r": "unbelievable"}
+
+    def run(n):
+        return {qid: set(scores) for qid, scores in bm25(documents, queries, n, tokenizer).items()}
+
     assert run(5) == {"q": {"a", "b"}, "r": {"a", "b"}}
     assert run(4) == {"q": {"b"}, "r": {"a"}}  # b ends in "unbeliev", which is another word
     assert run(1) == {"q": set(), "r": set()}

@@ -1,6 +1,7 @@
 """A task is the same whatever file it comes from, and a faulty file is named with the way out."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -76,7 +77,7 @@ def refused(call, *parts) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_task_is_its_documents_queries_and_judgements(write, tmp_path, layout):
-    """Texts character for character, an answer given twice judged once, nothing of the other task."""
+    """Texts to the character, an answer given twice judged once, nothing of the other task."""
     assert locov1.load("fables", write(tmp_path, layout=layout)) == FABLES
     assert locov1.load("tales", str(tmp_path)) == Task(
         "tales", "test", {"d1": "another d1"}, {"q1": "the other one"}, {"q1": {"d1": 1}}
@@ -209,7 +210,8 @@ def test_half_a_character_in_an_id_is_refused_when_it_is_read(write, tmp_path):
     )
 
 
-# A struct column of parquet has every row's fields in all rows; a map column comes out as pairs; a table of floats has not-a-numbers.
+# A struct column of parquet has every row's fields in all rows; a map column comes out as pairs;
+# a table of floats has not-a-numbers.
 GRADES = [{"d1": 2, "d2": None, "d3": 1}, {"d1": None, "d2": 1, "d3": None}]
 
 
@@ -375,7 +377,7 @@ def test_a_task_without_documents_or_queries_is_an_error(write, tmp_path):
         folder = write(tmp_path / kind, layout="jsonl")
         (folder / file_of(kind, "jsonl")).write_text("\n")
         refused(
-            lambda: locov1.load("fables", folder),
+            partial(locov1.load, "fables", folder),
             folder / file_of(kind, "jsonl"),
             f"no {kind}",
             "fetch the file again",
@@ -502,9 +504,9 @@ def test_what_is_no_folder_or_holds_nothing_says_what_to_put_there(tmp_path):
     (tmp_path / "file").touch()
     for source in (tmp_path / "nowhere", tmp_path / "file"):
         for call in (
-            lambda: locov1.load("fables", source),
-            lambda: locov1.tasks(source),
-            lambda: locov1.splits(source),
+            partial(locov1.load, "fables", source),
+            partial(locov1.tasks, source),
+            partial(locov1.splits, source),
         ):
             refused(call, source, "no folder", "documents-<split>.parquet")
     (tmp_path / "empty").mkdir()
@@ -526,14 +528,14 @@ def test_an_unknown_split_or_task_is_answered_with_the_known_ones(write, tmp_pat
     for layout in LAYOUTS:
         folder = write(tmp_path / layout, layout=layout)
         refused(
-            lambda: locov1.load("fabels", folder),
+            partial(locov1.load, "fabels", folder),
             folder,
             "'fabels'",
             "did you mean 'fables'?",
             "fables, tales",
         )
-        refused(lambda: locov1.load("fables", folder, "dev"), "'dev'", "train, validation, test")
-        refused(lambda: locov1.tasks(folder, "dev"), "'dev'", "train, validation, test")
+        refused(partial(locov1.load, "fables", folder, "dev"), "'dev'", "train, validation, test")
+        refused(partial(locov1.tasks, folder, "dev"), "'dev'", "train, validation, test")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -631,7 +633,7 @@ def test_a_jsonl_line_that_is_no_row_is_named_by_number(write, tmp_path, line):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """hub(documents, queries): load_dataset answers with these rows; hub.calls: what it was asked for."""
+    """hub(documents, queries): load_dataset answers with these rows; hub.calls: its arguments."""
 
     def serve(documents=DOCUMENTS, queries=QUERIES):
         def load_dataset(name, split=None, trust_remote_code=False, **options):

@@ -26,7 +26,7 @@ PARAMETERS = 'profile = "smoke"\nrow = "opl"\nout = "data/scratch"'
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """A repository folder, with a space and an umlaut in its path, and the working directory in it."""
+    """A repository folder with a space and an umlaut in its path, as working directory."""
     root = tmp_path / "höuse of notebooks"
     root.mkdir()
     (root / "dvc.yaml").write_text("stages: {}\n")
@@ -278,11 +278,14 @@ def test_a_kernel_killed_by_the_system_is_told_from_a_mistake(house):
     assert not (house / "data/executed" / "a.ipynb").exists()
 
 
-ENDLESS = "import os, sys, time\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
+ENDLESS = (
+    "import os, sys, time\nprint('kernel', os.getpid(), file=sys.stderr)\n"
+    "while True: sum(range(1000))"
+)
 
 
 def kernel_of(process: subprocess.Popen) -> int:
-    """Wait for the line that the kernel prints on its stderr: it comes through while the cell still runs."""
+    """Wait for the kernel's line on stderr: it comes through while the cell still runs."""
     for line in process.stderr:
         if line.startswith("kernel "):
             return int(line.split()[1])
@@ -320,7 +323,7 @@ def test_no_kernel_outlives_its_run(house):
         process.send_signal(getattr(signal, name))
     shell.kill()  # as DVC is killed: the run itself gets no signal
     for name, pid in kernels.items():
-        assert soon(lambda: not alive(pid), 3 if name != "shell" else 5), (
+        assert soon(lambda pid=pid: not alive(pid), 3 if name != "shell" else 5), (
             f"{name}: the kernel runs on"
         )
     for name in ("SIGINT", "SIGTERM"):

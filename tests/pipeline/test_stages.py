@@ -1,4 +1,4 @@
-"""What the pipeline's files promise: stages that declare what they use, an environment that is what was locked."""
+"""What the pipeline's files promise: stages declare what they use, the environment is as locked."""
 
 import ast
 import os
@@ -383,7 +383,7 @@ stages:
                 ),
             )
         )
-    for house, process in runs:
+    for _, process in runs:
         out, _ = process.communicate(timeout=180)
         assert process.returncode == 0, out
     locks = [(house / "dvc.lock").read_text() for house, _ in runs]
