@@ -149,7 +149,7 @@ ENORMOUS = {
 
 @pytest.mark.parametrize("kind", ENORMOUS)
 def test_an_enormous_text_takes_little_memory(tiny, tokenizer, tmp_path, kind):
-    """In a process of its own: peak memory is a process's. Less than 300 MB above what the libraries and one short text take."""
+    """In its own process: less than 300 MB above the peak of the libraries and one short text."""
     checkpoint.save(tiny(max_position_embeddings=8192), tokenizer, tmp_path / "model")
     code = f"""if True:
         import resource, sys
@@ -159,7 +159,8 @@ def test_an_enormous_text_takes_little_memory(tiny, tokenizer, tmp_path, kind):
         encoder.encode(["fox " * 9000], show_progress=False)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(encoder.encode([{ENORMOUS[kind]}], show_progress=False).shape)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))"""
+        extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(extra * (1 if sys.platform == "darwin" else 1024))"""
     shape, extra = (
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True
@@ -181,7 +182,8 @@ def test_a_text_longer_than_the_model_needs_a_word_about_it(tiny, tokenizer):
     )  # 32 tokens with [CLS] and [SEP]
     with pytest.raises(
         ValueError,
-        match=r"text 1 is longer than 32 tokens \(2 of 4 are\): truncate=True .* chunk='mean', 'max' or 'best' .*extend",
+        match=r"text 1 is longer than 32 tokens \(2 of 4 are\): "
+        r"truncate=True .* chunk='mean', 'max' or 'best' .*extend",
     ):
         encoder.encode(["fox", "red " * 31, "owl", "hen " * 99], show_progress=False)
     for wrong in (dict(chunk="median"), dict(chunk="mean", truncate=True)):

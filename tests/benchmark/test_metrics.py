@@ -62,7 +62,7 @@ def test_a_query_the_run_lacks_scores_zero_and_counts():
 
 
 def test_random_runs_equal_trec_eval():
-    """Graded and negative judgements, unjudged documents, many ties, scores a float32 apart or less."""
+    """Grades, negative ones too, unjudged documents, many ties, scores a float32 apart or less."""
     rng = random.Random(0)
     for trial in range(60):
         docs = [f"d{i}" for i in range(rng.randint(1, 30))]
@@ -155,7 +155,8 @@ def test_query_ids_of_another_type_are_refused(measure):
     ):
         with pytest.raises(
             ValueError,
-            match=r"query ids .*7.* \((int|str|int64|bytes)\) in the run and .*7.* \(\w+\) in the qrels: make them all strings",
+            match=r"query ids .*7.* \((int|str|int64|bytes)\) in the run "
+            r"and .*7.* \(\w+\) in the qrels: make them all strings",
         ):
             measure(run, qrels)
 
@@ -172,7 +173,8 @@ def test_document_ids_of_another_type_are_refused(measure):
     ):
         with pytest.raises(
             ValueError,
-            match=r"document ids .*7.* \((int|str|int64)\) in the \w+ and .* in the qrels: make them all strings",
+            match=r"document ids .*7.* \((int|str|int64)\) in the \w+ and .* in the qrels: "
+            r"make them all strings",
         ):
             measure(run, qrels)
 
@@ -186,7 +188,7 @@ def toy(qrels):
     [(int, int), (int, np.int64), (np.int64, int), (str, np.str_), (np.str_, str)],
 )
 def test_ids_of_one_type_are_allowed_whatever_it_is(ours, theirs):
-    """np.int64(7) equals 7, and np.str_("7") equals "7". Document 7 is second, query 2 finds nothing."""
+    """np.int64(7) equals 7, np.str_("7") equals "7". Document 7 is second, query 2 has no hit."""
     run, qrels = (
         {ours(1): {ours(7): 1.0, ours(8): 2.0}},
         {theirs(1): {theirs(7): 1}, theirs(2): {theirs(9): 1}},

@@ -1,4 +1,4 @@
-"""Rows of params.yaml become rankers, other people's models among them, read as far as the row says."""
+"""Rows of params.yaml become rankers, also of others' models, read as far as the row says."""
 
 import importlib.machinery
 import sys
@@ -274,7 +274,10 @@ OTHERS = {
     ],
 )
 def test_a_model_reads_as_many_tokens_as_it_has_places_for(kind, places):
-    """So many pass, one more does not; where padding has a place in the table, those up to it are not for tokens."""
+    """That many tokens pass, one more does not.
+
+    If padding has a position of the table, the positions up to it are not for tokens.
+    """
     model = AutoModel.from_config(
         AutoConfig.for_model(kind, **SIZES, **OTHERS.get(kind, {}))
     ).eval()

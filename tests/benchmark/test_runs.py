@@ -96,7 +96,8 @@ def test_a_run_is_read_as_other_tools_read_it(tmp_path, text):
 
 def test_a_quote_and_a_space_beyond_ascii_are_characters_like_others(tmp_path):
     (tmp_path / "run").write_text(
-        '"q Q0 a" 1 2.0 x\n"q Q0 "b 2 1.0 x\nq\u00a0r Q0 \u3000\x1c\u2028 1 0.5 x\n\ufeffq Q0 "\\n" 1 0.25 x\n',
+        '"q Q0 a" 1 2.0 x\n"q Q0 "b 2 1.0 x\nq\u00a0r Q0 \u3000\x1c\u2028 1 0.5 x\n'
+        '\ufeffq Q0 "\\n" 1 0.25 x\n',
         encoding="utf-8",
         newline="",
     )

@@ -73,7 +73,7 @@ def test_search_by_hand(backend):
     "distinct, k", [(300, 10), (5, 10), (5, 100), (1, 1), (1, 299), (40, 300), (40, 5000)]
 )
 def test_both_backends_follow_the_definition_to_the_last_tie(backend, distinct, k):
-    """300 documents, many of them identical, so that ties straddle the k-th place and exceed what was asked for at first."""
+    """300 documents, many identical: ties straddle the k-th place, exceed the first candidates."""
     rng = np.random.default_rng(distinct)
     documents = rng.standard_normal((distinct, 24)).astype(np.float32)[
         rng.integers(distinct, size=300)
@@ -89,7 +89,7 @@ def test_both_backends_follow_the_definition_to_the_last_tie(backend, distinct, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_near_ties_below_float32_sums_are_settled_alike(backend):
-    """Scores that differ by less than the rounding of a float32 sum: the library's own order would be its own."""
+    """Scores closer than the rounding of a float32 sum: the library's order would be its own."""
     rng = np.random.default_rng(0)
     documents = np.ones((500, 96), dtype=np.float32) + 1e-7 * rng.integers(
         -3, 4, size=(500, 96)
@@ -164,7 +164,10 @@ def test_blocks_of_queries_give_the_same_run(monkeypatch):
     seed=st.integers(0, 999),
 )
 def test_blocks_of_any_size_follow_the_definition(backend, N, k, values, rows, group, spare, seed):
-    """Ties within blocks and across their borders, blocks smaller than k, groups cut by the end of a block, pools that overflow."""
+    """Ties within blocks and across their borders, blocks smaller than k.
+
+    Also groups cut by the end of a block, and pools that overflow.
+    """
     rng = np.random.default_rng(seed)
     documents, queries = (
         rng.integers(-values, values + 1, size=(n, 3)).astype(np.float32) for n in (N, 5)
@@ -183,7 +186,7 @@ def test_blocks_of_any_size_follow_the_definition(backend, N, k, values, rows, g
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("descending", [True, False])
 def test_equal_scores_across_blocks_are_ordered_by_id_alone(backend, descending, monkeypatch):
-    """One document 1,000 times: the winners stand in the last block or in the first, whatever was found before."""
+    """One document 1,000 times: the last block or the first wins, whatever was found before."""
     monkeypatch.setattr(search, "ROWS", 64)
     pids = sorted((f"d{i:03}" for i in range(1000)), reverse=descending)
     run = search.search(
@@ -363,7 +366,7 @@ def test_rank_refuses_an_empty_query_by_name(tiny, tokenizer):
 
 @pytest.mark.parametrize("windows", [1, 3])
 def test_a_document_of_many_windows_scores_what_its_best_does(windows, monkeypatch):
-    """Against the definition, with ties between windows and between documents, in blocks of any size."""
+    """Against the definition, with ties between windows and documents, in blocks of any size."""
     rng = np.random.default_rng(windows)
     queries = rng.integers(-2, 3, (7, 4)).astype(np.float32)
     documents = [
@@ -481,7 +484,10 @@ def test_only_a_query_with_the_documents_text_is_that_document(document, query, 
 
 
 def test_ids_that_coincide_score_the_same_in_the_pipeline_and_by_hand():
-    """Both numbered from 0: the wrong document 0 stands before the right one, 1 / log2(3). Query 1 finds its answer."""
+    """Both numbered from 0: the wrong document 0 stands before the right one, 1 / log2(3).
+
+    Query 1 finds its answer.
+    """
     one = task(
         documents={
             "0": "fox fox fox red fox",

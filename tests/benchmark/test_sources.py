@@ -22,7 +22,7 @@ QRELS = {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}
 
 @pytest.fixture
 def beir(task_files):
-    """beir(folder, …): the task as BEIR writes it, with a grade of 0 and a query of another split."""
+    """beir(folder, …): the task in BEIR's files, with a grade of 0 and a query of another split."""
 
     def write(folder, split="test", titles=False, header=True):
         documents = [
@@ -242,7 +242,10 @@ def test_a_folder_of_nothing_says_what_it_needs(tmp_path):
 
 @pytest.fixture
 def served(monkeypatch):
-    """served(tables): load_dataset and get_dataset_split_names answer from {(name, configuration, split): rows}."""
+    """served(tables): load_dataset and get_dataset_split_names answer from `tables`.
+
+    tables: {(name, configuration, split): rows}.
+    """
 
     def serve(tables):
         def load_dataset(name, config=None, split=None, trust_remote_code=False):
@@ -338,7 +341,7 @@ def test_the_twelve_tasks_are_the_papers_table_10():
 
 
 def test_a_task_of_600_million_characters_stays_under_two_gigabytes(tmp_path):
-    """10,000 documents of 60,000 characters, half of the task's file another task; in a process of its own."""
+    """10,000 documents of 60,000 characters, half of the file another task; in its own process."""
     schema = pa.schema([("pid", pa.string()), ("dataset", pa.string()), ("passage", pa.string())])
     with pq.ParquetWriter(tmp_path / "documents-test.parquet", schema, compression="zstd") as file:
         for start in range(0, 20_000, 500):
@@ -356,7 +359,12 @@ def test_a_task_of_600_million_characters_stays_under_two_gigabytes(tmp_path):
         pa.Table.from_pylist([dict(qid="q", dataset="big", query="lorem", answer_pids=["d1"])]),
         tmp_path / "queries-test.parquet",
     )
-    code = f"from lib.benchmark import locov1; import resource; t = locov1.load('big', {str(tmp_path)!r}); print(len(t.documents), len(t.documents['d1']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = f"""if True:
+        import resource
+        from lib.benchmark import locov1
+        documents = locov1.load("big", {str(tmp_path)!r}).documents
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(len(documents), len(documents["d1"]), peak)"""
     n, characters, peak = map(
         int,
         subprocess.run(

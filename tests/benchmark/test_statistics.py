@@ -15,7 +15,8 @@ def test_two_systems_whose_queries_are_of_two_types_are_refused():
     for compare in (statistics.paired, statistics.p_value):
         with pytest.raises(
             ValueError,
-            match=r"query ids .* 1 \(int\) in the first system and '1' \(str\) in the second: make them all strings",
+            match=r"query ids .* 1 \(int\) in the first system and '1' \(str\) in the second: "
+            r"make them all strings",
         ):
             compare({1: 0.5, 2: 0.5}, {"1": 0.5, "2": 0.25})
     assert statistics.paired({1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5}) == (0, 0, 0)
@@ -64,7 +65,7 @@ def test_interval_refuses_what_has_no_mean(values):
 
 
 def test_paired_sees_through_what_queries_have_in_common():
-    """Queries differ a lot, systems by 0.02: apart their intervals overlap, paired the difference is certain."""
+    """Queries differ a lot, systems by 0.02: intervals overlap, but the difference is certain."""
     rng = np.random.default_rng(0)
     base = rng.random(100) * 0.9
     a = {f"q{i}": value + 0.02 + 0.01 * rng.standard_normal() for i, value in enumerate(base)}
