@@ -1,10 +1,14 @@
-"""A training step, five ways in one interleaved run: straightforward eager, and this library in torch alone and with lib/kernels/mixer.cpp, in float32 and in bfloat16.
+"""A training step, five ways in one interleaved run.
+
+Straightforward eager, and this library in torch alone and with lib/kernels/mixer.cpp, each in
+float32 and in bfloat16.
 
     python tests/bench_train.py [--width 256 --layers 4 --threads 2] [length …]
 
-Masked-language steps of 8,192 tokens. "eager" is the original's way: FFTs of twice the length by autograd, whole logits, an
-optimizer that goes tensor by tensor, float32. bfloat16 is of matrix products (`optim.autocast`). One JSON line a length: seconds
-of a step and ratios to eager, medians.
+Masked-language steps of 8,192 tokens. "eager" is the original's way: FFTs of twice the length by
+autograd, whole logits, an optimizer that goes tensor by tensor, float32. bfloat16 is the dtype of
+matrix multiplications (`optim.autocast`). One JSON line per length: seconds of a step and ratios
+to eager, medians.
 """
 
 import argparse

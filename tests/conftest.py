@@ -79,7 +79,7 @@ def tokenizer():
 
 @pytest.fixture
 def tiny(tokenizer):
-    """tiny(architecture, **changes): a model of width 16 off its initial values, where much is zero."""
+    """tiny(architecture, **changes): a model of width 16 off its initial values (many are zero)."""
 
     def build(architecture=M2BertForRetrieval, **changes):
         torch.manual_seed(0)
@@ -114,9 +114,10 @@ def house(tmp_path, monkeypatch):
 
 @pytest.fixture
 def task_files():
-    """task_files(folder, documents, queries, …): rows in LoCoV1's columns as files of one layout (parquet | jsonl | beir); returns the folder.
+    """task_files(folder, documents, queries, …): write rows in LoCoV1's columns, return the folder.
 
-    For beir, answer_pids may be {pid: grade}, a document may have a title, and a query without answers is in queries.jsonl alone.
+    The files have one layout: parquet, jsonl or beir. For beir, answer_pids may be {pid: grade}, a
+    document may have a title, and a query without answers is in queries.jsonl alone.
     """
 
     def lines(path: Path, rows) -> None:
@@ -207,7 +208,7 @@ def no_faiss(monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """No name resolves and nothing is cached; the lists of names asked for and of seconds waited."""
+    """No name resolves and nothing is cached; lists of the names asked for and seconds waited."""
     import datasets
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""Collections that are not ours go through every stage of the pipeline, at the smallest size that runs them all.
+"""Collections that are not ours run every stage of the pipeline, at the smallest size that can.
 
 Minutes each, so they are marked slow: `make test ARGS="-m slow"`.
 """
@@ -17,8 +17,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
-SMALL = "pretrain.tokens=8192 finetune.documents_seen=64 efficiency.lengths=[128] efficiency.repeats=1 evaluate.needles=12 data.vocabulary=600"
-WORDS = "rule item concerns nothing else fox owl hen night day river stone field seven amber copper window garden letter road winter".split()
+SMALL = (
+    "pretrain.tokens=8192 finetune.documents_seen=64 efficiency.lengths=[128]"
+    " efficiency.repeats=1 evaluate.needles=12 data.vocabulary=600"
+)
+WORDS = (
+    "rule item concerns nothing else fox owl hen night day river stone field seven amber copper"
+    " window garden letter road winter"
+).split()
 pytestmark = pytest.mark.slow
 
 
@@ -146,7 +152,7 @@ def jsonl(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("collection", [beir, jsonl])
-def test_a_collection_with_a_test_split_alone_stops_before_training_and_runs_to_the_end_where_that_is_allowed(
+def test_a_test_split_alone_stops_before_training_and_runs_to_the_end_if_allowed(
     house, text, tmp_path, collection
 ):
     folder = collection(tmp_path / f"my {collection.__name__}")
@@ -235,7 +241,7 @@ def test_tasks_of_any_name_with_evidence_and_several_answers_write_nothing_outsi
     reason="the real long documents are not here",
 )
 def test_real_long_documents_go_through_smoke(house, tmp_path):
-    """Of each real task twelve queries and the documents that answer them, so that it takes minutes."""
+    """Twelve queries of each real task and the documents that answer them: a run of minutes."""
     for split in ("train", "validation", "test"):
         queries = (
             pd.read_parquet(REAL / "loco-real" / f"queries-{split}.parquet")

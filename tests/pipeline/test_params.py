@@ -31,7 +31,7 @@ def changed(*changes: tuple) -> dict:
 
 @pytest.fixture
 def edit(tmp_path, monkeypatch):
-    """edit(change, …): a repository folder with the changed design, and the working directory in it."""
+    """edit(change, …): a repository folder with the changed design, as working directory."""
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
 
@@ -319,7 +319,10 @@ def test_a_wrong_question_is_refused_by_name(edit, call, parts):
 
 
 def test_reading_the_design_costs_no_torch():
-    code = "import sys; from lib.pipeline import params; params.load(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys; from lib.pipeline import params; params.load(); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -327,7 +330,8 @@ def test_a_published_row_is_evaluated_like_any_other(house_of):
     """Added to the committed file as its comment says."""
     house_of(
         {
-            "published: &published {}": "published: &published\n  theirs: {checkpoint: hazyresearch/x, max_length: 2048}"
+            "published: &published {}": "published: &published\n"
+            "  theirs: {checkpoint: hazyresearch/x, max_length: 2048}"
         }
     )
     assert params.rows("laptop", "published") == {
@@ -341,7 +345,7 @@ def test_a_published_row_is_evaluated_like_any_other(house_of):
 
 @pytest.fixture
 def house_of(tmp_path, monkeypatch):
-    """house_of({old: new}): a folder with the committed params.yaml, each old replaced, and the working directory in it."""
+    """house_of({old: new}): a working directory with the committed params.yaml, old → new."""
 
     def build(changes):
         text = (ROOT / "params.yaml").read_text(encoding="utf-8")

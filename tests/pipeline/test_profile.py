@@ -23,7 +23,9 @@ stages:
   train:
     foreach: ${retrievers}
     do:
-      cmd: echo ${key} >> "$COUNT" && mkdir -p data/models data/report/${profile}/metrics && echo ${key} > data/models/${key} && echo '{"x":1}' > data/report/${profile}/metrics/${key}.json
+      cmd: echo ${key} >> "$COUNT" && mkdir -p data/models data/report/${profile}/metrics
+        && echo ${key} > data/models/${key}
+        && echo '{"x":1}' > data/report/${profile}/metrics/${key}.json
       params: ['retrievers.${key}', 'finetune.${profile}']
       outs: ['data/models/${key}']
       metrics:
@@ -148,7 +150,8 @@ def test_killing_the_run_kills_the_kernel(house):
     cells = [
         new_code_cell('profile = out = "a"', metadata={"tags": ["parameters"]}),
         new_code_cell(
-            "import os, sys\nprint('kernel', os.getpid(), file=sys.stderr)\nwhile True: sum(range(1000))"
+            "import os, sys\nprint('kernel', os.getpid(), file=sys.stderr)\n"
+            "while True: sum(range(1000))"
         ),
     ]
     nbformat.write(new_notebook(cells=cells), house / "notebooks" / "00_a.ipynb")
@@ -174,7 +177,9 @@ def test_killing_the_run_kills_the_kernel(house):
 
 DATA = """\
   data:
-    cmd: python -c "from lib.pipeline import params; print(params.settings('${profile}', 'data')['source'])" >> "$COUNT" && mkdir -p data && echo > data/corpus
+    cmd: python -c "from lib.pipeline import params;
+      print(params.settings('${profile}', 'data')['source'])" >> "$COUNT"
+      && mkdir -p data && echo > data/corpus
     deps: [lib/pipeline/params.py]
     params: ['data.${profile}']
     outs: [data/corpus]
@@ -258,7 +263,8 @@ def test_two_folders_of_one_name_do_not_share_a_run(house, tmp_path):
 
 def test_a_relative_remote_is_the_roots_wherever_the_run_is(house):
     (house / ".dvc" / "config.local").write_text(
-        "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../storage\n['remote \"web\"']\n    url = https://x.invalid/y\n"
+        "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../storage\n"
+        "['remote \"web\"']\n    url = https://x.invalid/y\n"
     )
     assert repro("smoke").returncode == 0
     listed = subprocess.run(
@@ -331,7 +337,8 @@ def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
         ),
         (
             ["--data=hub", "--set=finetune.allow_test_trainin=true"],
-            "finetune.laptop: unknown key 'allow_test_trainin'; did you mean 'allow_test_training'?",
+            "finetune.laptop: unknown key 'allow_test_trainin'; "
+            "did you mean 'allow_test_training'?",
         ),
         (
             ["--data=hub", "--set=finetune.allow_test_training=ys"],
