@@ -20,6 +20,7 @@ import lib.model.m2bert  # noqa: E402, F401  registers the architecture
 from lib.benchmark import locov1, metrics, rankers, search  # noqa: E402
 from lib.model import checkpoint, published  # noqa: E402
 from lib.model.tokens import given_tokenizer  # noqa: E402
+from lib.report import card  # noqa: E402
 
 TEXTS = [
     "red fox runs",
@@ -61,7 +62,8 @@ def folder(request, tiny, tokenizer, tmp_path):
     if request.param == "as published":
         authors_format.save_published(model, tmp_path / "pytorch_model.bin")
         model = published.load_published(tmp_path / "pytorch_model.bin")
-    checkpoint.save(model, tokenizer, tmp_path / "model", {"row": "opl"})
+    about = {"row": "opl"}
+    checkpoint.save(model, tokenizer, tmp_path / "model", about, card.card(model, about))
     return tmp_path / "model"
 
 

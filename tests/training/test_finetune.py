@@ -156,7 +156,7 @@ def test_none_leaves_the_encoder_as_it_is_and_an_unknown_loss_is_named(pairs, ti
     before = copy.deepcopy(weights(model))
     assert tune(model, pairs, documents_seen=60, documents=6, lr=1.0, loss="none") == []
     assert torch.equal(weights(model), before)
-    with pytest.raises(ValidationError, match="'mnrl', 'opl', 'prototype' or 'none'"):
+    with pytest.raises(ValidationError, match="'opl', 'mnrl', 'prototype' or 'none'"):
         tune(model, pairs, documents_seen=60, documents=6, lr=1.0, loss="triplet")
 
 
