@@ -17,6 +17,7 @@ import numpy as np
 
 from lib.benchmark.metrics import ranking
 from lib.pipeline import files
+from lib.pipeline.errors import require
 
 # White space of any alphabet and control characters, which separate fields or lines in some tool;
 # half a character, which UTF-8 cannot write; a byte order mark where a file may begin.
@@ -24,25 +25,12 @@ UNWRITABLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\ufeff|^$")
 
 
 def unwritable(ids: Iterable[str]) -> str | None:
-    """The first id that a TREC file cannot hold so that every tool reads it again, or None.
-
-    Ask `is not None`: the first may be the empty one.
-
-    Raises:
-        TypeError: an id is no string.
-    """
-    for id in dict.fromkeys(ids):
-        if not isinstance(id, str):
-            raise TypeError(f"id {id!r} is {type(id).__name__}, not str")
-        if UNWRITABLE.search(id):
-            return id
-    return None
+    """The first id that a TREC file cannot hold (it may be the empty one), or None."""
+    return next((id for id in dict.fromkeys(ids) if UNWRITABLE.search(id)), None)
 
 
 def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> None:
-    """A TREC run file of each query's k best documents, ids as they are.
-
-    Scores are float32, as trec_eval reads them. A query without documents has no line.
+    """Write the k best documents of each query. Scores are float32, as trec_eval reads them.
 
     Raises:
         ValueError: an id or tag that such a file cannot hold, or a score that is not finite;
@@ -51,18 +39,19 @@ def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> N
     """
     documents = chain.from_iterable(run.values())
     for name, ids in (("tag", [tag]), ("query id", run), ("document id", documents)):
-        if (id := unwritable(ids)) is not None:
-            raise ValueError(
-                f"{name} {id!r} cannot stand in {path}: fields of a TREC file are parted by white "
-                "space and never quoted, so it must not be empty or hold white space, a control "
-                "character or a lone surrogate: rename it"
-            )
+        id = unwritable(ids)
+        require(
+            id is None,
+            f"{name} {id!r} cannot stand in {path}: fields of a TREC file are parted by white "
+            "space and never quoted, so it must not be empty or hold white space, a control "
+            "character or a lone surrogate: rename it",
+            ValueError,
+        )
     lines = []
     for qid, scores in run.items():
         for rank, pid in enumerate(ranking(scores)[:k], start=1):
             score = np.float32(scores[pid])
-            if not np.isfinite(score):
-                raise ValueError(f"query {qid}: the score of {pid} is {score}")
+            require(np.isfinite(score), f"query {qid}: the score of {pid} is {score}", ValueError)
             lines.append(f"{qid} Q0 {pid} {rank} {score!s} {tag}\n")
     files.write(path, "".join(lines))
 
@@ -80,24 +69,18 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     run: dict = {}
     with open(path, "rb") as file:  # bytes split at ASCII white space alone
         for number, line in enumerate(file, start=1):
-            parts = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
-            if not parts:
+            fields = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
+            if not fields:
                 continue
+            form = f"a run line has six fields (qid Q0 pid rank score tag), got {len(fields)}"
+            require(len(fields) == 6, f"{path}:{number}: {form}", ValueError)
             try:
-                qid, pid, score = run_line(parts)
-                if pid in run.setdefault(qid, {}):
-                    raise ValueError(f"query {qid} ranks {pid} twice")
+                qid, pid, score = (fields[i].decode() for i in (0, 2, 4))
+                value = float(np.float32(score))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-            run[qid][pid] = score
+            require(np.isfinite(value), f"{path}:{number}: the score is {score}", ValueError)
+            repeated = f"{path}:{number}: query {qid} ranks {pid} twice"
+            require(pid not in run.setdefault(qid, {}), repeated, ValueError)
+            run[qid][pid] = value
     return run
-
-
-def run_line(parts: list[bytes]) -> tuple[str, str, float]:
-    """(qid, pid, score) of the fields of a line."""
-    if len(parts) != 6:
-        raise ValueError(f"a run line has six fields (qid Q0 pid rank score tag), got {len(parts)}")
-    score = float(np.float32(parts[4].decode()))
-    if not np.isfinite(score):
-        raise ValueError(f"the score is {parts[4].decode()}")
-    return parts[0].decode(), parts[2].decode(), score

@@ -487,7 +487,7 @@ def evaluate(task, run: dict, values: dict | None = None) -> dict:
     scores |= {
         "queries": len(task.qrels),
         "documents": len(task.documents),
-        "missing": len(metrics.missing(run, task.qrels)),
+        "missing": sum(not run.get(query) for query in task.qrels),
     }
     if best - worst > 1e-9:
         scores["ties"] = [round(worst, 6), round(best, 6)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lib.benchmark.metrics import one_type
+from lib.pipeline.errors import require
 
 RESAMPLES = 10_000
 BLOCK = 4_000_000  # draws held at a time: 32 MB of indices
@@ -53,11 +54,12 @@ def blocks(resamples: int, n: int) -> Iterator[int]:
 
 
 def require_finite(values: np.ndarray) -> None:
-    infinite = int((~np.isfinite(values)).sum())
-    if values.ndim != 1 or not len(values) or infinite:
-        raise ValueError(
-            f"needs one row of finite values: got shape {values.shape}, {infinite} not finite"
-        )
+    require(
+        values.ndim == 1 and len(values) and np.isfinite(values).all(),
+        f"needs one row of finite values: got shape {values.shape}, "
+        f"{(~np.isfinite(values)).sum()} not finite",
+        ValueError,
+    )
 
 
 def paired(a: dict[str, float], b: dict[str, float], **options) -> tuple[float, float, float]:
@@ -94,24 +96,20 @@ def p_value(
 
 def differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
     one_type("query", a, b, ("the first system", "the second"))
-    if a.keys() != b.keys():
-        raise ValueError(
-            f"two systems on the same queries: {len(a.keys() ^ b.keys())} queries are in one only"
-        )
+    require(
+        a.keys() == b.keys(),
+        f"two systems on the same queries: {len(a.keys() ^ b.keys())} queries are in one only",
+        ValueError,
+    )
     return np.array([a[query] - b[query] for query in sorted(a)], dtype=np.float64)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: p-values that hold for all comparisons together.
 
-        p'_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j)),   p_(1) ≤ … ≤ p_(m)
-
-    Raises:
-        ValueError: a value outside [0, 1].
+    p'_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j)),   p_(1) ≤ … ≤ p_(m)
     """
     p = np.asarray(p_values, dtype=np.float64)
-    if not ((0 <= p) & (p <= 1)).all():
-        raise ValueError(f"p-values lie between 0 and 1: got {list(p_values)}")
     order = np.argsort(p, kind="stable")
     corrected = np.empty_like(p)
     corrected[order] = np.maximum.accumulate(np.minimum(1, (len(p) - np.arange(len(p))) * p[order]))
