@@ -30,14 +30,8 @@ def long_conv_direct(
 
     Tap 0 of `k_rev` acts on the *next* position; its last tap never acts.
 
-    Args:
-        u: (B, D, L). k, k_rev: (D, L) or longer. bias: (D,), a gain on u, not an addend.
-
-    Returns:
-        (B, D, L).
-
-    Raises:
-        ValueError: a kernel is shorter than the input.
+    Shapes: u and the result (B, D, L); k and k_rev (D, L) or longer, else a ValueError; bias (D,),
+    a gain on u, not an addend.
     """
     check_kernels(u, k, k_rev)
     i = torch.arange(u.shape[-1], device=u.device)
@@ -55,32 +49,24 @@ def check_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None) -> None:
         if kernel is not None and (kernel.shape[0] != u.shape[1] or kernel.shape[-1] < u.shape[-1]):
             raise ValueError(
                 f"a kernel of {tuple(kernel.shape)} does not span an input of {tuple(u.shape)}: "
-                f"one row per channel, one tap per position"
+                "one row per channel, one tap per position"
             )
 
 
 @cache
 def fft_length(n: int) -> int:
     """The smallest 2^a 3^b 5^c ≥ n: lengths the FFT is fast at."""
-    best = 1 << (n - 1).bit_length()
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            two = three << max(0, math.ceil(math.log2(n / three)))
-            if n <= two < best:
-                best = two
-            three *= 3
-        five *= 5
-    return best
+    threes_and_fives = (3**b * 5**c for b in range(n.bit_length()) for c in range(n.bit_length()))
+    # m << k with the smallest k that reaches n
+    return min(m << max(0, ((n - 1) // m).bit_length()) for m in threes_and_fives)
 
 
 class CircularConv(torch.autograd.Function):
     """y = irfft(rfft(u) · rfft(K)), with a backward pass in real FFTs.
 
-    Autograd's own backward pass of rfft is a complex FFT of twice the size. Here:
-
         du = irfft(rfft(dy) · conj(K^)),   dK = irfft(Σ_b rfft(dy) · conj(u^))
+
+    Autograd's own backward pass of rfft is a complex FFT of twice the size.
     """
 
     @staticmethod
@@ -95,13 +81,12 @@ class CircularConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         u_f, k_f = ctx.saved_tensors
-        n, L = ctx.n, dy.shape[-1]
-        dy_f = torch.fft.rfft(dy, n=n)
+        dy_f = torch.fft.rfft(dy, n=ctx.n)
         dk = du = None
         if ctx.needs_input_grad[1]:
-            dk = torch.fft.irfft((dy_f * u_f.conj()).sum(dim=0), n=n)
+            dk = torch.fft.irfft((dy_f * u_f.conj()).sum(dim=0), n=ctx.n)
         if ctx.needs_input_grad[0]:
-            du = torch.fft.irfft(dy_f.mul_(k_f.conj()), n=n)[..., :L]
+            du = torch.fft.irfft(dy_f.mul_(k_f.conj()), n=ctx.n)[..., : dy.shape[-1]]
         return du, dk, None
 
 
@@ -138,12 +123,9 @@ def long_conv(
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """y[t] = bias + w[0] x[t-2] + w[1] x[t-1] + w[2] x[t], depthwise and causal.
+    """y[t] = bias + w[0] x[t-2] + w[1] x[t-1] + w[2] x[t], depthwise; zeros precede the text.
 
-    Zeros stand before the text.
-
-    Args:
-        x: (B, C, L). weight: (C, 1, 3). bias: (C,).
+    Shapes: x and y (B, C, L), weight (C, 1, 3), bias (C,).
     """
     return F.conv1d(F.pad(x, (2, 0)), weight, bias, groups=x.shape[1])
 
@@ -181,18 +163,11 @@ class ImplicitFilter(nn.Module):
         wide = dict(dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
 
         def mlp() -> nn.ModuleList:
-            return nn.ModuleList(
-                [
-                    nn.Linear(emb_dim, order, **wide),
-                    nn.Linear(order, order, **wide),
-                    nn.Linear(order, order, **wide),
-                    nn.Linear(order, channels, bias=False, **wide),
-                ]
-            )
+            hidden = (nn.Linear(width, order, **wide) for width in (emb_dim, order, order))
+            return nn.ModuleList([*hidden, nn.Linear(order, channels, bias=False, **wide)])
 
         self.inputs = nn.Parameter(torch.empty(max_length, emb_dim, **wide))  # z
-        # F: one vector for every depth and direction.
-        self.freq = nn.Parameter(torch.empty(order, **wide))
+        self.freq = nn.Parameter(torch.empty(order, **wide))  # F
         self.bias = nn.Parameter(torch.empty(channels, **wide))  # gain on the input
         self.ahead = mlp() if bidirectional else None
         self.back = mlp()
@@ -228,27 +203,15 @@ class ImplicitFilter(nn.Module):
 
     def deltas(self) -> Tensor:
         """δ_c, (D,)."""
-        return torch.linspace(
-            math.log(0.01) / 1.5,
-            math.log(0.01) / 0.3,
-            self.channels,
-            device=self.inputs.device,
-            dtype=self.inputs.dtype,
-        )
+        options = dict(device=self.inputs.device, dtype=self.inputs.dtype)
+        slow, fast = math.log(0.01) / 1.5, math.log(0.01) / 0.3
+        return torch.linspace(slow, fast, self.channels, **options)
 
     def hidden(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The last hidden layers of both MLPs for the first `length` taps, (L, O) each.
 
         All channels share them; the second is None in a causal model.
-
-        Raises:
-            ValueError: more taps than the filter was made for.
         """
-        if length > self.max_length:
-            raise ValueError(
-                f"{length} taps of a filter made for {self.max_length}: lengthen the model with "
-                "`extend`"
-            )
 
         def features(mlp: nn.ModuleList | None) -> Tensor | None:
             if mlp is None:
@@ -285,7 +248,7 @@ class ImplicitFilter(nn.Module):
 
 
 def filter_inputs(length: int, emb_dim: int, filter_length: int | None = None) -> Tensor:
-    """z: (length, emb_dim), the time and its Fourier features, before training."""
+    """z before training, (length, emb_dim): the time and its Fourier features."""
     n = filter_length or length
     bands = (emb_dim - 1) // 2
     # On the CPU by name: a model may be under construction on the meta device.

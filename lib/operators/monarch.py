@@ -1,9 +1,9 @@
 """Structured matrices: a dense layer's work for a fraction of its weights.
 
-A dense layer of width D costs D² weights. A Monarch matrix of order 2 is a
-product of two block-diagonal matrices with a transposition between them, and
-costs 2 D √D. M2-BERT's MLPs use the simplest member of the family, a single
-block-diagonal factor: K blocks, D² / K weights, no mixing between blocks.
+A dense layer of width D costs D² weights. A Monarch matrix of order 2 is a product of two
+block-diagonal matrices with a transposition between them, and costs 2 D √D. M2-BERT's MLPs use the
+simplest member of the family, a single block-diagonal factor: K blocks, D² / K weights, no mixing
+between blocks.
 
     block_diagonal(x, weight)      what the model runs
     block_diagonal_dense(weight)   the same matrix written out, zeros included
@@ -36,14 +36,10 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         (…, K · ceil(O/K)); the caller cuts it to O.
-
-    Raises:
-        ValueError: x is wider than all blocks together, or narrower by a block or more.
     """
     blocks, _, fan_in = weight.shape
     missing = blocks * fan_in - x.shape[-1]
-    if not 0 <= missing < blocks:
-        raise ValueError(f"{x.shape[-1]} inputs do not fit {blocks} blocks of {fan_in}")
+    assert 0 <= missing < blocks, f"{x.shape[-1]} inputs do not fit {blocks} blocks of {fan_in}"
     if missing:
         x = F.pad(x, (0, missing))
     flat = x.reshape(-1, blocks, fan_in).transpose(0, 1)  # (K, n, I/K)
@@ -54,38 +50,26 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
 def monarch_dense(left: Tensor, right: Tensor) -> Tensor:
     """M = P L P R for n = K²: two block-diagonal factors around the transposition P.
 
-    P sends index (i, j) of a K x K grid to (j, i), so R mixes within the rows
-    and L within the columns: after both, every output has seen every input.
+    P sends index (i, j) of a K x K grid to (j, i), so R mixes within the rows and L within the
+    columns: after both, every output has seen every input.
 
     Args:
         left, right: (K, K, K), the blocks of L and R.
 
     Returns:
         (K², K²).
-
-    Raises:
-        ValueError: the factors are not K blocks of K x K each.
     """
-    n = left.shape[0]
-    if left.shape != (n, n, n) or right.shape != (n, n, n):
-        raise ValueError(
-            f"two stacks of K blocks of K x K: got {tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    transpose = (
-        torch.eye(n * n, dtype=left.dtype, device=left.device)
-        .reshape(n, n, -1)
-        .transpose(0, 1)
-        .reshape(n * n, -1)
-    )
+    n = len(left)
+    identity = torch.eye(n * n, dtype=left.dtype, device=left.device)
+    transpose = identity.reshape(n, n, -1).transpose(0, 1).reshape(n * n, -1)
     return transpose @ block_diagonal_dense(left) @ transpose @ block_diagonal_dense(right)
 
 
 class BlockDiagonalLinear(nn.Module):
     """A linear layer whose weight is K blocks on a diagonal: K times fewer weights.
 
-    Initialised as the published models are: U(-s, s) with s = √(K / d_in), which
-    is the dense layer's Kaiming bound scaled up by √K because K times fewer
-    inputs add up; the bias U(-1/√d_out, 1/√d_out).
+    Initialised as the published models are: weights U(-s, s) with s = √(K / d_in), the dense
+    layer's Kaiming bound times √K, as K times fewer inputs add up; bias U(-1/√d_out, 1/√d_out).
     """
 
     def __init__(self, d_in: int, d_out: int, blocks: int = 4, bias: bool = True):
@@ -96,9 +80,8 @@ class BlockDiagonalLinear(nn.Module):
                 "of the two"
             )
         self.d_in, self.d_out = d_in, d_out
-        self.weight = nn.Parameter(
-            torch.empty(blocks, math.ceil(d_out / blocks), math.ceil(d_in / blocks))
-        )
+        shape = blocks, math.ceil(d_out / blocks), math.ceil(d_in / blocks)
+        self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.reset_parameters()
 
@@ -114,7 +97,7 @@ class BlockDiagonalLinear(nn.Module):
 
 
 def paired(gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-    """Whether two layers form a gated MLP whose blocks need no other block's numbers.
+    """Whether two layers form a gated MLP block by block.
 
     Blocks k and k + K/2 of `gated` then compute gate and value of the activations that blocks 2k
     and 2k + 1 of `out` read.

@@ -277,8 +277,3 @@ def test_a_causal_filter_has_one_kernel_and_half_the_linear_weights():
 def test_an_even_number_of_filter_inputs_is_refused(emb_dim):
     with pytest.raises(ValueError, match=f"filter_emb_dim={emb_dim}"):
         ImplicitFilter(4, 8, emb_dim=emb_dim)
-
-
-def test_more_taps_than_the_filter_was_made_for_are_refused():
-    with pytest.raises(ValueError, match="13 taps.*12"):
-        filled()(13)
