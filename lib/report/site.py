@@ -6,20 +6,22 @@
     data/report/<profile>/notebooks/          every executed notebook as a page
     data/report/<profile>/timings/index.html  seconds and memory: they differ from run to run
 
-lib/report/safe.py makes text of notebooks, tables and figures harmless, and a policy in each page
-forbids the browser to fetch anything. What was not run is named, with the command that runs it.
+lib/report/safe.py makes the text of notebooks and tables harmless, and each page forbids the
+browser to fetch anything. The pages name what was not run, and the command that runs it.
 """
 
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from html import escape
-from io import StringIO
 from pathlib import Path
 
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
 from lib.pipeline import files, notebook, params
+from lib.pipeline.errors import WorkbenchError
 from lib.report import claims, comparison, display, results, safe
 
 # Stage -> (its notebook, None if the row names it; the table of its rows, None if it has none),
@@ -38,141 +40,84 @@ STAGES = {
     "overview": ("11_figures", None),
 }
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{results.NOT_RUN}")
-VERDICTS = {
-    "reproduces": "yes",
-    "matches": "yes",
-    comparison.NOT_HERE: "no",
-    "undecided": "soft",
-    "differs": "soft",
-    results.NOT_RUN: "soft",
-    "cannot run here": "soft",
-}
-PAPERS = "the paper's"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-TEMPLATES = Path(__file__).parent / "templates"
+GOOD = dict.fromkeys(("reproduces", "matches"), "yes")
+OPEN = dict.fromkeys(("undecided", "differs", results.NOT_RUN, "cannot run here"), "soft")
+VERDICTS = GOOD | {comparison.NOT_HERE: "no"} | OPEN  # the class of a cell in page.css
+PAGES = Environment(loader=PackageLoader("lib.report"), autoescape=True, trim_blocks=True)
+PAGES.globals |= {"code_css": safe.code_css, "verdicts": VERDICTS, "no": results.NOT_RUN}
 
 
-class PageError(RuntimeError):
-    """An input of the report cannot be read; the message is one line with the way out."""
+def render(template: str, **values) -> Markup:
+    """A template of lib/report/templates; it escapes every value that is not Markup."""
+    return Markup(PAGES.get_template(f"{template}.html.j2").render(values))
 
 
 # ------------------------------------------------------------------ the pages
 
 
 def build(profile: str) -> Path:
-    """Write a profile's pages, all of them or none; where the first one is.
+    """Write the pages of a profile; return the path of the first one.
 
     Raises:
-        PageError: a file cannot be read; the report is as it was before.
-        params.ParamsError: there is no such profile.
+        WorkbenchError: no such profile, or a damaged file; the report is as it was before.
     """
     place = results.source(profile)
-    executed = {
-        path.stem: opened(path, notebook.read)
-        for path in in_order((params.data(profile) / "executed").glob("*.ipynb"))
-        if not path.name.endswith(".failed.ipynb")
-    }
-    pages = notebook_pages(executed, profile)
-    index = index_page(profile, place, executed)
-    measured = timing_pages(profile, place / "timings")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "timings").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".drafts-") as folder:
-        drafts = Path(folder)
-        (drafts / "notebooks").mkdir()
-        for name, page in {
-            "index": index,
-            **{f"notebooks/{name}": page for name, page in pages.items()},
-            **{f"timings/{name}": page for name, page in measured.items()},
-        }.items():
-            files.write(drafts / f"{name}.html", page)
-        if (place / "notebooks").exists():
-            (place / "notebooks").rename(drafts / "replaced")
-        for name in ("notebooks", "index.html", *(f"timings/{name}.html" for name in measured)):
-            (drafts / name).replace(place / name)
+    paths = in_order((params.data(profile) / "executed").glob("*.ipynb"))
+    paths = [path for path in paths if not path.name.endswith(".failed.ipynb")]
+    executed = {path.stem: opened(path, notebook.read) for path in paths}
+    pages = {"index": index_page(profile, place, executed)}
+    pages |= timing_pages(profile, place / "timings")
+    notebooks = notebook_pages(executed, profile)
+    with files.replacing(place / "notebooks") as folder:
+        for name, page in notebooks.items():
+            files.write(folder / f"{name}.html", f"{page}\n")
+    for name, page in pages.items():
+        files.write(place / f"{name}.html", f"{page}\n")
     return place / "index.html"
 
 
 def opened(path: Path, read: Callable):
-    """read(path), or one line that says which file is broken and which stage makes it anew."""
+    """read(path), or one line that names the damaged file and the command that makes it anew."""
     try:
         return read(path)
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    except notebook.NotebookError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        reason = f"is damaged ({notebook.one_line(error)[:160]})"
-    stage = writer(path)
-    way_out = (
-        f"`dvc repro {'--force ' if 'timings' in path.parts else ''}{stage}` makes it anew"
-        if stage
-        else "delete it"
-    )
-    raise PageError(f"{notebook.shown(path)}: {reason}; {way_out}")
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError) as error:
+        reason = notebook.one_line(error).removeprefix(f"{path}: ")[:160]
+        way_out = f"`{command}` makes it anew" if (command := remake(path)) else "delete it"
+    raise WorkbenchError(f"{notebook.shown(path)}: cannot be read ({reason}); {way_out}")
+
+
+def remake(path: Path) -> str:
+    """The command that writes a file; "" if no stage does."""
+    force = "--force " if "timings" in path.parts else ""
+    return f"dvc repro {force}{stage}" if (stage := writer(path)) else ""
 
 
 def writer(path: Path) -> str | None:
     """The stage that writes a file, as `dvc repro` takes it; None if params.yaml has no such."""
-    design = params.load()
     if path.suffix == ".ipynb" or path.parent.name == "stages":
         stage, _, row = path.stem.partition("-")
     elif path.parent.name == "timings":
         stage, row = "efficiency", ""
-    elif path.parent.name in STAGES and STAGES[path.parent.name][1] is None:
+    elif STAGES.get(path.parent.name, ("", ""))[1] is None:  # <stage>/<name>
         stage, row = path.parent.name, ""
     else:  # <stage>/<row>/<name>
         stage, row = path.parts[-3:-1]
     if stage not in STAGES:
         return None
     table = STAGES[stage][1]
-    return stage if table is None else f"{stage}@{row}" if row in design[table] else None
+    return stage if table is None else f"{stage}@{row}" if row in params.load()[table] else None
 
 
 def in_order(paths) -> list[Path]:
     """Executed notebooks in the pipeline's order, the rest after them by name."""
-    order = list(STAGES)
-
-    def key(path: Path):
-        stage = path.stem.partition("-")[0]
-        return order.index(stage) if stage in order else len(order), path.stem
-
-    return sorted(paths, key=key)
-
-
-def render(template: str, **values) -> str:
-    """A template of this folder, filled in; values are HTML unless the template escapes them."""
-    from jinja2 import Environment, FileSystemLoader
-
-    return Environment(loader=FileSystemLoader(TEMPLATES)).get_template(template).render(**values)
-
-
-def document(title: str, body: str) -> str:
-    """A whole page; its policy forbids the browser to fetch anything or to run anything."""
-    css = (TEMPLATES / "page.css").read_text(encoding="utf-8") + safe.code_css()
-    return render("page.html.j2", policy=POLICY, title=title, css=css, body=body) + "\n"
-
-
-def headlines(path: Path) -> str:
-    """The claims that claims.yaml calls headlines, each with its verdict, from the map."""
-    names = {entry["claim"] for entry in claims.entries() if entry.get("headline")}
-    if not path.is_file():
-        return not_run(path)
-    _, columns, _, rows = opened(path, pipe_table)
-    lines = [line for row in rows if (line := dict(zip(columns, row))).get("claim") in names]
-    return "\n".join(['<ul class="headlines">', *map(headline, lines), "</ul>"])
-
-
-def headline(line: dict[str, str]) -> str:
-    verdict, numbers = line["verdict"], f"{line['ours']}; the paper: {line[PAPERS]}"
-    return (
-        f'<li><b class="{VERDICTS.get(verdict, "soft")}">{escape(verdict)}</b>'
-        f'{escape(line["claim"])} <span class="soft">{escape(numbers)}</span></li>'
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    return sorted(
+        paths, key=lambda path: (order.get(path.stem.partition("-")[0], len(order)), path.stem)
     )
 
 
-def index_page(profile: str, place: Path, executed: dict) -> str:
-    """Every figure and table where its question is asked; anything else comes last."""
+def index_page(profile: str, place: Path, executed: dict) -> Markup:
+    """Every figure and table below the question that it answers; anything else comes last."""
     left = {
         f"{kind}/{path.relative_to(place).with_suffix('').as_posix()}"
         for kind, suffix in (("figures", "svg"), ("tables", "md"), ("tables", "csv"))
@@ -181,39 +126,47 @@ def index_page(profile: str, place: Path, executed: dict) -> str:
         if path.name != "curve.csv"
     }
 
-    def items(*names: str) -> str:
+    def items(*names: str) -> Markup:
         """`figures/<stage>/<name>`, `tables/…` as HTML, each crossed off the list of the rest."""
         left.difference_update(names)
         parts = []
         for kind, _, stem in (name.partition("/") for name in names):
             show = figure if kind == "figures" else table
             parts.append(show(place / stem, made_by(place / stem, executed)))
-        return "\n".join(parts)
+        return Markup("\n").join(parts)
 
-    body = render(
-        "index.html.j2",
+    groups = catalogue(profile)
+    listed = {name for stages in groups.values() for names in stages.values() for name in names}
+    claims_map = place / "overview" / "paper_map.md"
+    return render(
+        "index",
+        title=f"LoCoV1 and M2-BERT, {profile}",
         items=items,
         left=lambda: sorted(left),
-        headlines=headlines(place / "overview" / "paper_map.md"),
+        headlines=headlines(claims_map) if claims_map.is_file() else [],
+        without_claims=not_run(claims_map),
         ablations=params.rows(profile, "ablations"),
         lessons=params.rows(profile, "lessons"),
-        notebooks=notebook_list(profile, executed),
+        groups=groups,
+        titles={name: title_of(book) for name, book in executed.items()},
+        others=[name for name in executed if name not in listed],
         note=f"{display.note(profile)} {evaluated(profile)}",
     )
-    return document(f"LoCoV1 and M2-BERT, {profile}", body)
+
+
+def headlines(path: Path) -> list[dict[str, str]]:
+    """The lines of the map whose claims are headlines in claims.yaml."""
+    names = {entry["claim"] for entry in claims.entries() if entry.get("headline")}
+    _, columns, _, rows = opened(path, pipe_table)
+    lines = [dict(zip(columns, row)) for row in rows]
+    return [line for line in lines if line.get("claim") in names]
 
 
 def evaluated(profile: str) -> str:
     """How many of the rows that params.yaml expects have a score, and which have none."""
-    for stage in results.STAGES["evaluate"]:
-        for path in sorted(results.source(profile, stage).glob("*/metrics.json")):
-            opened(path, lambda path: json.loads(path.read_text(encoding="utf-8")))
     rows = results.rows(profile, "evaluate")
-    missing = [
-        row
-        for row in rows
-        if not (results.source(profile, "evaluate", row) / "metrics.json").is_file()
-    ]
+    paths = {row: results.source(profile, "evaluate", row) / "metrics.json" for row in rows}
+    missing = [row for row in rows if not opened(paths[row], results.read_json)]
     names = f"; {results.NOT_RUN}: {', '.join(missing)}" if missing else ""
     return f"{len(rows) - len(missing)} of {len(rows)} rows are scored{names}."
 
@@ -221,48 +174,41 @@ def evaluated(profile: str) -> str:
 # ------------------------------------------------------------------ figures and tables
 
 
-def figure(path: Path, note: str = "") -> str:
+def figure(path: Path, note: str = "") -> Markup:
     path = path.with_name(f"{path.name}.svg")
     if not path.is_file():
         return not_run(path)
-    picture, caption = opened(
-        path, lambda path: safe.drawn(path.read_text(encoding="utf-8"), f"figure-{path.stem}")
-    )
-    caption = f"<figcaption>{escape(caption)} {note}</figcaption>"
-    return f'<figure>\n<div class="picture">{picture}</div>\n{caption}\n</figure>'
+    picture, caption = opened(path, lambda path: safe.picture(path.read_text(encoding="utf-8")))
+    html = '<figure>\n<div class="picture">{}</div>\n<figcaption>{} {}</figcaption>\n</figure>'
+    return Markup(html).format(picture, caption, note)
 
 
-def table(path: Path, note: str = "") -> str:
-    """From the rounded .md with its caption; from the .csv where there is no .md."""
-    path = next(
-        (
-            path.with_name(path.name + suffix)
-            for suffix in (".md", ".csv")
-            if path.with_name(path.name + suffix).is_file()
-        ),
-        path.with_name(f"{path.name}.md"),
-    )
-    return (
-        opened(path, lambda path: tabular(pipe_table(path), note))
-        if path.is_file()
-        else not_run(path)
-    )
+def table(path: Path, note: str = "") -> Markup:
+    """From the rounded .md with its caption; from the .csv if there is no .md."""
+    rounded, exact = (path.with_name(f"{path.name}.{suffix}") for suffix in ("md", "csv"))
+    path = exact if exact.is_file() and not rounded.is_file() else rounded
+    if not path.is_file():
+        return not_run(path)
+    caption, names, numeric, rows = opened(path, pipe_table)
+    values = {"caption": caption, "note": note, "names": names, "numeric": numeric, "rows": rows}
+    html = render("table", **values)
+    return safe.scrolled(html, caption) if rows else html
 
 
-def not_run(path: Path) -> str:
-    kind = "figure" if path.suffix == ".svg" else "table"
-    stage = writer(path)
-    command = f" (<code>dvc repro {stage}</code>)" if stage else ""
-    name = f"The {kind} {escape(path.stem)}"
-    return f'<p class="missing">{name}: {results.NOT_RUN}{command}.</p>'
+def not_run(path: Path) -> Markup:
+    kind = {".svg": "figure", ".ipynb": "notebook"}.get(path.suffix, "table")
+    command = Markup(" (<code>{}</code>)").format(remake(path)) if remake(path) else ""
+    html = '<p class="missing">The {} {}: {}{}.</p>'
+    return Markup(html).format(kind, path.stem, results.NOT_RUN, command)
 
 
-def made_by(path: Path, executed: dict) -> str:
-    """A link to the notebook a figure or table comes from."""
+def made_by(path: Path, executed: dict) -> Markup:
+    """A link to the notebook that a figure or a table comes from."""
     stage = (writer(path) or "").replace("@", "-")
-    if stage == "efficiency":
-        return '<a href="timings/efficiency.html">How it was made</a>'
-    return f'<a href="notebooks/{stage}.html">How it was made</a>' if stage in executed else ""
+    if stage != "efficiency" and stage not in executed:
+        return Markup()
+    folder = "timings" if stage == "efficiency" else "notebooks"
+    return Markup('<a href="{}/{}.html">How it was made</a>').format(folder, stage)
 
 
 def pipe_table(path: Path) -> tuple[str, list[str], list[bool], list[list[str]]]:
@@ -271,62 +217,23 @@ def pipe_table(path: Path) -> tuple[str, list[str], list[bool], list[list[str]]]
     Raises:
         ValueError: it is no table, or a line has more or fewer cells than there are columns.
     """
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
-        import pandas as pd
-
-        text = display.markdown(pd.read_csv(StringIO(text)), path.stem.replace("_", " "))
+        text = display.markdown(pd.read_csv(path), path.stem.replace("_", " "))
+    else:
+        text = path.read_text(encoding="utf-8")
     caption, _, lines = text.partition("\n|")
     rows = [
-        [
-            cell.strip().replace("\\|", "|")
-            for cell in re.split(
-                r"(?<!\\)\|",
-                line.strip().strip("|") if set(line) <= set("|-: ") else line.strip()[1:-1],
-            )
-        ]
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
         for line in f"|{lines}".strip().split("\n")
     ]
-    if (
-        len(rows) < 2
-        or rows[:2] != [[""], [""]]
-        and not all(re.fullmatch(":?-+:?", cell) for cell in rows[1])
-    ):  # no column: nothing was run
-        raise ValueError("no line of dashes under a table's head")
-    if any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(f"a line does not have the head's {len(rows[0])} cells")
+    ragged = any(len(row) != len(rows[0]) for row in rows)
+    if ragged or len(rows) < 2 or not all(re.fullmatch(":?-*:?", cell) for cell in rows[1]):
+        raise ValueError("it is no table, or a line does not have the cells of the table's head")
     numeric = [
-        cell.endswith(":") or all(NUMBER.fullmatch(row[i]) for row in rows[2:])
-        for i, cell in enumerate(rows[1])
+        side.endswith(":") or all(NUMBER.fullmatch(cell) for cell in cells)
+        for side, *cells in zip(*rows[1:])
     ]
     return " ".join(caption.split()), rows[0], numeric, rows[2:]
-
-
-def tabular(parts: tuple[str, list[str], list[bool], list[list[str]]], note: str = "") -> str:
-    caption, names, numeric, rows = parts
-    if not rows:
-        return f'<p class="missing">{escape(caption)} Nothing of it: {results.NOT_RUN}. {note}</p>'
-
-    def cell(text: str, right: bool, scope: str = "") -> str:
-        kinds = " ".join(filter(None, ["number" if right else "", VERDICTS.get(text, "")]))
-        tag, said = ("th", f' scope="{scope}"') if scope else ("td", "")
-        return f"<{tag}{said}" + (f' class="{kinds}"' if kinds else "") + f">{escape(text)}</{tag}>"
-
-    head = "".join(cell(name, right, "col") for name, right in zip(names, numeric))
-    body = "\n".join(
-        "<tr>"
-        + "".join(
-            cell(text, right, "row" if i == 0 else "")
-            for i, (text, right) in enumerate(zip(row, numeric))
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return safe.scrolled(
-        f"<table>\n<caption>{escape(caption)} {note}</caption>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>\n{body}\n</tbody>\n</table>",
-        caption,
-    )
 
 
 # ------------------------------------------------------------------ notebooks
@@ -334,160 +241,70 @@ def tabular(parts: tuple[str, list[str], list[bool], list[list[str]]], note: str
 
 def catalogue(profile: str) -> dict[str, dict[str, list[str]]]:
     """Notebook -> stage -> the executed notebooks that are expected of it, in numerical order."""
-    found: dict[str, dict[str, list[str]]] = {}
+    groups: dict[str, dict[str, list[str]]] = {}
     for stage, (source, table) in STAGES.items():
-        for row, own in params.rows(profile, table).items() if table else ():
-            found.setdefault(source or own["notebook"], {}).setdefault(stage, []).append(
-                f"{stage}-{row}"
-            )
-        if not table:
-            found.setdefault(source, {})[stage] = [stage]
-    return dict(sorted(found.items()))
-
-
-def notebook_list(profile: str, executed: dict) -> str:
-    """The executed notebooks by question; for those that were not run, the command."""
-    groups, shown = catalogue(profile), {"efficiency"}
-    parts = []
-    for source, stages in groups.items():
-        names = [name for own in stages.values() for name in own]
-        shown |= {*names}
-        title = next(
-            (title_of(executed[name]) for name in names if name in executed),
-            source.replace("_", " · ", 1).replace("_", " "),
-        )
-        lines = []
-        for stage, own in stages.items():
-            links = ", ".join(page_link(name, executed) for name in own)
-            missing = any(name not in executed for name in own if name != "efficiency")
-            target = stage if len(own) > 1 else own[0].replace("-", "@", 1)
-            command = f"{results.NOT_RUN}: <code>dvc repro {target}</code>"
-            command = f' <span class="soft">({command})</span>' if missing else ""
-            lines.append(
-                f"<li>{stage}: {links}{command}</li>"
-                if own != [stage]
-                else f"<li>{links}{command}</li>"
-            )
-        parts.append(
-            f'<h3 id="notebook-{source}">{escape(title)}</h3>\n<ul>\n'
-            + "\n".join(lines)
-            + "\n</ul>"
-        )
-    if others := [name for name in executed if name not in shown]:
-        parts.append(
-            "<h3>No longer in params.yaml</h3>\n<ul>\n"
-            + "\n".join(f"<li>{page_link(name, executed)}</li>" for name in others)
-            + "\n</ul>"
-        )
-    return "\n".join(parts)
-
-
-def page_link(name: str, executed: dict) -> str:
-    row = escape(name.partition("-")[2] or name)
-    if name == "efficiency":
-        return f'<a href="timings/efficiency.html">{row}</a> (with what was measured)'
-    return (
-        f'<a href="notebooks/{escape(name)}.html">{row}</a>'
-        if name in executed
-        else f'<span class="soft">{row}</span>'
-    )
+        rows = params.rows(profile, table) if table else {"": {}}
+        for row, own in rows.items():
+            stages = groups.setdefault(source or own["notebook"], {})
+            stages.setdefault(stage, []).append(f"{stage}-{row}" if row else stage)
+    return dict(sorted(groups.items()))
 
 
 def title_of(book) -> str:
     """The first heading, as plain text."""
-    found = next(
-        (
-            match[1]
-            for cell in book.cells
-            if cell.cell_type == "markdown"
-            and (match := re.search(r"^#\s+(.+)", cell.source, re.M))
-        ),
-        "Notebook",
-    )
-    return re.sub(r"[*`$]", "", found).strip()
+    texts = (cell.source for cell in book.cells if cell.cell_type == "markdown")
+    headings = [heading for text in texts for heading in re.findall(r"^#\s+(.+)", text, re.M)]
+    return re.sub(r"[*`$]", "", headings[0]).strip() if headings else "Notebook"
 
 
-def notebook_pages(executed: dict, profile: str) -> dict[str, str]:
-    known, names, pages = set(catalogue(profile)), list(executed), {}
-    for place, name in enumerate(names):
-        near = [
-            (label, names[i])
-            for label, i in (("← {}", place - 1), ("{} →", place + 1))
-            if 0 <= i < len(names)
-        ]
-        links = "".join(
-            f'<a href="{escape(other)}.html">{label.format(escape(other))}</a>'
-            for label, other in near
-        )
-        pages[name] = notebook_page(executed[name], name, profile, known, links)
+def notebook_pages(executed: dict, profile: str) -> dict[str, Markup]:
+    names, pages = list(executed), {}
+    for name, before, after in zip(names, [None, *names], [*names[1:], None]):
+        links = {f"← {before}": before, f"{after} →": after}
+        pages[name] = notebook_page(executed[name], name, profile, links)
     return pages
 
 
-def notebook_page(book, name: str, profile: str, known: set[str], links: str = "") -> str:
-    """One executed notebook; `known` are the notebooks that the index has an anchor for."""
-    injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in book.cells)
+def notebook_page(book, name: str, profile: str, links: dict[str, str | None]) -> Markup:
+    """One executed notebook; `links` are {text: the page it leads to, None: no link}."""
+    known = set(catalogue(profile))
+    tagged = [(set(cell.metadata.get("tags", [])), cell) for cell in book.cells]
+    injected = any("injected-parameters" in tags for tags, _ in tagged)
     parts = []
-    for number, cell in enumerate(book.cells):
-        tags = cell.metadata.get("tags", [])
+    for tags, cell in tagged:
         if cell.cell_type == "markdown":
             parts.append(safe.markdown(cell.source, known))
-        elif "parameters" in tags and injected:  # the injected ones follow, and win
-            continue
-        elif {"parameters", "injected-parameters"} & set(tags):
-            parts.append(parameters(cell.source))
-        elif cell.cell_type == "code":
-            parts.append(safe.highlighted(cell.source))
-            parts += [
-                output_of(output, f"cell-{number}-{place}", known)
-                for place, output in enumerate(cell.outputs)
-            ]
-    title = title_of(book)
-    report = f'<a href="../index.html#notebooks">Report at {escape(profile)}</a>'
-    here = f'<span class="soft">{escape(name)}</span>'
-    back = f'<header><nav aria-label="Report">{report}{here}{links}</nav></header>'
-    return document(
-        f"{title} ({name})",
-        back
-        + "\n<main>\n"
-        + "\n".join(filter(None, parts))
-        + f'\n</main>\n<footer><nav aria-label="Other notebooks">{links}</nav></footer>',
-    )
+        elif "injected-parameters" in tags or "parameters" in tags and not injected:
+            values = re.findall(r"^(\w+)(?:\s*:[^=\n]+)?\s*=\s*(.+)$", cell.source, re.M)
+            parts.append({name: value.strip('"') for name, value in values})
+        elif cell.cell_type == "code" and "parameters" not in tags:
+            outputs = [output_of(output, known) for output in cell.outputs]
+            parts += [safe.highlighted(cell.source), *outputs]
+    title = f"{title_of(book)} ({name})"
+    values = {"title": title, "name": name, "profile": profile, "links": links}
+    return render("notebook", parts=parts, **values)
 
 
-def parameters(source: str) -> str:
-    values = re.findall(r"^(\w+)(?:\s*:[^=\n]+)?\s*=\s*(.+)$", source, re.M)
-    return (
-        '<dl class="parameters" aria-label="Parameters">'
-        + "".join(
-            f"<div><dt>{name}</dt><dd>{escape(value.strip(chr(34)))}</dd></div>"
-            for name, value in values
-        )
-        + "</dl>"
-    )
-
-
-def output_of(output, prefix: str, known: set[str]) -> str:
+def output_of(output, known: set[str]) -> Markup:
     """The richest form of an output that is harmless."""
     if output.output_type == "stream":
         return safe.plain(output.text)
     if output.output_type == "error":
-        return safe.plain(
-            "\n".join(output.traceback) or f"{output.ename}: {output.evalue}", "error"
-        )
+        trace = "\n".join(output.traceback) or f"{output.ename}: {output.evalue}"
+        return safe.plain(trace, "error")
     forms = output.get("data", {})
+    picture = Markup('<figure class="picture">{}</figure>')
     if "image/svg+xml" in forms:
         try:
-            return (
-                f'<figure class="picture">{safe.drawn(forms["image/svg+xml"], prefix)[0]}</figure>'
-            )
+            return picture.format(safe.picture(forms["image/svg+xml"])[0])
         except (ValueError, SyntaxError):  # not XML: one of the other forms will do
             pass
-    if "image/png" in forms and re.fullmatch(r"[A-Za-z0-9+/=\s]+", forms["image/png"]):
-        alt, image = escape(forms.get("text/plain", "figure")), "".join(forms["image/png"].split())
-        source = f"data:image/png;base64,{image}"
-        return f'<figure class="picture"><img alt="{alt}" src="{source}"></figure>'
+    if "image/png" in forms:
+        address = f"data:image/png;base64,{''.join(forms['image/png'].split())}"
+        image = Markup('<img alt="{}" src="{}">')
+        return picture.format(image.format(forms.get("text/plain", "figure"), address))
     if "text/html" in forms and (clean := safe.sanitized(forms["text/html"])).strip():
-        return safe.scrolled(clean, "table") if "<table" in clean else clean
+        return safe.scrolled(clean) if "<table" in clean else clean
     if "text/markdown" in forms:
         return safe.markdown(forms["text/markdown"], known)
     return safe.plain(forms.get("text/plain", ""))
@@ -496,32 +313,32 @@ def output_of(output, prefix: str, known: set[str]) -> str:
 # ------------------------------------------------------------------ what was measured
 
 
-def timing_pages(profile: str, place: Path) -> dict[str, str]:
+def timing_pages(profile: str, place: Path) -> dict[str, Markup]:
     """Seconds and memory of every stage when it last ran, and the benchmark of notebook 10."""
 
     def cost(path: Path) -> tuple[str, float, float]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return str(values["stage"]), float(values["seconds"]), float(values["peak_gib"])
 
-    files_of = (("efficiency", "svg"), ("efficiency", "csv"), ("convolution", "csv"))
     benchmark = [
-        (figure if suffix == "svg" else table)(place / name)
-        for name, suffix in files_of
+        show(place / name)
+        for show, name, suffix in (
+            (figure, "efficiency", "svg"),
+            (table, "efficiency", "csv"),
+            (table, "convolution", "csv"),
+        )
         if (place / f"{name}.{suffix}").is_file()
     ]
     costs = [opened(path, cost) for path in in_order((place / "stages").glob("*.json"))]
-    values = {"profile": profile, "costs": costs, "benchmark": benchmark, "no": results.NOT_RUN}
-    index = document(f"What was measured, {profile}", render("timings.html.j2", **values))
-    book = place / "efficiency.ipynb"
-    if not book.is_file():
-        missing = render("timings.html.j2", **values, without_notebook=True)
-        return {"efficiency": document("Efficiency", missing), "index": index}
-    cells, known = opened(book, notebook.read), set(catalogue(profile))
-    links = '<a href="index.html">What was measured</a>'
-    return {
-        "efficiency": notebook_page(cells, "efficiency", profile, known, links),
-        "index": index,
-    }
+    values = {"title": f"What was measured, {profile}", "profile": profile}
+    pages = {"timings/index": render("timings", costs=costs, benchmark=benchmark, **values)}
+    book, links = place / "efficiency.ipynb", {"What was measured": "index"}
+    if book.is_file():
+        page = notebook_page(opened(book, notebook.read), "efficiency", profile, links)
+    else:
+        values = {"title": "Efficiency", "name": "efficiency", "profile": profile, "links": links}
+        page = render("notebook", parts=[Markup("<h1>Efficiency</h1>"), not_run(book)], **values)
+    return {"timings/efficiency": page} | pages
 
 
 # ------------------------------------------------------------------ command line
@@ -534,7 +351,7 @@ def main(arguments: list[str]) -> int:
     try:
         print(f"see {notebook.shown(build(arguments[0]))}")
         return 0
-    except (PageError, params.ParamsError) as error:
+    except WorkbenchError as error:
         print(error, file=sys.stderr)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
