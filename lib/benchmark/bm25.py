@@ -16,6 +16,7 @@ import numpy as np
 import regex
 
 from lib.model.tokens import CHARACTERS_PER_TOKEN, beginning, encodable
+from lib.pipeline.errors import require
 
 # The most frequent English function words; other languages lose nothing but these.
 STOP_WORDS = frozenset(
@@ -77,6 +78,7 @@ def parts_of(chunk: str) -> tuple[str, ...]:
 
 
 def folded_parts(chunk: str) -> tuple[str, ...]:
+    """`parts_of`, not kept for the chunk's next time."""
     parts: list[str] = []
     for run in RUN.findall(chunk):
         if run.isascii():
@@ -95,7 +97,7 @@ kept_parts = lru_cache(2**15)(folded_parts)
 
 
 def pairs(letters: Sequence[str]) -> list[str]:
-    """Every two neighbours as one; of a single letter, that."""
+    """Every two neighbours as one word; a single letter is a word."""
     return list(map(add, letters, letters[1:])) or list(letters)
 
 
@@ -129,26 +131,15 @@ def first_words(text: str, n: int, tokenizer=None) -> str:
     text, characters = encodable(text), CHARACTERS_PER_TOKEN * n
     while True:
         part = beginning(text, characters)
-        offsets = tokenizer(
-            part,
-            truncation=True,
-            max_length=n,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-        )["offset_mapping"]
+        options = dict(truncation=True, max_length=n, return_offsets_mapping=True)
+        offsets = tokenizer(part, add_special_tokens=False, **options)["offset_mapping"]
         if len(offsets) == n or len(part) == len(text):
             return part[: offsets[-1][1]] if offsets else ""
         characters *= 4
 
 
-def bm25(
-    documents: dict[str, str],
-    queries: dict[str, str],
-    first_tokens: int | None = None,
-    tokenizer=None,
-    k: int = 1000,
-) -> dict[str, dict[str, float]]:
-    """The run of Okapi BM25: `Bm25(first_tokens, tokenizer).run(documents, queries, k)`."""
+def bm25(documents: dict, queries: dict, first_tokens=None, tokenizer=None, k: int = 1000) -> dict:
+    """The run of Okapi BM25; arguments as of `Bm25` and `Bm25.run`."""
     return Bm25(first_tokens, tokenizer).run(documents, queries, k)
 
 
@@ -161,31 +152,25 @@ class Bm25:
 
     Attributes:
         longer: longer[i] is True if document i of the last run had more tokens.
-
-    Raises:
-        ValueError: first_tokens below 1.
     """
 
     def __init__(self, first_tokens: int | None = None, tokenizer=None):
-        if first_tokens is not None and first_tokens < 1:
-            raise ValueError(f"first_tokens={first_tokens}: tokens count from 1")
         self.context_length, self.tokenizer, self.longer = first_tokens, tokenizer, []
 
     def limited(self, first_tokens: int) -> "Bm25":
-        """The same with a context of at most `first_tokens`."""
+        """BM25 with a context of at most `first_tokens`."""
         return Bm25(min(first_tokens, self.context_length or first_tokens), self.tokenizer)
 
-    def run(
-        self, documents: dict[str, str], queries: dict[str, str], k: int = 1000
-    ) -> dict[str, dict[str, float]]:
+    def run(self, documents: dict[str, str], queries: dict[str, str], k: int = 1000) -> dict:
         """run[qid][pid] = score of the k best documents that match.
 
         Raises:
-            ValueError: no documents, an empty query (named), or k below 1.
+            ValueError: no documents, or an empty query (named).
             TypeError: a query or document is no string (named).
         """
-        if not documents or k < 1:
-            raise ValueError(f"no documents, or k={k}: documents count from 1")
+        import bm25s
+
+        require(documents, "no documents to rank", ValueError)
         check_texts(documents, queries)
         read = {pid: self.read(text) for pid, text in documents.items()}
         self.longer = [self.more(text, len(read[pid].rstrip())) for pid, text in documents.items()]
@@ -195,7 +180,9 @@ class Bm25:
             [vocabulary.setdefault(word, len(vocabulary)) for word in words(read[pid])]
             for pid in columns
         ]
-        index = lucene(corpus, vocabulary) if vocabulary else None
+        index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+        if vocabulary:
+            index.index((corpus, vocabulary), show_progress=False)
         run: dict[str, dict[str, float]] = {}
         for qid, query in queries.items():
             known = [vocabulary[word] for word in words(query) if word in vocabulary]
@@ -216,25 +203,10 @@ class Bm25:
         return end < len(encodable(text).rstrip())
 
 
-def lucene(corpus: list[list[int]], vocabulary: dict[str, int]):
-    """The index of documents as numbers of words."""
-    import bm25s
-
-    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    index.index((corpus, vocabulary), show_progress=False)
-    return index
-
-
 def check_texts(documents: dict[str, str], queries: dict[str, str], task: str = "") -> None:
-    """Name the first query or document that is no text.
-
-    Raises:
-        ValueError: an empty query.
-        TypeError: a query or document is no string.
-    """
+    """Refuse a query or document that is no string (TypeError) and an empty query (ValueError)."""
     for name, texts in (("query", queries), ("document", documents)):
         for id, text in texts.items():
             if not isinstance(text, str):
                 raise TypeError(f"{task}{name} {id} is {type(text).__name__}, not str")
-            if name == "query" and not text.strip():
-                raise ValueError(f"{task}query {id} is empty")
+            require(name == "document" or text.strip(), f"{task}query {id} is empty", ValueError)

@@ -54,11 +54,7 @@ class RefusedText(Refused):
 
 
 def needed(module: str):
-    """A module of an optional package.
-
-    Raises:
-        HostedError: it is not installed; one line says how to get it.
-    """
+    """A module of an optional package, or the line that says how to get it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -93,11 +89,10 @@ class EmbeddingAPI:
         batch: int = 32,
         options: dict | None = None,
         tries: int = 8,
-        timeout: float = 120.0,
     ):
         parts = urlsplit(url)
         here = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self.secret = os.environ.get(key, "").strip() if key else ""
+        self.secret = os.environ.get(key, "").strip()
         for holds, message in (
             (
                 "@" not in parts.netloc,
@@ -112,7 +107,6 @@ class EmbeddingAPI:
                 not key or re.fullmatch(r"[\x21-\x7e]+", self.secret),
                 f"{url} needs a key: set the environment variable {key} to it, one word",
             ),
-            (min(batch, tries) > 0, f"batch={batch}, tries={tries}: both count from 1"),
         ):
             require(holds, message, HostedError)
         path = parts.path.rstrip("/").removesuffix("/embeddings") + "/embeddings"
@@ -124,7 +118,7 @@ class EmbeddingAPI:
             follow_redirects=False, event_hooks={"request": [self.sign]}
         )
         self.client = self.openai.OpenAI(
-            api_key="-", base_url=self.url, max_retries=tries - 1, timeout=timeout, http_client=http
+            api_key="-", base_url=self.url, max_retries=tries - 1, timeout=120.0, http_client=http
         )
 
     def sign(self, request) -> None:
@@ -134,13 +128,7 @@ class EmbeddingAPI:
         if self.secret:
             request.headers["Authorization"] = f"Bearer {self.secret}"
 
-    def encode(
-        self,
-        texts: list[str],
-        batch_size: int | None = None,
-        normalize: bool = True,
-        show_progress: bool = False,
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], batch_size=None, normalize=True, show_progress=False):
         """Vectors in the order of `texts`, float32, (n, D); of unit norm if `normalize`.
 
         A text of white space alone is not sent, since endpoints refuse it: its vector is zero, its
@@ -189,16 +177,12 @@ class EmbeddingAPI:
             answer = self.client.post(self.url, cast_to=str, body=body)
         except self.openai.APIError as error:
             raise self.failure(error) from None
-        vectors, reason = None, ""
         try:
             parsed = json.loads(answer)
-            if not parsed.get("error"):
-                vectors = in_order(parsed["data"], len(texts))
+            vectors = in_order(None if parsed.get("error") else parsed["data"], len(texts))
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-            reason = str(error) if type(error) is ValueError else ""
-        if vectors is None:
-            reason = reason or own_words(answer)
-            raise HostedError(self.line("gives no vectors for", reason))
+            reason = str(error) if type(error) is ValueError else own_words(answer)
+            raise HostedError(self.line("gives no vectors for", reason)) from None
         width = vectors.shape[1]
         change = f"vectors of {self.width} and {width} numbers"
         require(width == (self.width or width), self.line("changes", change), HostedError)
@@ -271,7 +255,6 @@ class CachedEncoder:
     """
 
     # Not diskcache: no longer maintained, and its JSONDisk unpickles a row marked as a pickle.
-
     def __init__(self, encoder, path: str | Path, name: str, step: int = 256):
         self.encoder, self.path, self.name, self.step = encoder, Path(path), name, step
         self.lmdb, verifier = needed("lmdb"), needed("lmdb.verify")
@@ -291,25 +274,15 @@ class CachedEncoder:
                 with file.begin(write=write) as transaction:
                     yield transaction
         except lmdb.Error as error:
-            message = f"{self.path} is damaged ({error}): delete it, its vectors are embedded again"
+            state = f"is damaged ({error}): delete it, its vectors are embedded again"
             if not isinstance(error, tuple(getattr(lmdb, name) for name in damage)):
                 full = isinstance(error, lmdb.MapFullError)
                 way = "raise MAP_SIZE in lib/benchmark/hosted.py" if full else "free the disk"
-                message = (
-                    f"{self.path} cannot be used now ({error}): {way}, or mend that; what is in it "
-                    "is kept"
-                )
-            raise HostedError(message) from None
+                state = f"cannot be used now ({error}): {way}, or mend that; what is in it is kept"
+            raise HostedError(f"{self.path} {state}") from None
 
-    def encode(
-        self,
-        texts: list[str],
-        batch_size: int = 32,
-        normalize: bool = True,
-        show_progress: bool = False,
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], batch_size=32, normalize=True, show_progress=False):
         """As the encoder's; texts that are kept are not asked for."""
-        texts = list(texts)
         records = (json.dumps([self.name, normalize, text]) for text in texts)
         keys = [hashlib.sha256(record.encode()).digest() for record in records]
         known = self.read(keys)
@@ -318,12 +291,8 @@ class CachedEncoder:
         for start in range(0, len(fresh), self.step):
             indices = fresh[start : start + self.step]
             try:
-                vectors = self.encoder.encode(
-                    [texts[i] for i in indices],
-                    batch_size,
-                    normalize=normalize,
-                    show_progress=show_progress,
-                )
+                batch = [texts[i] for i in indices]
+                vectors = self.encoder.encode(batch, batch_size, normalize, show_progress)
             except RefusedText as error:
                 error.index = indices[error.index]
                 raise

@@ -12,9 +12,11 @@ Axes: N documents, Q queries, D width, B rows of a block, G groups of rows.
 """
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +28,7 @@ from lib.benchmark.bm25 import Bm25, check_texts
 from lib.benchmark.bm25 import bm25 as bm25
 from lib.benchmark.encoder import Encoder as Encoder
 from lib.benchmark.encoder import TooLong
+from lib.benchmark.hosted import RefusedText
 from lib.pipeline.errors import require
 
 SCORES = 2**24  # held at a time: 64 MiB
@@ -33,6 +36,8 @@ ROWS = 2**14  # vectors of documents read at a time
 GROUP = 64  # vectors of which only the best score is looked at first
 SPARE = 64  # candidates beyond twice k, before the worst are dropped
 BACKENDS = ("auto", "torch", "faiss")
+
+Candidates = Iterator[tuple[int, np.ndarray, np.ndarray]]  # a query, rows, their float32 scores
 
 
 def search(
@@ -57,7 +62,6 @@ def search(
     Args:
         queries: (Q, D), taken as float32.
         documents: (N, D), taken as float32; if both are normalised, the score is the cosine.
-        k: how many at most.
         backend: torch (on a GPU, if there is one) | faiss | auto (torch, which is as fast). The
             run is the same.
 
@@ -67,35 +71,39 @@ def search(
         ImportError: faiss is asked for and absent.
     """
     queries, documents = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(documents)
-    require(
-        len(queries) == len(qids) and len(documents) == len(pids),
-        f"one id per vector: got {len(qids)} ids for {len(queries)} queries, "
-        f"{len(pids)} for {len(documents)} documents",
-        ValueError,
-    )
-    require(
-        queries.ndim == documents.ndim == 2 and queries.shape[1] == documents.shape[1],
-        f"vectors are (n, D) with one D: got {queries.shape} for queries, {documents.shape} for "
-        "documents",
-        ValueError,
-    )
-    require(
-        k > 0 and backend in BACKENDS,
-        f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}",
-        ValueError,
-    )
-    check_unique("query", qids)
-    check_unique("document", pids)
+    for holds, message in (
+        (
+            len(queries) == len(qids) and len(documents) == len(pids),
+            f"one id per vector: got {len(qids)} ids for {len(queries)} queries, "
+            f"{len(pids)} for {len(documents)} documents",
+        ),
+        (
+            queries.ndim == documents.ndim == 2 and queries.shape[1] == documents.shape[1],
+            f"vectors are (n, D) with one D: got {queries.shape} for queries, {documents.shape} "
+            "for documents",
+        ),
+        (
+            k > 0 and backend in BACKENDS,
+            f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}",
+        ),
+    ):
+        require(holds, message, ValueError)
+    for name, ids in (("query", qids), ("document", pids)):
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{name} {Counter(ids).most_common(1)[0][0]} comes twice")
     return dict(zip(qids, nearest(queries, documents, qids, pids, None, k, backend)))
 
 
-def check_unique(name: str, ids: list[str]) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    first: dict[str, int] = {}
-    for place, id in enumerate(ids):
-        if first.setdefault(id, place) != place:
-            raise ValueError(f"{name} {id} comes twice, at {first[id]} and {place}")
+def search_windows(
+    queries: np.ndarray, documents: list[np.ndarray], qids: list[str], pids: list[str], k=1000
+) -> dict[str, dict[str, float]]:
+    """Exact search of documents of several vectors, (windows, D): the best of them counts.
+
+    score(q, d) = max_w Σ_i q_i d_wi, summed in float64, rounded to float32;  ties by id, descending
+    """
+    owner = np.repeat(np.arange(len(pids)), [len(vectors) for vectors in documents])
+    queries, vectors = np.ascontiguousarray(queries, dtype=np.float32), np.concatenate(documents)
+    return dict(zip(qids, nearest(queries, vectors, qids, pids, owner, k, "torch")))
 
 
 def blocks(vectors: np.ndarray) -> Iterator[tuple[int, Tensor]]:
@@ -108,11 +116,11 @@ def blocks(vectors: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         yield first, block
 
 
-def max_norm(vectors: np.ndarray, name: str, id_of) -> float:
-    """The largest norm.
+def max_norm(vectors: np.ndarray, name_of: Callable[[int], str]) -> float:
+    """The largest norm of finite vectors.
 
     Raises:
-        ValueError: a vector is not finite.
+        ValueError: a vector is not finite; `name_of` its row is named.
     """
     largest, bad = 0.0, []
     for first, block in blocks(vectors):
@@ -123,20 +131,14 @@ def max_norm(vectors: np.ndarray, name: str, id_of) -> float:
         largest = max(largest, norm)
     if bad:
         raise ValueError(
-            f"the vector of {name} {id_of(bad[0])} is not finite ({len(bad)} such): the model or "
-            "its input is broken"
+            f"the vector of {name_of(bad[0])} is not finite ({len(bad)} such): the model or its "
+            "input is broken"
         )
     return largest
 
 
 def nearest(
-    queries: np.ndarray,
-    vectors: np.ndarray,
-    qids: list[str],
-    pids: list[str],
-    owner: np.ndarray | None,
-    k: int,
-    backend: str,
+    queries, vectors, qids, pids, owner: np.ndarray | None, k: int, backend: str
 ) -> Iterator[dict[str, float]]:
     """For each query its k best documents, {id: score}, best first.
 
@@ -145,9 +147,9 @@ def nearest(
     """
     find = candidates if backend != "faiss" else faiss_candidates()
     device = "cuda" if torch.cuda.is_available() and backend != "faiss" else "cpu"
-    max_norm(queries, "query", qids.__getitem__)
+    max_norm(queries, lambda row: f"query {qids[row]}")
     reach = max_norm(
-        vectors, "document", lambda row: pids[row if owner is None else owner[row]]
+        vectors, lambda row: f"document {pids[row if owner is None else owner[row]]}"
     ) * np.linalg.norm(queries.astype(np.float64), axis=1)
     N, D = vectors.shape
     # Twice the rounding error of a float32 sum of D products, and as much again for safety; out of
@@ -166,7 +168,7 @@ def nearest(
         for first, table in blocks(vectors):
             for i, rows, values in find(block, table.to(device), best, k * several, scores):
                 best[i].add(first + rows, values)
-        yield from (top.documents() for top in best)
+        yield from ({pid: score for pid, (score, _) in top.exactly().items()} for top in best)
 
 
 @dataclass
@@ -223,9 +225,6 @@ class TopK:
                 break
         return best
 
-    def documents(self) -> dict[str, float]:
-        return {pid: score for pid, (score, _) in self.exactly().items()}
-
 
 def exact_scores(query: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The scores of these rows, summed in float64, rounded to float32."""
@@ -237,10 +236,8 @@ def exact_scores(query: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np
     return scores
 
 
-def candidates(
-    queries: Tensor, table: Tensor, best: list[TopK], k: int, buffer: Tensor
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(query, rows of the table that reach its floor, their float32 scores).
+def candidates(queries: Tensor, table: Tensor, best: list[TopK], k: int, buffer) -> Candidates:
+    """The rows of a block that reach the floor of a query.
 
     The largest score of each group of rows is compared first, and its members
     only if that reaches the floor, so choosing costs little beside the product.
@@ -275,7 +272,7 @@ def learn_known(best: list[TopK], scores) -> None:
         top.known = max(top.known, score)
 
 
-def faiss_candidates():
+def faiss_candidates() -> Callable[..., Candidates]:
     """`candidates` by faiss, on its GPUs if it has some.
 
     If the last row that faiss finds could still be among the best, torch looks again.
@@ -287,17 +284,13 @@ def faiss_candidates():
             f"backend='faiss' needs faiss ({error}): install faiss-cpu or faiss-gpu, or use "
             "backend='torch'"
         ) from None
-    resources = faiss.StandardGpuResources() if faiss.get_num_gpus() else None
+    knn = faiss.knn
+    if faiss.get_num_gpus():
+        knn = partial(faiss.knn_gpu, faiss.StandardGpuResources())
 
-    def find(
-        queries: Tensor, table: Tensor, best: list[TopK], k: int, buffer: Tensor
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def find(queries: Tensor, table: Tensor, best: list[TopK], k: int, buffer) -> Candidates:
         m = min(k + 32, len(table))
-        vectors = queries.numpy(), table.numpy()
-        if resources:
-            scores, rows = faiss.knn_gpu(resources, *vectors, m, metric=faiss.METRIC_INNER_PRODUCT)
-        else:
-            scores, rows = faiss.knn(*vectors, m, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, rows = knn(queries.numpy(), table.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
         if m >= k:
             learn_known(best, scores[:, k - 1])
         floor = np.array([top.floor() for top in best], dtype=np.float32)
@@ -312,24 +305,6 @@ def faiss_candidates():
                 yield again[i], rows, scores
 
     return find
-
-
-def search_windows(
-    queries: np.ndarray,
-    documents: list[np.ndarray],
-    qids: list[str],
-    pids: list[str],
-    k: int = 1000,
-) -> dict[str, dict[str, float]]:
-    """Exact search of documents of several vectors, (windows, D): the best of them counts.
-
-    score(q, d) = max_w Σ_i q_i d_wi, summed in float64, rounded to float32;  ties by id, descending
-    """
-    if not pids:
-        return {qid: {} for qid in qids}
-    owner = np.repeat(np.arange(len(pids)), [len(vectors) for vectors in documents])
-    queries, vectors = np.ascontiguousarray(queries, dtype=np.float32), np.concatenate(documents)
-    return dict(zip(qids, nearest(queries, vectors, qids, pids, owner, k, "torch")))
 
 
 # ------------------------------------------------------------------ tasks
@@ -354,66 +329,59 @@ def rank(
     """
     for task in tasks:
         check_texts(task.documents, task.queries, f"{task.name}: ")
-    runs, longer = {}, {}
     if isinstance(ranker, Bm25):
-        for task in tasks:
-            runs[task.name] = ranker.run(task.documents, task.queries, k + 1)
-            longer[task.name] = sum(ranker.longer)
-    else:
-        texts = sorted({text for task in tasks for text in task.documents.values()})
-        with text_named(ranker, tasks, texts):
-            vectors, owner = ranker.encode_documents(texts, batch_size, show_progress=show_progress)
-        cut, index = ranker.longer, {text: i for i, text in enumerate(texts)}
-        for task in tasks:
-            columns = np.array([index[text] for text in task.documents.values()])
-            runs[task.name] = search_task(ranker, task, vectors, owner, columns, batch_size, k + 1)
-            longer[task.name] = sum(cut[i] for i in columns)
-    return {
-        task.name: (
-            without_itself(runs[task.name], queries_that_are_documents(task), k),
-            longer[task.name],
+        found = (
+            (ranker.run(task.documents, task.queries, k + 1), sum(ranker.longer)) for task in tasks
         )
-        for task in tasks
+    else:
+        found = encoded_runs(ranker, tasks, batch_size, show_progress, k + 1)
+    return {
+        task.name: (without_itself(run, queries_that_are_documents(task), k), longer)
+        for task, (run, longer) in zip(tasks, found)
     }
 
 
-def search_task(ranker, task, vectors, owner, columns, batch_size: int, k: int) -> dict:
-    """The run of one task whose documents are the texts `columns` of those embedded."""
-    pids, qids = list(task.documents), list(task.queries)
-    with text_named(ranker, [task], None):
-        queries = ranker.encode_queries(list(task.queries.values()), batch_size)
-    if len(owner) == 0 or owner[-1] + 1 == len(owner):  # one vector per text
-        return search(queries, vectors[columns], qids, pids, k)
-    first, last = (np.searchsorted(owner, columns, side=side) for side in ("left", "right"))
-    windows = [vectors[a:b] for a, b in zip(first, last)]
-    return search_windows(queries, windows, qids, pids, k)
+def encoded_runs(
+    ranker, tasks: list, batch_size: int, show_progress: bool, k: int
+) -> Iterator[tuple[dict, int]]:
+    """(run, documents longer than the context) of each task, of an encoder."""
+    texts = sorted({text for task in tasks for text in task.documents.values()})
+    index = {text: i for i, text in enumerate(texts)}
+
+    def document(i: int) -> str:
+        pairs = ((task, *pair) for task in tasks for pair in task.documents.items())
+        return next(f"{task.name}: document {pid}" for task, pid, text in pairs if text == texts[i])
+
+    with text_named(ranker, document):
+        vectors, owner = ranker.encode_documents(texts, batch_size, show_progress=show_progress)
+    longer = ranker.longer
+    for task in tasks:
+        pids, qids = list(task.documents), list(task.queries)
+        with text_named(ranker, lambda i, task=task, qids=qids: f"{task.name}: query {qids[i]}"):
+            queries = ranker.encode_queries(list(task.queries.values()), batch_size)
+        columns = np.array([index[text] for text in task.documents.values()])
+        if len(owner) == 0 or owner[-1] + 1 == len(owner):  # one vector per text
+            run = search(queries, vectors[columns], qids, pids, k)
+        else:
+            first, last = (np.searchsorted(owner, columns, side=side) for side in ("left", "right"))
+            windows = [vectors[a:b] for a, b in zip(first, last)]
+            run = search_windows(queries, windows, qids, pids, k)
+        yield run, sum(longer[i] for i in columns)
 
 
 @contextmanager
-def text_named(ranker, tasks: list, documents: list[str] | None) -> Iterator[None]:
-    """An error about text i becomes one about the task and its document; None: about its query."""
+def text_named(ranker, name_of: Callable[[int], str]) -> Iterator[None]:
+    """An error about text i becomes one about `name_of(i)`, its task and id."""
     try:
         yield
-    except (TooLong, RuntimeError) as error:  # lib.benchmark.hosted.RefusedText has an index too
-        if not isinstance(getattr(error, "index", None), int):
-            raise
-        task, name, id = tasks[0], "query", None
-        if documents is None:
-            id = list(task.queries)[error.index]
-        else:
-            task, name, id = next(
-                (task, "document", pid)
-                for task in tasks
-                for pid, text in task.documents.items()
-                if text == documents[error.index]
-            )
+    except (TooLong, RefusedText) as error:
         reason = f"is not taken: {error}"
         if isinstance(error, TooLong):
             reason = (
                 f"is longer than {ranker.context_length} tokens: give the Encoder truncate=True "
                 "or chunk='mean'"
             )
-        raise ValueError(f"{task.name}: {name} {id} {reason}") from None
+        raise ValueError(f"{name_of(error.index)} {reason}") from None
 
 
 def queries_that_are_documents(task) -> list[str]:
@@ -478,17 +446,15 @@ def evaluate(task, run: dict, values: dict | None = None) -> dict:
     """
     values = values or per_query(run, task.qrels)
     mean, low, high = statistics.interval(list(values["ndcg@10"].values()))
-    worst, best = metrics.ndcg_range(run, task.qrels, k=10)
-    scores = {"ndcg@10": mean, "low": low, "high": high}
-    scores |= {
-        name: sum(of.values()) / len(of) for name, of in values.items() if name not in scores
-    }
+    means = {name: sum(of.values()) / len(of) for name, of in values.items()}
+    scores = {"ndcg@10": mean, "low": low, "high": high} | means | {"ndcg@10": mean}
     scores = {name: round(value, 6) for name, value in scores.items()}
     scores |= {
         "queries": len(task.qrels),
         "documents": len(task.documents),
         "missing": sum(not run.get(query) for query in task.qrels),
     }
+    worst, best = metrics.ndcg_range(run, task.qrels, k=10)
     if best - worst > 1e-9:
         scores["ties"] = [round(worst, 6), round(best, 6)]
     if itself := sum(qid not in run.get(qid, {}) for qid in queries_that_are_documents(task)):
