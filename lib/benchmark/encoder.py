@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lib.kernels.engine import Engine
 from lib.model.m2bert import M2BertPreTrainedModel
 from lib.model.tokens import pad, tokenize, tokenize_whole, windows
+from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
 
 BATCH_TOKENS = 16_384  # one forward pass at most, padding included
@@ -65,20 +66,20 @@ class Encoder:
     ):
         limit = model.config.max_position_embeddings
         self.max_length = min(max_length or limit, limit)
-        if self.max_length < 3:
-            raise ValueError(
-                f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"
-            )
-        if tokenizer.pad_token_id is None:
-            raise ValueError(
-                "the tokenizer has no padding token: set tokenizer.pad_token to the one the model "
-                "was trained with"
-            )
-        if chunk not in (None, *CHUNKS) or chunk and truncate:
-            raise ValueError(
-                f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' "
-                "and 'best', or none of them"
-            )
+        room = f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"
+        require(self.max_length > 2, room, ValueError)
+        require(
+            tokenizer.pad_token_id is not None,
+            "the tokenizer has no padding token: set tokenizer.pad_token to the one the model was "
+            "trained with",
+            ValueError,
+        )
+        require(
+            chunk in (None, *CHUNKS) and not (chunk and truncate),
+            f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' and "
+            "'best', or none of them",
+            ValueError,
+        )
         tokenizer.truncation_side = "right"  # the beginning is read, whatever its file says
         self.model, self.tokenizer = model.eval(), tokenizer
         self.truncate, self.chunk = truncate, chunk
@@ -102,14 +103,9 @@ class Encoder:
 
     def limited(self, first_tokens: int) -> "Encoder":
         """The same encoder with a context of at most `first_tokens`."""
-        return Encoder(
-            self.model,
-            self.tokenizer,
-            min(first_tokens, self.max_length),
-            truncate=True,
-            precision=self.precision,
-            engine=self.engine,
-        )
+        length, engine = min(first_tokens, self.max_length), self.engine
+        options = dict(truncate=True, precision=self.precision, engine=engine)
+        return Encoder(self.model, self.tokenizer, length, **options)
 
     @property
     def truncated(self) -> int:
@@ -117,11 +113,7 @@ class Encoder:
         return sum(self.longer)
 
     def encode(
-        self,
-        texts: list[str],
-        batch_size: int = 32,
-        normalize: bool = True,
-        show_progress: bool = True,
+        self, texts: list[str], batch_size: int = 32, normalize=True, show_progress=True
     ) -> np.ndarray:
         """Embeddings in the order of `texts`, float32, (n, D); unit norm if `normalize`.
 
@@ -134,7 +126,12 @@ class Encoder:
                 an embedding is not finite, or a text has a vector for each window (chunk="best":
                 use `encode_documents`); the index is named.
         """
-        vectors = merged(*self.embedded(texts, batch_size, show_progress), self.chunk)
+        vectors, _ = self.embedded(texts, batch_size, show_progress)
+        if self.chunk == "best" and any(self.longer):
+            raise ValueError(
+                f"text {self.longer.index(True)} has several windows: chunk='best' has a vector "
+                "for each, encode_documents gives them"
+            )
         return unit(vectors) if normalize else vectors
 
     def encode_queries(
@@ -166,17 +163,17 @@ class Encoder:
                 index,
             )
 
-        def embed(rows: list[list[int]], owner: np.ndarray) -> np.ndarray:
-            vectors = self.embed(rows, batch_size, show_progress)
-            bad = owner[~np.isfinite(vectors).all(axis=1)]
-            if len(bad):
-                raise ValueError(
-                    f"the embedding of text {bad[0]} is not finite ({len(set(bad))} such): the "
-                    "model's weights are damaged, or too large for 16 bits"
-                )
-            return vectors
+        def embed(rows: list[list[int]]) -> np.ndarray:
+            return self.embed(rows, batch_size, show_progress)
 
-        return by_windows(ids, embed, self.chunk)
+        vectors, owner = by_windows(ids, embed, self.chunk)
+        bad = np.unique(owner[~np.isfinite(vectors).all(axis=1)])
+        if len(bad):
+            raise ValueError(
+                f"the embedding of text {bad[0]} is not finite ({len(bad)} such): the model's "
+                "weights are damaged, or too large for 16 bits"
+            )
+        return vectors, owner
 
     @torch.no_grad()
     def embed(self, ids: list[list[int]], batch_size: int, show_progress: bool) -> np.ndarray:
@@ -227,13 +224,11 @@ class Encoder:
         ]
 
 
-def checked_stride(stride: int | None, size: int, chunk: str | None) -> int:
-    if stride is None or chunk and 1 <= stride <= size:
-        return stride or size
+def checked_stride(stride: int | None, size: int, chunk: str | None, error=ValueError) -> int:
     way = f"from 1 to the window's {size} tokens, or some would be left out"
-    if not chunk:
-        way = "windows need chunk='mean', 'max' or 'best'"
-    raise ValueError(f"stride={stride}: {way}")
+    way = way if chunk else "windows need chunk='mean', 'max' or 'best'"
+    require(stride is None or chunk and 1 <= stride <= size, f"stride={stride}: {way}", error)
+    return stride or size
 
 
 def by_windows(
@@ -245,34 +240,18 @@ def by_windows(
 
     Args:
         parts: the windows of each text, one at least.
-        embed: (all windows, the text of each) -> their vectors, (windows, D).
+        embed: all windows -> their vectors, (windows, D).
+        chunk: mean | max, of a text's windows dimension by dimension | best, all of them.
     """
     owner = np.array([i for i, part in enumerate(parts) for _ in part], dtype=np.int64)
-    vectors = embed([window for part in parts for window in part], owner)
-    if chunk == "best":
+    vectors = embed([window for part in parts for window in part])
+    if chunk == "best" or len(owner) == len(parts):
         return vectors, owner
-    return merged(vectors, owner, chunk), np.unique(owner)
-
-
-def merged(vectors: np.ndarray, owner: np.ndarray, chunk: str | None) -> np.ndarray:
-    """One vector per text from those of its windows: their mean or largest values, (n, D).
-
-    Args:
-        vectors: (M, D).
-        owner: (M,), the text of each vector, ascending from 0 without a gap.
-    """
-    if not len(owner) or owner[-1] + 1 == len(owner):
-        return vectors
-    if chunk not in ("mean", "max"):
-        text = owner[np.flatnonzero(np.diff(owner) == 0)[0]]
-        raise ValueError(
-            f"text {text} has several windows: chunk='best' has a vector for each, "
-            "encode_documents gives them"
-        )
-    starts = np.searchsorted(owner, np.arange(owner[-1] + 1))
+    starts = np.searchsorted(owner, np.arange(len(parts)))
     if chunk == "max":
-        return np.maximum.reduceat(vectors, starts)
-    return np.add.reduceat(vectors, starts) / np.bincount(owner)[:, None].astype(np.float32)
+        return np.maximum.reduceat(vectors, starts), owner[starts]
+    sums, windows = np.add.reduceat(vectors, starts), np.bincount(owner)
+    return sums / windows[:, None].astype(np.float32), owner[starts]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

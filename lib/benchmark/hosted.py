@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +51,16 @@ class RefusedText(Refused):
     def __init__(self, message: str, index: int):
         super().__init__(message)
         self.index = index
+
+
+@contextmanager
+def renumbered(index_of: Callable[[int], int]) -> Iterator[None]:
+    """A text refused as number i of a batch becomes number index_of(i) of the caller's texts."""
+    try:
+        yield
+    except RefusedText as error:
+        error.index = int(index_of(error.index))
+        raise
 
 
 def needed(module: str):
@@ -93,30 +103,19 @@ class EmbeddingAPI:
         parts = urlsplit(url)
         here = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
         self.secret = os.environ.get(key, "").strip()
-        for holds, message in (
-            (
-                "@" not in parts.netloc,
-                f"{parts.hostname}: its address holds a name or password; `key` is the way to give "
-                "them",
-            ),
-            (
-                parts.scheme == "https" or here,
-                f"{url}: a key and texts go over https only (http on this machine)",
-            ),
-            (
-                not key or re.fullmatch(r"[\x21-\x7e]+", self.secret),
-                f"{url} needs a key: set the environment variable {key} to it, one word",
-            ),
-        ):
-            require(holds, message, HostedError)
+        leak = f"{parts.hostname}: its address holds a name or password; `key` gives them instead"
+        require("@" not in parts.netloc, leak, HostedError)
+        https = f"{url}: a key and texts go over https only (http on this machine)"
+        require(parts.scheme == "https" or here, https, HostedError)
+        unset = f"{url} needs a key: set the environment variable {key} to it, one word"
+        require(not key or re.fullmatch(r"[\x21-\x7e]+", self.secret), unset, HostedError)
         path = parts.path.rstrip("/").removesuffix("/embeddings") + "/embeddings"
         self.url, self.model, self.batch = parts._replace(path=path).geturl(), model, batch
         self.options, self.tries, self.width = options or {}, tries, None
         self.openai = needed("openai")
         # A redirection would take the key and the texts to another host; it is an error instead.
-        http = self.openai.DefaultHttpxClient(
-            follow_redirects=False, event_hooks={"request": [self.sign]}
-        )
+        hooks = {"request": [self.sign]}
+        http = self.openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
         self.client = self.openai.OpenAI(
             api_key="-", base_url=self.url, max_retries=tries - 1, timeout=120.0, http_client=http
         )
@@ -290,12 +289,9 @@ class CachedEncoder:
         fresh = sorted(i for key, i in first.items() if key not in known)
         for start in range(0, len(fresh), self.step):
             indices = fresh[start : start + self.step]
-            try:
-                batch = [texts[i] for i in indices]
+            batch = [texts[i] for i in indices]
+            with renumbered(indices.__getitem__):
                 vectors = self.encoder.encode(batch, batch_size, normalize, show_progress)
-            except RefusedText as error:
-                error.index = indices[error.index]
-                raise
             self.asked += len(indices)
             vectors = np.ascontiguousarray(vectors, dtype="<f4")
             fetched = {keys[i]: vector for i, vector in zip(indices, vectors)}

@@ -38,8 +38,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.benchmark.bm25 import Bm25, first_words
-from lib.benchmark.encoder import CHUNKS, Encoder, by_windows, checked_stride, unit
-from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, RefusedText
+from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
+from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, renumbered
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
 from lib.pipeline.errors import WorkbenchError, require
@@ -64,11 +64,10 @@ def of(profile: str, row: str, source: str | Path | None = None, device: str = "
         CheckpointError, CorpusError, HostedError, RankerError: what it needs cannot be had.
     """
     design = params.load()
-    kinds = ("retrievers", "published", "baselines")
-    tables = {name: table for table in kinds for name in design[table]}
-    params.known(row, tables, "row of retrievers, published or baselines")
+    rows = design["retrievers"] | design["published"] | design["baselines"]
+    params.known(row, rows, "row of retrievers, published or baselines")
     data = params.data(profile)
-    if tables[row] != "baselines":
+    if row not in design["baselines"]:
         from lib.model import checkpoint
         from lib.model.m2bert import M2BertForRetrieval
 
@@ -117,26 +116,15 @@ class ExternalEncoder:
         specials = tokenizer.num_special_tokens_to_add() + len(prompt_tokens)
         self.room = None if max_length is None else max_length - specials
         self.window = min(window or self.room or 0, self.room or window or 0) if chunk else 0
-        for holds, message in (
-            (
-                max_length is None or self.room > 0,
-                f"first_tokens={max_length} leaves no room for a token beside {specials} of "
-                "specials and prompt",
-            ),
-            (
-                chunk in (None, *CHUNKS) and (chunk or not window),
-                f"chunk={chunk!r}, window={window}: windows are for chunk: {' | '.join(CHUNKS)}",
-            ),
-            (
-                self.window or not chunk,
-                "chunk needs `window`, in tokens, if the model's own length is not known",
-            ),
-        ):
-            require(holds, message, RankerError)
-        try:
-            self.stride = checked_stride(stride, self.window, chunk)
-        except ValueError as error:
-            raise RankerError(str(error)) from None
+        require(
+            max_length is None or self.room > 0,
+            f"first_tokens={max_length} leaves no room for a token beside {specials} of specials "
+            "and prompt",
+            RankerError,
+        )
+        unknown = "chunk needs `window`, in tokens, if the model's own length is not known"
+        require(self.window or not chunk, unknown, RankerError)
+        self.stride = checked_stride(stride, self.window, chunk, RankerError)
 
     @property
     def context_length(self) -> int | None:
@@ -146,9 +134,8 @@ class ExternalEncoder:
     def limited(self, first_tokens: int) -> "ExternalEncoder":
         """The same encoder with a context of at most `first_tokens`."""
         length = min(first_tokens, self.max_length or first_tokens)
-        return ExternalEncoder(
-            self.documents, self.queries, self.tokenizer, length, prompt=self.prompt
-        )
+        sides = self.documents, self.queries
+        return ExternalEncoder(*sides, self.tokenizer, length, prompt=self.prompt)
 
     def beginning(self, text: str) -> str:
         """What is read of a text without windows."""
@@ -160,13 +147,8 @@ class ExternalEncoder:
         if not self.chunk:
             return [self.beginning(text)]
         text = encodable(text)
-        offsets = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,
-        )["offset_mapping"]
+        options = dict(add_special_tokens=False, truncation=False, verbose=False)
+        offsets = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
         return [
             text[offsets[start][0] : offsets[end - 1][1]]
             for start, end in windows(len(offsets), self.window, self.stride)
@@ -190,14 +172,12 @@ class ExternalEncoder:
             for read, text in zip(parts, texts)
         ]
 
-        def embed(windows: list[str], owner: np.ndarray) -> np.ndarray:
-            try:
-                return self.embed(self.documents, windows, show_progress)
-            except RefusedText as error:
-                error.index = int(owner[error.index])
-                raise
+        def embed(windows: list[str]) -> np.ndarray:
+            return self.embed(self.documents, windows, show_progress)
 
-        vectors, owner = by_windows(parts, embed, self.chunk)
+        owner = [i for i, read in enumerate(parts) for _ in read]
+        with renumbered(owner.__getitem__):
+            vectors, owner = by_windows(parts, embed, self.chunk)
         return (vectors if self.chunk == "best" else unit(vectors)), owner
 
     def encode_queries(
@@ -215,18 +195,11 @@ class ExternalEncoder:
         vector_of: dict[str, np.ndarray] = {}
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            try:
+            with renumbered(lambda i, batch=batch: texts.index(batch[i])):
                 vectors = np.asarray(encode(batch), dtype=np.float32)
-            except RefusedText as error:
-                error.index = texts.index(batch[error.index])
-                raise
             shaped = vectors.ndim == 2 and len(vectors) == len(batch)
-            require(
-                shaped and np.isfinite(vectors).all(),
-                f"{len(batch)} texts gave vectors of shape {vectors.shape}, or some that are not "
-                "finite",
-                RankerError,
-            )
+            broken = f"{len(batch)} texts gave vectors of shape {vectors.shape}, or not finite"
+            require(shaped and np.isfinite(vectors).all(), broken, RankerError)
             vector_of.update(zip(batch, vectors))
             progress.update(len(batch))
         progress.close()
@@ -237,12 +210,7 @@ class ExternalEncoder:
 
 
 def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder:
-    """A row's sentence-transformers model.
-
-    Raises:
-        RankerError: the library is absent, or the model cannot be loaded without running its own
-            code.
-    """
+    """A row's sentence-transformers model; its own code is never run."""
     name = settings["model"]
     model = load_model(name, settings.get("revision"), device)
     tokenizer = model.tokenizer
@@ -269,50 +237,34 @@ def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder
     prompts = getattr(model, "prompts", None) or {}
 
     def encode(function: Callable, prompt: str | None) -> Callable:
-        return lambda texts: function(
-            texts,
-            prompt=prompt,
-            batch_size=settings.get("batch", 32),
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            normalize_embeddings=True,
-        )
+        options = dict(show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True)
+        batch = settings.get("batch", 32)
+        return lambda texts: function(texts, prompt=prompt, batch_size=batch, **options)
 
     return ExternalEncoder(
         encode(model.encode_document, settings.get("document_prompt")),
         encode(model.encode_query, settings.get("query_prompt")),
         tokenizer,
         length,
-        **window_settings(settings),
+        *map(settings.get, ("chunk", "window", "stride")),
         prompt=settings.get("document_prompt") or prompts.get("document") or "",
     )
 
 
-def window_settings(settings: dict) -> dict:
-    return {key: settings.get(key) for key in ("chunk", "window", "stride")}
-
-
 def load_model(name: str, revision: str | None, device: str):
     """A sentence-transformers model by hub id, folder, or `package:` name."""
-    require(
-        find_spec("sentence_transformers") is not None,
-        f"model {name!r} needs sentence-transformers: `make interop` installs it, or `pip install "
-        "'loco-workbench[interop]'`",
-        RankerError,
-    )
+    absent = f"model {name!r} needs sentence-transformers: `make interop` installs it, or `pip "
+    absent += "install 'loco-workbench[interop]'`"
+    require(find_spec("sentence_transformers") is not None, absent, RankerError)
     from sentence_transformers import SentenceTransformer
 
     import lib.model.m2bert  # noqa: F401  registers ours
 
     folder = packaged(name.removeprefix("package:")) if name.startswith("package:") else name
+    options = dict(trust_remote_code=False, model_kwargs={"use_safetensors": True})
     try:
-        return SentenceTransformer(
-            str(folder),
-            device=device,
-            trust_remote_code=False,
-            revision=revision,
-            model_kwargs={"use_safetensors": True},
-        ).eval()
+        model = SentenceTransformer(str(folder), device=device, revision=revision, **options)
+        return model.eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         way = "an id of the hub, or the absolute path of a folder with its weights in safetensors"
@@ -370,10 +322,5 @@ def hosted(settings: dict, tokenizer, folder: Path) -> ExternalEncoder:
         cache = CachedEncoder(endpoint, path, name, step=batch)  # each answer is kept as it comes
         return lambda texts: cache.encode([prompt + text for text in texts], batch)
 
-    return ExternalEncoder(
-        ask("document"),
-        ask("query"),
-        tokenizer,
-        settings.get("first_tokens"),
-        **window_settings(settings),
-    )
+    limits = map(settings.get, ("first_tokens", "chunk", "window", "stride"))
+    return ExternalEncoder(ask("document"), ask("query"), tokenizer, *limits)

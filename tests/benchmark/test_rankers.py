@@ -117,8 +117,6 @@ def test_a_model_is_given_each_text_once(tokenizer):
     "options, part",
     [
         (dict(max_length=2), "no room"),
-        (dict(chunk="sum"), "mean | max | best"),
-        (dict(window=3), "windows are for chunk"),
         (dict(chunk="mean"), "needs `window`"),
         (dict(chunk="best", window=3, stride=4), "stride=4: from 1 to the window's 3 tokens"),
     ],
