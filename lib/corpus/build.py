@@ -1,8 +1,7 @@
 """The corpus: retrieval tasks, pretraining text and a tokenizer, in one folder.
 
-Retrieval over long documents needs long documents, and none are committed here. `build` makes them
-from the documentation inside the installed packages, or takes a folder or the hub's LoCoV1 instead,
-and writes LoCoV1's columns:
+`build` makes long documents from the documentation inside the installed packages, or takes a folder
+or the hub's LoCoV1 instead, and writes LoCoV1's columns:
 
     documents-<split>.parquet    pid, dataset, passage
     queries-<split>.parquet      qid, dataset, query, answer_pids; answer_gains if graded
@@ -23,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.benchmark.task import SPLITS, CorpusError
-from lib.corpus.packages import PACKAGES, Library, Module, assign, distinct, normal, read
+from lib.corpus.packages import PACKAGES, Library, assign, distinct, normal, read
 from lib.corpus.pretraining import Row, embedded_text, folder_text, hub_text
-from lib.corpus.tasks import NATURAL, Design, Limits, Tables, embedded_tasks, mirror
+from lib.corpus.tasks import NATURAL, Tables, embedded_tasks, mirror
 from lib.corpus.tokenizer import make_tokenizer
 from lib.pipeline import files
+from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
 
 COLUMNS = {
@@ -58,18 +58,6 @@ class Settings:
     queries_per_document: int = 6  # of the training tasks
     hub_texts: int = 200_000  # of each of the hub's sources
 
-    @property
-    def design(self) -> Design:
-        return Design(sorted(set(self.books)), list(self.natural), self.queries_per_document)
-
-    @property
-    def limits(self) -> dict[str, Limits]:
-        return {
-            "train": Limits(),
-            "validation": Limits(self.validation_documents, self.validation_queries),
-            "test": Limits(self.test_documents, self.test_queries),
-        }
-
 
 def build(folder: str | Path, show_progress: bool = True, **settings) -> dict:
     """Write the corpus into `folder`, whole or not at all.
@@ -84,11 +72,15 @@ def build(folder: str | Path, show_progress: bool = True, **settings) -> dict:
         CorpusError: something to read is missing or wrong, or a setting makes no sense.
     """
     folder, s = Path(folder), Settings(**settings)
-    check(folder, s.design)
+    check(folder, s)
     library = Library([], {}, {}, [])
     if "embedded" in (s.source, s.pretraining):
         library = embedded(s.packages, s.files_per_package)
-    modules = by_split(library.modules)
+    split_of = assign(library.modules)
+    modules = {
+        split: [module for module in library.modules if split_of[module.unit] == split]
+        for split in SPLITS
+    }
     if s.pretraining == "embedded":
         rows = embedded_text(modules, library.readmes)
     elif s.pretraining == "hub":
@@ -99,33 +91,26 @@ def build(folder: str | Path, show_progress: bool = True, **settings) -> dict:
     tables = Tables()
     if s.source == "embedded":
         count = Counter(normal(item.summary) for module in library.modules for item in module.items)
-        progress = bar(total=len(SPLITS), desc="tasks", show=show_progress)
-        for split in SPLITS:
-            embedded_tasks(
-                tables, split, modules[split], count, tokenizer, s.design, s.limits[split]
-            )
-            progress.update(1)
-        progress.close()
+        with bar(total=len(SPLITS), desc="tasks", show=show_progress) as progress:
+            for split in SPLITS:
+                embedded_tasks(tables, split, modules[split], count, tokenizer, s)
+                progress.update(1)
     else:
         mirror(tables, s.source)
     return write(folder, tables, rows, tokenizer, library)
 
 
-def check(folder: Path, design: Design) -> None:
-    if design.books and design.books[0] < 128:
-        raise CorpusError(
-            f"books: {design.books[0]} tokens do not hold two items; 512 is the shortest that "
-            "makes sense"
-        )
-    unknown = sorted(set(design.natural) - set(NATURAL))
-    if unknown:
-        raise CorpusError(f"natural: unknown task {unknown[0]!r}; there are {', '.join(NATURAL)}")
+def check(folder: Path, s: Settings) -> None:
+    n = min(s.books, default=512)
+    require(n >= 128, f"books: {n} tokens do not hold two items; 512 is the shortest with a sense")
+    unknown = ", ".join(repr(name) for name in s.natural if name not in NATURAL)
+    require(not unknown, f"natural: unknown task {unknown}; there are {', '.join(NATURAL)}")
     empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
-    if not empty and not (folder / "manifest.json").is_file():
-        raise CorpusError(
-            f"{folder} holds something else than a corpus (no manifest.json) and would be "
-            "replaced: move it away or name another folder"
-        )
+    require(
+        empty or (folder / "manifest.json").is_file(),
+        f"{folder} holds something else than a corpus (no manifest.json) and would be replaced: "
+        "move it away or name another folder",
+    )
 
 
 def embedded(packages: int | Iterable[str], files_per_package: int) -> Library:
@@ -133,19 +118,12 @@ def embedded(packages: int | Iterable[str], files_per_package: int) -> Library:
     names = list(PACKAGES[: packages or None] if isinstance(packages, int) else packages)
     library = read(names, files_per_package)
     library = library._replace(modules=distinct(library.modules))
-    if not library.modules:
-        raise CorpusError(
-            f"no documented modules in {', '.join(names[:8])}: install the packages of "
-            "requirements.lock"
-        )
+    require(
+        library.modules,
+        f"no documented modules in {', '.join(names[:8])}: install the packages of "
+        "requirements.lock",
+    )
     return library
-
-
-def by_split(modules: list[Module]) -> dict[str, list[Module]]:
-    split_of = assign(modules)
-    return {
-        split: [module for module in modules if split_of[module.unit] == split] for split in SPLITS
-    }
 
 
 # ------------------------------------------------------------------ the folder
@@ -169,7 +147,11 @@ def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Lib
                 **({"dropped": tables.dropped} if tables.dropped else {}),
                 "pretraining": {kind: text_counts(rows, kind) for kind in ("short", "long")},
                 "vocabulary": len(tokenizer),
-                "files": hashes(draft),
+                "files": {
+                    path.relative_to(draft).as_posix(): files.sha256(path)
+                    for path in sorted(draft.rglob("*"))
+                    if path.is_file()
+                },
             }
             text = json.dumps(manifest, indent=1) + "\n"
             (draft / "manifest.json").write_text(text, encoding="utf-8", newline="\n")
@@ -197,16 +179,8 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
     return content
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): files.sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def text_counts(rows: list[Row], kind: str) -> dict[str, int]:
-    texts = [row[0] for row in rows if row[2] == kind]
+    texts = [text for text, _, own, _ in rows if own == kind]
     return {"texts": len(texts), "characters": sum(map(len, texts))}
 
 
@@ -214,13 +188,10 @@ def counts(tables: Tables) -> dict[str, dict[str, dict[str, int]]]:
     """{task: {split: {documents, queries}}}"""
     by_task: dict = {}
     for split in SPLITS:
-        documents = Counter(row[1] for row in tables.documents[split])
-        queries = Counter(row[1] for row in tables.queries[split])
-        for task in sorted(queries):
-            by_task.setdefault(task, {})[split] = {
-                "documents": documents[task],
-                "queries": queries[task],
-            }
+        documents = Counter(task for _, task, _ in tables.documents[split])
+        queries = Counter(task for _, task, *_ in tables.queries[split])
+        for task, n in sorted(queries.items()):
+            by_task.setdefault(task, {})[split] = {"documents": documents[task], "queries": n}
     return by_task
 
 
@@ -236,13 +207,11 @@ def save(path: Path, rows: list[tuple], names: tuple[str, ...]) -> None:
         "start_frac": pa.float64(),
         "end_frac": pa.float64(),
     }
-    columns = list(zip(*rows)) or [()] * len(names)
-    arrays = {
-        name: pa.array(list(column), type=types.get(name, pa.string()))
-        for name, column in zip(names, columns)
-    }
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
+    columns = zip(*rows) if rows else [()] * len(names)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema)]
     pq.write_table(
-        pa.table(arrays),
+        pa.table(arrays, schema=schema),
         path,
         compression="zstd",
         compression_level=6,

@@ -2,12 +2,11 @@
 
     as_parts(items, count, tokenizer)    items with their lengths in word pieces
     pack(parts, n)                       consecutive parts in documents of at most n tokens
-    digests(parts)                       24 unrelated items in one document
+    digests(parts), pages(parts)         documents of 24 unrelated items, of one module
     choose(parts, zones)                 a document without the summaries that are asked for
     tail(module, count)                  a module's source, asked for by its last three items
 
-An item is asked for by its summary, which is therefore taken out of the document. A zone says where
-in the document the item must start, counted in tokens and in characters.
+A query is the summary of an item, and the document does not contain that summary.
 """
 
 import itertools
@@ -26,13 +25,13 @@ BODY_TOKENS = 16  # of an item that is asked for: enough to find it by
 
 
 class Part(NamedTuple):
-    """An item as it goes into a document; its lengths in word pieces."""
+    """An item with its lengths in word pieces."""
 
     item: Item
     name_tokens: int
     summary_tokens: int
     lines: tuple[int, ...]  # of its body
-    unique: bool  # no other item has its summary
+    unique: bool  # its summary has at least four words, and no other item has it
 
     @property
     def tokens(self) -> int:
@@ -47,7 +46,7 @@ class Part(NamedTuple):
 class Zone(NamedTuple):
     """Where in a document an item must start to be asked for."""
 
-    low: float  # shares of the document
+    low: float  # shares of the document, of its tokens and of its characters
     high: float
     count: int  # queries of one document at most
     after: int = 0  # tokens
@@ -60,18 +59,13 @@ class Document(NamedTuple):
     tokens: int
 
     def inside(self, i: int, zone: Zone) -> bool:
-        """Does part i start in the zone, counted in tokens and in characters?"""
-        return (
-            zone.low <= self.starts[i] / max(self.tokens, 1) <= zone.high
-            and self.starts[i] >= zone.after
-            and zone.low <= self.spans[i][0] / max(len(self.text), 1) <= zone.high
-        )
+        """Does part i start in the zone?"""
+        shares = self.starts[i] / max(self.tokens, 1), self.spans[i][0] / max(len(self.text), 1)
+        return self.starts[i] >= zone.after and all(zone.low <= x <= zone.high for x in shares)
 
 
 def as_parts(items: list[Item], count: Counter, tokenizer) -> list[Part]:
-    """Items with their lengths.
-
-    Word pieces never cross white space, so the lengths of lines add up.
+    """Items with their lengths. Word pieces never cross white space, so lengths of lines add up.
 
     Args:
         count: how many items of the library have a summary, by its normalised words.
@@ -80,22 +74,13 @@ def as_parts(items: list[Item], count: Counter, tokenizer) -> list[Part]:
     names, summaries = [item.name for item in items], [item.summary for item in items]
     texts = dict.fromkeys(itertools.chain(*bodies, names, summaries))
     tokens = dict(zip(texts, lengths(tokenizer, list(texts)).tolist()))
-    return [
-        Part(
-            item,
-            tokens[item.name],
-            tokens[item.summary],
-            tuple(tokens[line] for line in body),
-            is_query(item.summary, count),
-        )
-        for item, body in zip(items, bodies)
-    ]
-
-
-def is_query(summary: str, count: Counter) -> bool:
-    """At least four words, with and without punctuation, that no other item shares."""
-    plain = normal(summary)
-    return len(summary.split()) >= 4 and len(plain.split()) >= 4 and count[plain] == 1
+    parts = []
+    for item, body in zip(items, bodies):
+        lines, plain = tuple(tokens[line] for line in body), normal(item.summary)
+        words = min(len(item.summary.split()), len(plain.split()))
+        unique = words >= 4 and count[plain] == 1
+        parts.append(Part(item, tokens[item.name], tokens[item.summary], lines, unique))
+    return parts
 
 
 def cut(part: Part, most: int) -> Part:
@@ -176,26 +161,19 @@ def spread(things: list, count: int | None) -> list:
 
 
 def digests(parts: list[Part]) -> list[list[Part]]:
-    """Documents of 24 items that have nothing to do with each other: dealt in a hash's order."""
-    low, high = DIGEST_TOKENS
-    pool = sorted(
-        (part for part in parts if low <= part.tokens <= high),
-        key=lambda part: sha256(part.item.name),
-    )
+    """Documents of 24 unrelated items: in the order of a hash."""
+    pool = [part for part in parts if DIGEST_TOKENS[0] <= part.tokens <= DIGEST_TOKENS[1]]
+    pool.sort(key=lambda part: sha256(part.item.name))
     starts = range(0, len(pool) - DIGEST_ITEMS + 1, DIGEST_ITEMS)
     return [pool[start : start + DIGEST_ITEMS] for start in starts]
 
 
 def pages(parts: list[Part]) -> list[list[Part]]:
-    """The parts of each module, if they are at least five and neither short nor endless."""
+    """The parts of each module with at least five parts, if their length is in PAGE_TOKENS."""
     low, high = PAGE_TOKENS
-    by_module = itertools.groupby(parts, key=lambda part: part.item.module)
-    of_modules = [list(page) for _, page in by_module]
-    return [
-        page
-        for page in of_modules
-        if low <= sum(part.tokens for part in page) <= high and len(page) >= 5
-    ]
+    modules = [list(page) for _, page in itertools.groupby(parts, lambda part: part.item.module)]
+    lengths_of = [sum(part.tokens for part in page) for page in modules]
+    return [page for page, n in zip(modules, lengths_of) if low <= n <= high and len(page) >= 5]
 
 
 def tail(module: Module, count: Counter) -> tuple[Document, str] | None:
@@ -204,16 +182,14 @@ def tail(module: Module, count: Counter) -> tuple[Document, str] | None:
     None if the module has fewer unique items, if its source is too short or too long, or if a
     summary or a definition cannot be told apart in the source.
     """
-    inside = [item for item in module.items if item.name.startswith(f"{module.name}.")]
-    asked = [item for item in inside if item.summary and count[normal(item.summary)] == 1][-3:]
-    if len(asked) < 3 or not 4 * PAGE_TOKENS[0] <= len(module.code) <= 4 * PAGE_TOKENS[1]:
+    prefix, (low, high) = f"{module.name}.", PAGE_TOKENS
+    inside = [item for item in module.items if item.name.startswith(prefix) and item.summary]
+    asked = [item for item in inside if count[normal(item.summary)] == 1][-3:]
+    if len(asked) < 3 or not 4 * low <= len(module.code) <= 4 * high:
         return None
     words = f" {normal(module.code)} "
-    if any(f" {normal(item.summary)} " in words for item in asked):
-        return None
-    names = [item.name.removeprefix(f"{module.name}.") for item in asked]
-    starts = [definition(name, module.code) for name in names]
-    if None in starts:
+    starts = [definition(item.name.removeprefix(prefix), module.code) for item in asked]
+    if None in starts or any(f" {normal(item.summary)} " in words for item in asked):
         return None
     document = Document(module.code, [(min(starts), len(module.code))], [0], 0)
     return document, " ".join(item.summary for item in asked)

@@ -1,16 +1,13 @@
 """Long text that every user already has: the documentation inside the installed packages.
 
-The pinned packages carry tens of megabytes of documented modules. They are read here as text: files
-are parsed, never imported and never run, and come out as modules of documented items.
-
     read(packages, files_per_package)     modules, versions, readmes and absent packages
     distinct(modules)                     without near-duplicates
     assign(modules)                       sub-package -> train, validation or test
 
-An item is `pandas.core.frame.DataFrame.merge`, its summary and the rest of its docstring. What
-comes out is a function of the packages' versions: wheels of one version hold the same text on every
-platform, apart from the files left out below. The standard library does not (it differs between
-versions of Python) and is never read; nor are other packages, so that extras change nothing.
+Files are parsed as text, never imported and never run. An item is a name such as
+`pandas.core.frame.DataFrame.merge`, its summary and the rest of its docstring. The result depends
+on the packages' versions alone: wheels of one version hold the same text on every platform, apart
+from the files of LEFT_OUT. The standard library differs between versions of Python and is not read.
 """
 
 import ast
@@ -26,11 +23,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from lib.pipeline.errors import CorpusError
 
-# The allow-list, best documented first: pure Python packages, and compiled ones whose .py files
-# were compared across platforms.
+# Best documented first: pure Python packages, and compiled ones whose .py files are the same on
+# every platform.
 PACKAGES = tuple(
     """
     numpy networkx pandas scipy matplotlib torch transformers sympy seaborn datasets
@@ -45,9 +43,10 @@ PACKAGES = tuple(
     bleach tinycss2 webcolors executing asttokens stack-data dill
     """.split()
 )
-# Tests, other people's code, generated code, and the few files that a build writes or a platform
-# changes.
+# Scripts, a wheel's data, a package's own __init__.py, tests, other people's code, generated code,
+# and files that a build writes or a platform changes.
 LEFT_OUT = re.compile(
+    r"^(\.\./|/|[^/]*\.data/|[^/]*$|[^/]*/__init__\.py$)|"
     r"(^|/)(_?tests?|_?testing|_?vendor(ed)?|_?vendored_\w+|extern(als?)?|third_party|bundled|"
     r"distutils|_?generated\w*|array_api_\w+|conftest\.py|test_[^/]*|[^/]*_test\.py|"
     r"_?version[^/]*\.py|__config__\.py|_distributor_init[^/]*\.py|\w*_pb2\.py)(/|$)"
@@ -59,11 +58,11 @@ SUMMARY_WORDS = (4, 40)
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where a statement holds statements
 NO_PROSE = re.compile(r"(?i)copyright|licen[sc]e|[-=#*]{8}")
 NEWDOC = ("add_newdoc", "add_docstr", "_add_docstr")  # functions that document something else
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 
 
 class Item(NamedTuple):
-    """One documented thing."""
-
     module: str
     name: str
     summary: str  # "" if the docstring does not open with one
@@ -83,8 +82,6 @@ class Module(NamedTuple):
 
 
 class Library(NamedTuple):
-    """What was read."""
-
     modules: list[Module]
     versions: dict[str, str]
     readmes: dict[str, str]
@@ -115,7 +112,7 @@ def read(packages: Iterable[str], files_per_package: int) -> Library:
             metadata = (distribution.read_text("METADATA") or "").replace("\r\n", "\n")
             library.readmes[package] = metadata.partition("\n\n")[2]
             modules = (parse(package, *file) for file in texts(distribution, files_per_package))
-            library.modules.extend(module for module in modules if module)
+            library.modules.extend(filter(None, modules))
     finally:
         if collecting:
             gc.enable()
@@ -123,14 +120,11 @@ def read(packages: Iterable[str], files_per_package: int) -> Library:
 
 
 def texts(distribution, most: int) -> list[tuple[PurePosixPath, str]]:
-    """(path, text) of at most `most` documented files, sorted: a fair draw, in a hash's order."""
-    paths = {}
-    for path in distribution.files or []:
-        posix = PurePosixPath(str(path).replace("\\", "/"))
-        if is_source(posix):
-            paths[posix] = path
+    """(path, text) of at most `most` documented files, sorted; a hash of the path draws them."""
+    paths = {PurePosixPath(str(path).replace("\\", "/")): path for path in distribution.files or []}
+    sources = [path for path in paths if path.suffix == ".py" and not LEFT_OUT.search(str(path))]
     kept: list[tuple[PurePosixPath, str]] = []
-    for posix in sorted(paths, key=lambda posix: sha256(str(posix))):
+    for posix in sorted(sources, key=lambda path: sha256(str(path))):
         if len(kept) == most:
             break
         try:
@@ -146,17 +140,8 @@ def texts(distribution, most: int) -> list[tuple[PurePosixPath, str]]:
     return sorted(kept, key=lambda file: file[0].parts)
 
 
-def is_source(path: PurePosixPath) -> bool:
-    """Python of the package itself: no script, no data of the wheel, nothing of LEFT_OUT."""
-    folders = path.parts[:-1]
-    if path.suffix != ".py" or not folders or folders[0] in ("..", "/"):
-        return False
-    opening = len(folders) == 1 and path.name == "__init__.py"
-    return not (folders[0].endswith(".data") or opening or LEFT_OUT.search(str(path)))
-
-
 def readable(raw: bytes) -> str | None:
-    """The text of a file that is worth parsing: documented (a docstring has two marks), by hand."""
+    """The text of a file written by hand that has docstrings (of two marks each); else None."""
     if not BYTES[0] <= len(raw) <= BYTES[1]:
         return None
     try:
@@ -174,7 +159,7 @@ def readable(raw: bytes) -> str | None:
 def parse(package: str, path: PurePosixPath, text: str) -> Module | None:
     """The documented public items of a file, in order, and its source without docstrings.
 
-    None if the file is no Python.
+    None if the file is not valid Python.
     """
     name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     unit = ".".join(path.parts[:-1][:3])  # scipy/stats/_qmc.py -> scipy.stats
@@ -188,54 +173,41 @@ def parse(package: str, path: PurePosixPath, text: str) -> Module | None:
     items = [item for dotted, doc in documented_names if (item := as_item(name, dotted, doc))]
     lines = text.split("\n")
     for node in statements(tree):
-        if (span := docstring_node(node)) is not None:
-            blank(lines, span)
+        if docstring(node) is not None:
+            blank(lines, node.body[0])
+        elif added_docstring(node):
+            blank(lines, node)
     code = re.sub(r"\n\s*\n+", "\n\n", "\n".join(line.rstrip() for line in lines)).strip()
     return Module(package, name, unit, items, code, comments(lines))
 
 
-def docstring_node(node) -> ast.AST | None:
-    """The statement that holds a definition's docstring, or documents something else."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        return node.body[0] if docstring(node) is not None else None
-    is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    return node if is_call and added_docstring(node.value) else None
-
-
-def blank(lines: list[str], span: ast.AST) -> None:
-    """Take a statement out of the lines, in place; columns are counted in bytes."""
-    before = lines[span.lineno - 1].encode()[: span.col_offset].decode()
-    after = lines[span.end_lineno - 1].encode()[span.end_col_offset :].decode()
-    empty = [""] * (span.end_lineno - span.lineno)
-    lines[span.lineno - 1 : span.end_lineno] = [before, *empty]
-    lines[span.end_lineno - 1] += after
+def blank(lines: list[str], statement: ast.AST) -> None:
+    """Delete a statement from the lines, in place; columns are counted in bytes."""
+    first, last = statement.lineno - 1, statement.end_lineno - 1
+    before = lines[first].encode()[: statement.col_offset].decode()
+    after = lines[last].encode()[statement.end_col_offset :].decode()
+    lines[first : last + 1] = [before] + [""] * (last - first)
+    lines[last] += after
 
 
 def docstrings(node, dotted: str, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of everything public in a file.
+    """(dotted name, docstring) of a node, and of what is public or documented by NEWDOC in it.
 
-    Its module, functions, classes, methods, and what `add_newdoc` documents.
+    Classes are read three deep.
     """
-    if depth == 0 and docstring(node) is not None:
+    if docstring(node) is not None:
         yield dotted, docstring(node)
+    if isinstance(node, FUNCTIONS) or depth > 3:
+        return
     blocks = (getattr(node, block, ()) for block in ("body", "orelse", "finalbody"))
     for child in itertools.chain.from_iterable(blocks):
         if isinstance(child, (ast.If, ast.Try, ast.With)):
             yield from docstrings(child, dotted, max(depth, 1))
-        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        elif isinstance(child, DEFINITIONS):
             if not child.name.startswith("_"):
-                yield from of_definition(child, f"{dotted}.{child.name}", depth)
-        elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
-            if added := added_docstring(child.value):
-                yield added
-
-
-def of_definition(node, name: str, depth: int) -> Iterator[tuple[str, str]]:
-    """A function's docstring, or a class's and those inside it, three classes deep."""
-    if docstring(node) is not None:
-        yield name, docstring(node)
-    if isinstance(node, ast.ClassDef) and depth < 3:
-        yield from docstrings(node, name, depth + 1 if depth else 1)
+                yield from docstrings(child, f"{dotted}.{child.name}", depth + 1)
+        elif added := added_docstring(child):
+            yield added
 
 
 def statements(node) -> list[ast.AST]:
@@ -248,60 +220,42 @@ def statements(node) -> list[ast.AST]:
 
 
 def docstring(node) -> str | None:
-    first = node.body[0] if node.body else None
-    return string(first.value) if isinstance(first, ast.Expr) else None
+    is_documented = isinstance(node, (ast.Module, *DEFINITIONS))
+    return ast.get_docstring(node, clean=False) if is_documented else None
 
 
-def string(node) -> str | None:
-    """The value of a string literal."""
-    is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    return node.value if is_string else None
-
-
-def added_docstring(call: ast.Call) -> tuple[str, str] | None:
+def added_docstring(statement) -> tuple[str, str] | None:
     """(dotted name, docstring) of `add_newdoc("numpy", "ndarray", "...")` and the like.
 
     `add_docstr(torch.abs, "...")` is another; the docstring may be formatted or added up.
     """
-    called = call.func
-    function = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    called = call.func if isinstance(call, ast.Call) else None
+    function = getattr(called, "attr", getattr(called, "id", ""))
     if function not in NEWDOC or len(call.args) < 2:
         return None
     *path, doc = call.args
     if isinstance(doc, ast.Tuple) and len(doc.elts) == 2:  # ("method", "docstring")
         path, doc = [*path, doc.elts[0]], doc.elts[1]
-    inner = doc.func if isinstance(doc, ast.Call) else None
-    if isinstance(inner, ast.Attribute) and inner.attr == "format":
-        doc = inner.value
+    if isinstance(doc, ast.Call) and getattr(doc.func, "attr", "") == "format":
+        doc = doc.func.value
     while isinstance(doc, ast.BinOp):
         doc = doc.left
-    parts = [dotted_name(part) for part in path]
-    if string(doc) is None or not all(re.fullmatch(r"[\w.]+", part) for part in parts):
-        return None
-    return ".".join(parts), doc.value
-
-
-def dotted_name(node) -> str:
-    """`torch.abs` of an expression or a string; "" of anything else."""
-    if isinstance(node, ast.Attribute):
-        inner = dotted_name(node.value)
-        return inner and f"{inner}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else string(node) or ""
+    text = getattr(doc, "value", None)
+    names = [str(n.value) if isinstance(n, ast.Constant) else ast.unparse(n) for n in path]
+    is_named = all(re.fullmatch(r"[\w.]+", name) for name in names)
+    return (".".join(names), text) if is_named and isinstance(text, str) else None
 
 
 def comments(lines: list[str]) -> list[str]:
     """Blocks of two or more comment lines that read like prose."""
-    texts, block = [], []
-    for line in [*lines, ""]:
-        bare = line.strip()
-        if bare.startswith("#"):
-            block.append(bare.lstrip("#").strip())
-        elif block:
-            text = " ".join(filter(None, block))
-            if len(block) > 1 and len(text) > 80 and not NO_PROSE.search(text):
-                texts.append(text)
-            block = []
-    return texts
+    bare = [line.strip() for line in lines]
+    groups = itertools.groupby(bare, lambda line: line.startswith("#"))
+    blocks = [
+        [line.lstrip("#").strip() for line in block] for is_comment, block in groups if is_comment
+    ]
+    texts = [" ".join(filter(None, block)) for block in blocks if len(block) > 1]
+    return [text for text in texts if len(text) > 80 and not NO_PROSE.search(text)]
 
 
 # ------------------------------------------------------------------ one docstring
@@ -376,19 +330,16 @@ def normal(text: str) -> str:
 
 
 class Shingles:
-    """Runs of `size` words, as integers; one object gives one word one number."""
+    """Runs of `size` words, as integers; an object always gives a word the same number."""
 
     def __init__(self, size: int = 8):
         self.size = size
         self.numbers: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
 
     def of(self, plain: str) -> np.ndarray:
-        """The runs of a text from `normal`, each once."""
-        words = plain.split()
-        ids = np.fromiter(map(self.numbers.__getitem__, words), dtype=np.uint64, count=len(words))
-        runs = len(ids) - self.size + 1
-        if runs < 1:
-            return np.empty(0, dtype=np.uint64)
+        """The distinct runs of a text from `normal`, uint64."""
+        ids = np.fromiter(map(self.numbers.__getitem__, plain.split()), dtype=np.uint64)
+        runs = max(0, len(ids) - self.size + 1)
         code = np.zeros(runs, dtype=np.uint64)
         for i in range(self.size):
             code = code * np.uint64(0x9E3779B97F4A7C15) + ids[i : runs + i]
@@ -397,32 +348,20 @@ class Shingles:
 
 
 def repeated(texts: list[str], share: float = 0.5) -> np.ndarray:
-    """Which texts equal an earlier one or share their word runs with earlier ones; (n,) bool.
-
-    A text is repeated if earlier texts have more than `share` of its runs.
-    """
+    """Which texts equal an earlier one or have over `share` of their runs in earlier ones; (n,)."""
     shingles = Shingles()
     texts = [normal(text) for text in texts]
     codes = [shingles.of(text) for text in texts]
     sizes = np.array([len(code) for code in codes], dtype=np.int64)
     owner = np.repeat(np.arange(len(texts)), sizes)
-    runs = np.concatenate([*codes, np.empty(0, dtype=np.uint64)])
-    _, first, inverse = np.unique(runs, return_index=True, return_inverse=True)
-    seen = owner[first][inverse] != owner  # each run: does an earlier text have it?
+    # A text has each of its runs once: a duplicate is another text's.
+    seen = pd.Series(np.concatenate([*codes, np.empty(0, dtype=np.uint64)])).duplicated()
     earlier = np.bincount(owner, weights=seen, minlength=len(texts))
-    result = earlier > share * np.maximum(sizes, 1)
-    known: set[str] = set()
-    for i, text in enumerate(texts):
-        result[i] |= text in known
-        known.add(text)
-    return result
+    return (earlier > share * np.maximum(sizes, 1)) | pd.Series(texts).duplicated().to_numpy()
 
 
 def distinct(modules: list[Module]) -> list[Module]:
-    """Modules and items without near-duplicates; the first stays.
-
-    Model files are often copies of each other.
-    """
+    """Modules without items, and without code, that nearly repeat an earlier module's."""
     known: set[str] = set()
     result = []
     for module in modules:
@@ -439,10 +378,10 @@ def distinct(modules: list[Module]) -> list[Module]:
 
 
 def assign(modules: list[Module]) -> dict[str, str]:
-    """{sub-package: split}: whole ones, until test and validation have their share of the text.
+    """{sub-package: split}, whole sub-packages in a hash's order, until each split has its share.
 
-    Sub-packages come in the order of a hash. A sub-package of more than a third of a split's share
-    is for training, or the split would be about one subject.
+    A sub-package of more than a third of a split's share is for training, or the split would be
+    about one subject.
     """
     size: Counter = Counter()
     for module in modules:

@@ -19,6 +19,7 @@ from lib.corpus.pretraining import LONG
 from lib.corpus.tokenizer import lengths
 from lib.model.tokens import load_tokenizer
 from lib.pipeline import params
+from lib.pipeline.errors import require
 
 UNKNOWN = 0.05  # share of [UNK] among word pieces above which the page says so
 SAMPLE, CHARACTERS = 200, 2_000  # texts, and the beginning of each, that vocabulary is judged by
@@ -49,8 +50,7 @@ def check(profile: str, folder: str | Path, collection: str = "") -> dict[str, s
         *baselines(profile),
         *others(profile, folder),
     ]
-    if faults:
-        raise CorpusError("; and ".join(dict.fromkeys(faults)))
+    require(not faults, "; and ".join(dict.fromkeys(faults)))
     return {
         **splits(profile, tasks),
         **evidence(tasks["test"]),
@@ -79,25 +79,18 @@ def pairs(profile: str, collection: str, tasks: dict[str, list[Task]]) -> Iterat
         except CorpusError as error:
             yield str(error)
             return
-        chosen = [task for task in tasks[split] if named(task, s["tasks"])]
+        chosen = [task for task in tasks[split] if any(fnmatch(task.name, p) for p in s["tasks"])]
+        names = ", ".join(task.name for task in chosen or tasks[split])
         if not chosen:
             yield (
                 f"row {row} trains on tasks {', '.join(s['tasks'])}, and the {split} split has "
-                f"{names(tasks[split])}: correct finetune.tasks"
+                f"{names}: correct finetune.tasks"
             )
         elif len({text for task in chosen for text in task.documents.values()}) < 2:
             yield (
-                f"the {split} split has one document in all ({names(chosen)}): to learn what does "
-                "not answer takes a second one"
+                f"the {split} split has one document in all ({names}): to learn what does not "
+                "answer takes a second one"
             )
-
-
-def named(task: Task, patterns: list[str]) -> bool:
-    return any(fnmatch(task.name, pattern) for pattern in patterns)
-
-
-def names(tasks: list[Task]) -> str:
-    return ", ".join(task.name for task in tasks)
 
 
 def pretraining(profile: str, folder: str | Path, tokenizer) -> Iterator[str]:
@@ -118,7 +111,7 @@ def pretraining(profile: str, folder: str | Path, tokenizer) -> Iterator[str]:
 
 
 def too_little(kind: str, purpose: str, texts: list[str], tokenizer, length: int) -> str:
-    """Why the texts do not do, or ""."""
+    """Why the texts are not enough for examples of `length` tokens; "" if they are."""
     if not texts:
         return f"the pretraining text has no {kind} text {purpose}"
     if kind == "short":
@@ -144,10 +137,8 @@ def baselines(profile: str) -> Iterator[str]:
         if missing:
             yield f"row {row} needs {' and '.join(missing)}: `make interop` installs it"
         if "key" in s and not os.environ.get(s["key"], "").strip():
-            yield (
-                f"row {row} needs the environment variable {s['key']}: set it to the key of "
-                f"{s['url']}"
-            )
+            key, url = s["key"], s["url"]
+            yield f"row {row} needs the environment variable {key}: set it to the key of {url}"
 
 
 def others(profile: str, folder: str | Path) -> Iterator[str]:
@@ -182,18 +173,17 @@ def splits(profile: str, tasks: dict[str, list[Task]]) -> dict[str, str]:
 def evidence(test: list[Task]) -> dict[str, str]:
     queries = sum(len(task.queries) for task in test)
     known = sum(len(task.evidence) for task in test)
+    nothing = (
+        "nothing says where in its document an answer stands: figures by place and the needle are "
+        "left out, figures by the length of the answering document stand in"
+    )
+    part = (
+        f"of {known:,} of {queries:,} test queries it is known where their answer stands; figures "
+        "by place are about those"
+    )
     if known == queries:
         return {}
-    if not known:
-        return {
-            "no evidence is known": "nothing says where in its document an answer stands: figures "
-            "by place and the needle are left out, figures by the length of the answering document "
-            "stand in"
-        }
-    return {
-        "evidence is known in part": f"of {known:,} of {queries:,} test queries it is known where "
-        "their answer stands; figures by place are about those"
-    }
+    return {"evidence is known in part": part} if known else {"no evidence is known": nothing}
 
 
 def long_documents(profile: str, test: list[Task], tokenizer) -> dict[str, str]:
@@ -201,13 +191,12 @@ def long_documents(profile: str, test: list[Task], tokenizer) -> dict[str, str]:
     texts = list({text for task in test for text in task.documents.values()})
     pairs_of = zip(texts, lengths(tokenizer, texts).tolist())
     longer = sum(len(text) > 3 * longest and count > longest - 2 for text, count in pairs_of)
-    if not longer:
-        return {}
-    return {
-        f"documents longer than {longest:,} tokens": f"{longer:,} of {len(texts):,} test documents:"
-        f" the longest row of {profile} reads their first {longest:,} tokens, BM25 everything "
-        f"(lengths.{profile} in params.yaml)"
-    }
+    what = f"documents longer than {longest:,} tokens"
+    consequence = (
+        f"{longer:,} of {len(texts):,} test documents: the longest row of {profile} reads their "
+        f"first {longest:,} tokens, BM25 everything (lengths.{profile} in params.yaml)"
+    )
+    return {what: consequence} if longer else {}
 
 
 def vocabulary(test: list[Task], tokenizer) -> dict[str, str]:
@@ -215,9 +204,8 @@ def vocabulary(test: list[Task], tokenizer) -> dict[str, str]:
     texts = [text[:CHARACTERS] for task in test for text in islice(task.documents.values(), SAMPLE)]
     ids = [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
     share = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
-    if share < UNKNOWN:
-        return {}
-    return {
-        "words that the tokenizer does not know": f"{100 * share:.0f} % of the word pieces of the "
-        "documents are [UNK]: give TEXT in the collection's language, or data.tokenizer"
-    }
+    consequence = (
+        f"{100 * share:.0f} % of the word pieces of the documents are [UNK]: give TEXT in the "
+        "collection's language, or data.tokenizer"
+    )
+    return {"words that the tokenizer does not know": consequence} if share >= UNKNOWN else {}

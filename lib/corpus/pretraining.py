@@ -5,19 +5,21 @@
     folder_text(folder)                anybody's: parquet, jsonl or txt files
 
 A text is "long" if it has more than LONG characters, else "short". The split is "train", or
-"validation" for one source in HELD_OUT: what is measured on was never trained on.
+"validation" for one source in HELD_OUT.
 """
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from lib.benchmark.sources import read_jsonl, read_parquet
+from lib.benchmark.sources import read_jsonl, read_parquet, readable
 from lib.benchmark.task import SPLITS, CorpusError
 from lib.corpus.packages import Module, Shingles, normal, sha256
+from lib.model.tokens import encodable
+from lib.pipeline.errors import require
 
 Row = tuple[str, str, str, str]
 
@@ -30,17 +32,12 @@ REPEATED = 0.2  # share of a readme's word runs that held-out documents may have
 HUB_TEXT = {
     "c4": ("allenai/c4", "en", None, 1),
     "wikipedia": ("wikimedia/wikipedia", "20231101.en", None, 1),
-    # BookCorpus has sentences as its rows.
-    "bookcorpus": ("bookcorpus/bookcorpus", None, "refs/convert/parquet", 256),
+    "bookcorpus": ("bookcorpus/bookcorpus", None, "refs/convert/parquet", 256),  # of sentences
 }
 
 
 def embedded_text(modules: dict[str, list[Module]], readmes: dict[str, str]) -> list[Row]:
-    """Text of the training modules: docstrings and comments are short, pages and sources long.
-
-    A section of a package's readme comes along if it shares few word runs with the documents of the
-    other splits.
-    """
+    """Text of the training modules: docstrings and comments are short, pages and sources long."""
     rows = []
     for module in modules["train"]:
         split = held_out(module.name)
@@ -54,6 +51,7 @@ def embedded_text(modules: dict[str, list[Module]], readmes: dict[str, str]) -> 
 
 
 def readme_rows(modules: dict[str, list[Module]], readmes: dict[str, str]) -> list[Row]:
+    """The sections of readmes that share few word runs with the documents of the other splits."""
     shingles = Shingles()
     items = [item for split in SPLITS[1:] for module in modules[split] for item in module.items]
     last = np.array([2**64 - 1], dtype=np.uint64)  # every search ends at it, if not before
@@ -75,21 +73,19 @@ def held_out(source: str) -> str:
 
 
 def as_rows(texts: list[tuple[str, str]]) -> list[Row]:
-    """Rows of (text, source): one text in HELD_OUT of each kind, or more, is for validation."""
+    """Rows of (text, source), the short ones first."""
     rows = []
     for kind in ("short", "long"):
         same = [(text, source) for text, source in texts if (len(text) > LONG) == (kind == "long")]
-        splits = divided(same)
-        rows += [(text, source, kind, split) for (text, source), split in zip(same, splits)]
+        rows += [(*text, kind, split) for text, split in zip(same, divided(same))]
     return rows
 
 
 def divided(texts: list[tuple[str, str]]) -> list[str]:
-    """The split of each (text, source).
+    """The split of each (text, source): one text in HELD_OUT, or more, is for validation.
 
-    Sources go together, if this holds out between a quarter of 1 / HELD_OUT and five times as much.
-    If not (all texts of one source, or each of a few), texts are held out by their own hash. Equal
-    texts go together.
+    A source is held out as a whole, if this holds out between a quarter of 1 / HELD_OUT and five
+    times as much. If not (the texts have one source, or few), texts are held out by their own hash.
     """
     splits = [held_out(source) for _, source in texts]
     if 0.25 <= HELD_OUT * splits.count("validation") / max(1, len(texts)) <= 5:
@@ -106,55 +102,38 @@ def folder_text(folder: Path) -> list[Row]:
     Raises:
         CorpusError: no folder, no text, or a file that cannot be read.
     """
-    if not folder.is_dir():
-        raise CorpusError(
-            f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, "
-            "jsonl or txt files"
-        )
+    require(
+        folder.is_dir(),
+        f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, jsonl "
+        "or txt files",
+    )
     texts = []
-    for path in text_files(folder):
-        found = texts_of(path, path.relative_to(folder).as_posix())
-        for number, (text, source) in enumerate(found, start=1):
-            if not isinstance(text, str):
-                other = "null" if text is None else type(text).__name__
-                raise CorpusError(
-                    f"{path}: text {number} is {other}: give every row a text, or take it out"
-                )
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = name.startswith(".") or "/." in name
+        if hidden or path.suffix not in (".parquet", ".jsonl", ".txt") or not path.is_file():
+            continue
+        for number, row in enumerate(rows_of(path, name)):
+            text, source = row["text"], str(row.get("source", f"{name}#{number}"))
+            kind = "null" if text is None else type(text).__name__
+            message = f"{path}: text {number + 1} is {kind}: give every row a text, or take it out"
+            require(isinstance(text, str), message)
             if text.strip():
-                texts.append((writable(text), writable(str(source))))
-    if not texts:
-        raise CorpusError(
-            f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt "
-            "files"
-        )
+                texts.append((encodable(text), encodable(source)))
+    require(
+        texts,
+        f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt files",
+    )
     return as_rows(texts)
 
 
-def text_files(folder: Path) -> Iterator[Path]:
-    """Its parquet, jsonl and txt files at any depth, in order, without hidden ones."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix in (".parquet", ".jsonl", ".txt") and path.is_file() and not hidden:
-            yield path
-
-
-def texts_of(path: Path, name: str) -> list[tuple]:
-    """(text, source) of each row; a row without a source is one."""
-    if path.suffix == ".txt":
-        try:
-            return [(path.read_text(encoding="utf-8-sig"), name)]
-        except UnicodeDecodeError:
-            raise CorpusError(f"{path}: is not UTF-8 text: convert it, or take it out") from None
+def rows_of(path: Path, name: str) -> Iterable[dict]:
+    if path.suffix == ".parquet":
+        return read_parquet(path, ["text"], optional=["source"])
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path, ("text",))
-    else:
-        rows = read_parquet(path, ["text"], optional=["source"])
-    return [(row["text"], row.get("source", f"{name}#{number}")) for number, row in enumerate(rows)]
-
-
-def writable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and no file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return read_jsonl(path, ("text",))
+    with readable(path, way="convert it, or take it out"):
+        return [{"text": path.read_text(encoding="utf-8-sig"), "source": name}]
 
 
 def hub_text(most: int) -> list[Row]:
@@ -168,15 +147,12 @@ def hub_text(most: int) -> list[Row]:
     texts: list[tuple[str, str]] = []
     for name, (identifier, configuration, revision, joined) in HUB_TEXT.items():
         try:
-            stream = iter(
-                datasets.load_dataset(
-                    identifier, configuration, split="train", revision=revision, streaming=True
-                )
+            rows = datasets.load_dataset(
+                identifier, configuration, split="train", revision=revision, streaming=True
             )
-            for number in range(most):
-                parts = [row["text"] for row in itertools.islice(stream, joined)]
-                if not parts:
-                    break
+            lines = (row["text"] for row in rows)
+            batches = iter(lambda lines=lines, n=joined: list(itertools.islice(lines, n)), [])
+            for number, parts in enumerate(itertools.islice(batches, most)):
                 texts.append(("\n".join(parts), f"{name}#{number}"))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

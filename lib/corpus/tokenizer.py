@@ -21,39 +21,37 @@ COPIES = 10_000  # of the most frequent word: the trainer takes text, not counts
 def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary: int):
     """The tokenizer that `data.tokenizer` names: "embedded", a hub id or a folder.
 
+    An embedded one is trained on all short training texts of the rows (text, source, kind, split)
+    and on every fourth long text.
+
     Raises:
         CorpusError: neither a tokenizer's folder nor an id that can be fetched.
     """
     if name == "embedded":
-        return train_tokenizer(training_text(rows), vocabulary)
+        short, long = (
+            [text for text, _, *row in rows if row == [kind, "train"]] for kind in ("short", "long")
+        )
+        return train_tokenizer(short + long[::4], vocabulary)
     try:
         return given_tokenizer(name)
     except CorpusError as error:
         raise CorpusError(f"{error}; or set data.tokenizer to embedded") from None
 
 
-def training_text(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
-    """All short training texts and every fourth long one, of rows (text, source, kind, split)."""
-    by_kind = {"short": [], "long": []}
-    for text, _, kind, split in rows:
-        if split == "train":
-            by_kind[kind].append(text)
-    yield from by_kind["short"]
-    yield from by_kind["long"][::4]
-
-
 def train_tokenizer(texts: Iterable[str], vocabulary: int):
     """A lower-casing WordPiece tokenizer of at most `vocabulary` pieces.
 
-    The library's trainer numbers the `##c` pieces of single characters in hash order. Here they are
-    handed in, numbered, and the model is rebuilt from the finished vocabulary.
+    The library's trainer numbers the `##c` pieces of single characters in hash order. Here they
+    have their numbers before it starts, and the model is rebuilt from the finished vocabulary.
     """
     import tokenizers
 
-    words = Counter()
+    words, characters = Counter(), Counter()
     for text in texts:
         words.update(re.findall(r"[^\W_]+|_|[^\w\s]", text.lower()))
-    alphabet = frequent_characters(words)
+    for word, n in words.items():
+        characters.update(dict.fromkeys(word, n))
+    alphabet = sorted(character for character, n in characters.items() if n >= OFTEN)[:ALPHABET]
     trained = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     trained.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     trainer = tokenizers.trainers.WordPieceTrainer(
@@ -68,18 +66,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int):
     return wordpiece(trained.get_vocab())
 
 
-def frequent_characters(words: Counter) -> list[str]:
-    """The alphabet: characters that are frequent enough, in the order of their code points."""
-    characters = Counter()
-    for word, n in words.items():
-        for character in set(word):
-            characters[character] += n
-    return sorted(character for character, n in characters.items() if n >= OFTEN)[:ALPHABET]
-
-
 def in_proportion(words: Counter, alphabet: set[str]) -> Iterator[str]:
     """Each word that occurs twice and has known letters, repeated in proportion to its count."""
-    scale = max(1.0, words.most_common(1)[0][1] / COPIES) if words else 1.0
+    scale = max(1.0, max(words.values(), default=0) / COPIES)
     for word, n in sorted(words.items()):
         if n > 1 and alphabet.issuperset(word):
             yield " ".join([word] * max(1, round(n / scale)))
@@ -87,10 +76,7 @@ def in_proportion(words: Counter, alphabet: set[str]) -> Iterator[str]:
 
 def lengths(tokenizer, texts: list[str]) -> np.ndarray:
     """Word pieces of each text, without [CLS] and [SEP]; (len(texts),) int64."""
-    backend = tokenizer.backend_tokenizer
-    encode = getattr(backend, "encode_batch_fast", backend.encode_batch)
-    counts = []
+    encode, counts = tokenizer.backend_tokenizer.encode_batch_fast, []
     for start in range(0, len(texts), 4096):
-        encodings = encode(texts[start : start + 4096], add_special_tokens=False)
-        counts += [len(encoding) for encoding in encodings]
+        counts += map(len, encode(texts[start : start + 4096], add_special_tokens=False))
     return np.array(counts, dtype=np.int64)

@@ -560,7 +560,7 @@ UNUSABLE = [
         ["nowhere is no folder", "data.pretraining"],
     ),
     (emptied, ["text has no text", "a column `text`"]),
-    (spoil("b.txt", "é".encode("latin-1")), ["text/b.txt: is not UTF-8"]),
+    (spoil("b.txt", "é".encode("latin-1")), ["text/b.txt cannot be read as UTF-8", "convert it"]),
     (spoil("b.jsonl", '{"text": "é"}\n'.encode("latin-1")), ["text/b.jsonl:1:", "no JSON object"]),
     (spoil("b.jsonl", '{"text": "owl"}\n{"text": null}\n'), ["text/b.jsonl: text 2 is null"]),
     (spoil("b.jsonl", '{"text": "owl"}\n\n{"text": "ow'), ["text/b.jsonl:3:", "no JSON object"]),

@@ -6,7 +6,7 @@ import pytest
 from parts import candidates
 
 from lib.corpus.documents import Document
-from lib.corpus.tasks import Candidate, Limits, Tables, most_useful
+from lib.corpus.tasks import Candidate, Tables, most_useful
 
 
 def test_most_useful_takes_documents_that_answer_first():
@@ -14,10 +14,11 @@ def test_most_useful_takes_documents_that_answer_first():
         {"deep": d, "shallow": s}
         for d, s in (([], []), ([1], []), ([], [0]), ([], []), ([1], [0]), ([], [0]))
     ]
-    made = [Candidate(Document("", [], [], 0), asked, []) for asked in chosen]
+    document = Document("", [], [], 0)
+    made = [Candidate(document, asked, [str(i)]) for i, asked in enumerate(chosen)]
 
     def keep(most):
-        return most_useful(made, ["deep", "shallow"], most)
+        return [int(kept.queries[0]) for kept in most_useful(made, most)]
 
     assert keep(None) == keep(6) == keep(9) == [0, 1, 2, 3, 4, 5]
     assert (
@@ -32,7 +33,7 @@ def test_most_useful_takes_documents_that_answer_first():
 
 def test_tasks_on_one_collection_share_ids_and_texts_and_evidence_is_a_share_of_characters():
     tables = Tables()
-    tables.add("book", "test", candidates("owls see", "hens do not"), Limits())
+    tables.add("book", "test", candidates("owls see", "hens do not"))
     assert tables.documents["test"] == [
         (f"book_test_Passage_{i}", task, text)
         for i, text in enumerate(["head0 owls see", "head1 hens do not"])
@@ -63,7 +64,6 @@ def test_a_query_that_another_document_holds_is_asked_in_training_only(split, as
         candidates(
             "owls see", "hens do not", "The TAIL: number 1\nof it! the tail number 0 of its kind"
         ),
-        Limits(),
     )
     assert [query for _, task, query, _ in tables.queries[split] if task == "deep"] == [
         f"the tail number {i} of it" for i in asked
@@ -77,7 +77,7 @@ def test_limits_hold_and_a_task_that_nobody_asks_has_no_documents():
         candidate._replace(asked={"deep": [1] if i % 2 else [], "shallow": []})
         for i, candidate in enumerate(candidates(*"abcdefghij"))
     ]
-    tables.add("book", "test", made, Limits(6, 3))
+    tables.add("book", "test", made, (6, 3))
     assert Counter(task for _, task, _ in tables.documents["test"]) == {"deep": 6}
     assert len(tables.queries["test"]) == len(tables.evidence["test"]) == 3
     assert {pid for *_, pids in tables.queries["test"] for pid in pids} <= {
@@ -85,5 +85,5 @@ def test_limits_hold_and_a_task_that_nobody_asks_has_no_documents():
     }
     answering = [text for _, _, text in tables.documents["test"] if int(text[4]) % 2]
     assert len(answering) == 5  # all that answer, and one that does not
-    tables.add("none", "test", [], Limits(6, 3))
+    tables.add("none", "test", [], (6, 3))
     assert len(tables.documents["test"]) == 6
