@@ -3,7 +3,7 @@
     card(model, about)      Markdown, its head as the Hugging Face hub reads it
 
 Everything comes from the model's config and from the record that goes into training.json
-(see `checkpoint.save`), so the card cannot say anything else than these two.
+(see `checkpoint.save`).
 """
 
 import json
@@ -65,7 +65,10 @@ def card(model, about: dict) -> str:
     retrieves = not isinstance(model, M2BertForMaskedLM)
     profile = f" ({about['profile']})" if about.get("profile") else ""
     lineage = {"Starts from": about.get("starts_from"), **about.get("trained_on", {})}
-    settings = about.get("settings")
+    settings = "Unknown."
+    if about.get("settings"):
+        text = json.dumps(about["settings"], indent=1, sort_keys=True)
+        settings = f"sha256 `{fingerprint(about['settings'])}`\n\n```json\n{text}\n```"
     return CARD.format(
         library="sentence-transformers" if retrieves else "transformers",
         task="sentence-similarity" if retrieves else "fill-mask",
@@ -76,45 +79,39 @@ def card(model, about: dict) -> str:
         facts=table(facts(model, retrieves)),
         lineage=table({name: value for name, value in lineage.items() if value is not None}),
         metrics=table(about.get("metrics", {})),
-        settings="Unknown."
-        if not settings
-        else f"sha256 `{fingerprint(settings)}`\n\n```json\n"
-        f"{json.dumps(settings, indent=1, sort_keys=True)}\n```",
+        settings=settings,
     )
 
 
 def facts(model, retrieves: bool) -> dict[str, str]:
-    c = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    pooled = "the first token" if c.pooling == "cls" else "the mean over tokens"
-    embedding = (
-        f"{c.hidden_size} dimensions, compared by cosine; tanh pooling of {pooled};"
-        " not normalised in `pooler_output`"
-    )
+    config, length = model.config, f"{model.config.max_position_embeddings:,} tokens"
+    pooled = "the first token" if config.pooling == "cls" else "the mean over tokens"
+    embedding = f"{config.hidden_size} dimensions, compared by cosine; tanh pooling of {pooled};"
+    embedding += " not normalised in `pooler_output`"
     padding = "leaks into the embedding: pad as in training"
-    if c.pad_to_max_length:
-        padding = f"every text is padded to {c.max_position_embeddings:,} tokens inside `forward`,"
-        padding += " as the weights were trained"
-    if c.mask_padding:
+    if config.pad_to_max_length:
+        padding = f"every text is padded to {length} inside `forward`, as the weights were trained"
+    if config.mask_padding:
         padding = "masked: an embedding does not depend on its batch"
+    parameters = sum(weight.numel() for weight in model.parameters())
+    layers = f"{config.num_hidden_layers}, width {config.hidden_size}, {parameters:,} parameters,"
     return {
-        "Context length": f"up to {c.max_position_embeddings:,} tokens",
+        "Context length": f"up to {length}",
         **({"Embedding": embedding} if retrieves else {}),
-        "Layers": f"{c.num_hidden_layers}, width {c.hidden_size}, {parameters:,} parameters,"
-        f" vocabulary {c.vocab_size:,}",
+        "Layers": f"{layers} vocabulary {config.vocab_size:,}",
         "Padding": padding,
     }
 
 
 def table(rows: dict) -> str:
     """A table of two columns without a head."""
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
     lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines]) if lines else "Unknown."
-
-
-def cell(value) -> str:
-    if isinstance(value, float):
-        value = f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value:,}"
-    return str(value).replace("|", "\\|").replace("\n", " ")

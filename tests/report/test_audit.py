@@ -27,57 +27,30 @@ def printed(house):
 def real(name: str, missing: int = 0, dropped: int = 0) -> Task:
     """A task as large as LoCoV1's own of that name, or `missing` documents smaller."""
     described = locov1.LOCOV1[name]
-    return Task(
-        f"hub/{name}",
-        "test",
-        {
-            f"d{i}": "x" * described.document_characters
-            for i in range(described.test_documents - missing - dropped)
-        },
-        {f"q{i}": "y" * described.query_characters for i in range(described.test_queries)},
-        {},
-        dropped=dropped,
-        source="hub",
-    )
+    count = described.test_documents - missing - dropped
+    documents = {f"d{i}": "x" * described.document_characters for i in range(count)}
+    queries = {f"q{i}": "y" * described.query_characters for i in range(described.test_queries)}
+    return Task(f"hub/{name}", "test", documents, queries, {}, dropped=dropped, source="hub")
 
 
 def scored(row: str, values: dict[str, list[float]]) -> None:
     """What notebook 06 leaves of a row: nDCG@10 of each query, by task."""
-    lines = [
-        {
-            "task": task,
-            "source": task.partition("/")[0] if "/" in task else "",
-            "reads": "all",
-            "qid": f"q{i}",
-            "ndcg@10": value,
-        }
-        for task, own in values.items()
-        for i, value in enumerate(own)
-    ]
-    (params.data("laptop") / "runs" / row).mkdir(parents=True)
-    pd.DataFrame(lines).to_parquet(params.data("laptop") / "runs" / row / "per_query.parquet")
-    means = {
-        task: {
-            **({"source": task.partition("/")[0]} if "/" in task else {}),
-            "ndcg@10": float(np.mean(own)),
-            "low": min(own),
-            "high": max(own),
-        }
-        for task, own in values.items()
-    }
-    results.metric(
-        {"reads_tokens": 1, "scores": {"all": means}},
-        "evaluate",
-        row,
-        params.data("laptop"),
-        "laptop",
-    )
+    data = params.data("laptop")
+    lines, means = [], {}
+    for task, own in values.items():
+        source = task.partition("/")[0] if "/" in task else ""
+        shared = {"task": task, "source": source, "reads": "all"}
+        lines += [shared | {"qid": f"q{i}", "ndcg@10": value} for i, value in enumerate(own)]
+        means[task] = {"ndcg@10": float(np.mean(own)), "low": min(own), "high": max(own)}
+        means[task] |= {"source": source} if source else {}
+    (data / "runs" / row).mkdir(parents=True)
+    pd.DataFrame(lines).to_parquet(data / "runs" / row / "per_query.parquet")
+    results.metric({"reads_tokens": 1, "scores": {"all": means}}, "evaluate", row, data, "laptop")
 
 
 def by_cell(frame: pd.DataFrame) -> dict:
-    return {
-        (line["table"], line["line"], line["column"]): line for line in frame.to_dict("records")
-    }
+    lines = frame.to_dict("records")
+    return {(line["table"], line["line"], line["column"]): line for line in lines}
 
 
 def test_every_number_of_a_table_gets_a_verdict(house):
@@ -90,83 +63,53 @@ def test_every_number_of_a_table_gets_a_verdict(house):
         ("opl", "score"): ((40.0, 39.0, 41.0), "b"),
         ("x", "score"): (None, "c"),
     }
-    lines = audit.cells(
-        "table8_loss", "loss", ours, lambda line, column: ("cannot run here", f"{line} {column}")
-    )
+    lines = audit.cells("table8_loss", "loss", ours, lambda line: ("cannot run here", f"no {line}"))
     told = {(line["line"], line["column"]): (line["verdict"], line["why"]) for line in lines}
     assert told == {
         ("mnrl", "score"): ("matches", "a"),
         ("opl", "score"): ("differs", "b"),
         ("x", "score"): ("not run", "c"),
-        **{
-            (name, "batch"): ("cannot run here", f"{name} batch")
-            for name in ("mnrl", "opl", "prototype", "x")
-        },
+    } | {
+        (name, "batch"): ("cannot run here", f"no {name}")
+        for name in "mnrl opl prototype x".split()
     }
-    assert lines[1] == {
-        "table": "Table 8",
-        "line": "mnrl",
-        "column": "score",
-        "the paper's": "70.4",
-        "ours": "70.0 [69.0, 71.0]",
-        "verdict": "matches",
-        "why": "a",
-    }
-    assert (
-        len(
-            audit.cells("table8_loss", ["loss", "batch"], {}, lambda *_: ("not run", ""), ["score"])
-        )
-        == 3
-    )
+    assert list(lines[1].items()) == [
+        ("table", "Table 8"),
+        ("line", "mnrl"),
+        ("column", "score"),
+        ("the paper's", "70.4"),
+        ("ours", "70.0 [69.0, 71.0]"),
+        ("verdict", "matches"),
+        ("why", "a"),
+    ]
+    key, reason = ["loss", "batch"], ("not run", "")
+    assert len(audit.cells("table8_loss", key, {}, reason, ["score"])) == 3
 
 
 def test_without_a_run_nothing_matches_and_every_number_has_its_reason(printed):
     frame = audit.paper_cells("laptop", [], READ, UNKNOWN)
-    assert list(frame.columns) == [
-        "table",
-        "line",
-        "column",
-        "the paper's",
-        "ours",
-        "verdict",
-        "why",
-    ]
-    assert (
-        set(frame["verdict"]) == {"not run", "cannot run here"}
-        and set(frame["ours"]) == {"–"}
-        and (frame["why"].str.len() > 3).all()
-    )
+    assert list(frame.columns) == audit.COLUMNS
+    assert set(frame["verdict"]) == {"not run", "cannot run here"} and set(frame["ours"]) == {"–"}
+    assert (frame["why"].str.len() > 3).all()
     assert not frame.duplicated(["table", "line", "column"]).any()
-    assert set(frame["table"]) == {
-        f"Table {n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 21, 22)
-    }
+    numbers = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 21, 22)
+    assert set(frame["table"]) == {f"Table {number}" for number in numbers}
 
 
 def test_a_number_of_our_own_stands_beside_the_papers_with_the_corpus_named(printed):
-    scored(
-        "opl", {"book_1_deep": [0.9, 1.0], "notes": [0.9, 1.0], "other/qmsum": [0.0, 0.0]}
-    )  # what is of another source is not ours
-    read = pd.DataFrame(
-        [["the corpus", "length of the answer", "reads_32k", "below 2k", 10, 100.0, 100.0, 100.0]],
-        columns=READ.columns,
-    )
+    # What is of another source is not ours.
+    scored("opl", {"book_1_deep": [0.9, 1.0], "notes": [0.9, 1.0], "other/qmsum": [0.0, 0.0]})
+    line = ["the corpus", "length of the answer", "reads_32k", "below 2k", 10, 100.0, 100.0, 100.0]
+    read = pd.DataFrame([line], columns=READ.columns)
     found = by_cell(audit.paper_cells("laptop", [], read, UNKNOWN | {"warm_32k": [0.3, 0.2, 0.9]}))
     opl = found["Table 8", "opl", "score"]
-    assert (
-        opl["ours"].startswith("95.0 [9")
-        and opl["verdict"] == "matches"
-        and opl["why"].startswith("opl: our own tasks")
-        and "laptop" in opl["why"]
-    )
+    assert opl["ours"].startswith("95.0 [9") and opl["verdict"] == "matches"
+    assert opl["why"].startswith("opl: our own tasks") and "laptop" in opl["why"]
     assert found["Table 8", "mnrl", "score"]["verdict"] == "not run"
-    assert (
-        found["Table 7", "warm", "mlm_accuracy"]["ours"] == "30.0 [20.0, 90.0]"
-        and found["Table 7", "cold", "mlm_accuracy"]["ours"] == "–"
-    )
-    assert (
-        found["Table 22", "M2-BERT-32k", "below 2k"]["ours"] == "100.0 [100.0, 100.0]"
-        and found["Table 22", "M2-BERT-32k", "2k to 8k"]["ours"] == "–"
-    )
+    assert found["Table 7", "warm", "mlm_accuracy"]["ours"] == "30.0 [20.0, 90.0]"
+    assert found["Table 7", "cold", "mlm_accuracy"]["ours"] == "–"
+    assert found["Table 22", "M2-BERT-32k", "below 2k"]["ours"] == "100.0 [100.0, 100.0]"
+    assert found["Table 22", "M2-BERT-32k", "2k to 8k"]["ours"] == "–"
 
 
 def test_only_a_task_of_the_papers_size_is_the_papers_task(printed):
@@ -174,51 +117,38 @@ def test_only_a_task_of_the_papers_size_is_the_papers_task(printed):
     tasks = [real("qmsum", dropped=2), real("qasper_title", missing=1)]
     assert audit.Measured("laptop", tasks, READ).real == {"qmsum": tasks[0]}
     found = by_cell(audit.paper_cells("laptop", tasks, READ, UNKNOWN))
-    assert found["Table 13", "M2-BERT-128", "qmsum"]["ours"] == "50.0 [50.0, 50.0]" and found[
-        "Table 13", "M2-BERT-128", "qmsum"
-    ]["why"].startswith("reads_128 on the real qmsum; not the paper's weights")
-    assert (
-        found["Table 13", "M2-BERT-128", "qasper_title"]["verdict"] == "not run"
-        and found["Table 13", "M2-BERT-128", "average"]["ours"] == "–"
-    )
-    assert (
-        found["Table 10", "qmsum", "test_documents"]["verdict"] == "matches"
-        and found["Table 10", "qasper_title", "test_documents"]["verdict"] == "not run"
-    )
+    qmsum = found["Table 13", "M2-BERT-128", "qmsum"]
+    assert qmsum["ours"] == "50.0 [50.0, 50.0]"
+    assert qmsum["why"].startswith("reads_128 on the real qmsum; not the paper's weights")
+    assert found["Table 13", "M2-BERT-128", "qasper_title"]["verdict"] == "not run"
+    assert found["Table 13", "M2-BERT-128", "average"]["ours"] == "–"
+    assert found["Table 10", "qmsum", "test_documents"]["verdict"] == "matches"
+    assert found["Table 10", "qasper_title", "test_documents"]["verdict"] == "not run"
 
 
 def test_an_average_is_over_tasks_whatever_their_size(printed):
-    tasks = [real("qmsum"), real("qasper_title")]
+    tasks, names = [real("qmsum"), real("qasper_title")], ["qmsum", "qasper_title"]
     scored("bm25", {"hub/qmsum": [1.0] * 9, "hub/qasper_title": [0.0]})
     measured = audit.Measured("laptop", tasks, READ)
-    assert measured.on_average("bm25", ["qmsum", "qasper_title"]) == pytest.approx(
-        (50.0, 50.0, 50.0)
-    )
-    assert measured.on_average("opl", ["qmsum", "qasper_title"]) is None
+    assert measured.on_average("bm25", names) == pytest.approx((50.0, 50.0, 50.0))
+    assert measured.on_average("opl", names) is None
 
 
 def test_the_authors_weights_stand_before_ours_and_windows_beside_the_beginning(house):
-    assert {model: found for model, found in audit.stand_ins("laptop").items() if found} == {
-        model: [row] for model, row in audit.LADDER.items()
-    } | {"BM25": ["bm25"]}
+    ours = {model: [row] for model, row in audit.LADDER.items()} | {"BM25": ["bm25"]}
+    assert {model: rows for model, rows in audit.stand_ins("laptop").items() if rows} == ours
     text = (house / "params.yaml").read_text(encoding="utf-8")
+    published = "published: &published"
+    theirs = "\n  theirs: {checkpoint: togethercomputer/m2-bert-80M-32k-retrieval}"
+    bge = "{model: BAAI/bge-large-en-v1.5"
     for old, new in (
-        (
-            "published: &published {}",
-            "published: &published\n"
-            "  theirs: {checkpoint: togethercomputer/m2-bert-80M-32k-retrieval}",
-        ),
-        (
-            "\nbaselines:\n",
-            "\nbaselines:\n  bge: {model: BAAI/bge-large-en-v1.5}\n"
-            "  bge_chunks: {model: BAAI/bge-large-en-v1.5, chunk: best}\n",
-        ),
+        (f"{published} {{}}", published + theirs),
+        ("\nbaselines:\n", f"\nbaselines:\n  bge: {bge}}}\n  bge_chunks: {bge}, chunk: best}}\n"),
     ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     (house / "params.yaml").write_text(text, encoding="utf-8")
     found = audit.stand_ins("laptop")
     assert found["M2-BERT-32k"] == ["theirs", "reads_32k"] and found["M2-BERT-2k"] == ["reads_2k"]
-    assert found["BGE-Large zero-shot"] == ["bge"] and found["BGE-Large zero-shot, chunks"] == [
-        "bge_chunks"
-    ]
+    assert found["BGE-Large zero-shot"] == ["bge"]
+    assert found["BGE-Large zero-shot, chunks"] == ["bge_chunks"]
