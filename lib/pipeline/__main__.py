@@ -4,14 +4,19 @@ python -m lib.pipeline strip notebooks data/source      notebooks without output
 python -m lib.pipeline strip --in-place notebooks       the same in place, before a commit
 python -m lib.pipeline run 03_pretrain pretrain mixed_2k --profile laptop
 python -m lib.pipeline repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value]
-                             [arguments of `dvc repro`]
+                             [arguments of `dvc repro`, such as finetune@opl]
 python -m lib.pipeline report [PROFILE] [--data=FOLDER]
+
+--data   the tasks: a folder in any layout of lib/benchmark/sources.py, hub, or longembed
+--text   the pretraining text: a folder of parquet, jsonl or txt, or hub
+--set    "section.key=value …", over what params.yaml says for this run alone
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from lib.pipeline import notebook, profile
 from lib.pipeline.errors import WorkbenchError
 
 
@@ -22,7 +27,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__.partition("\n\n")[2], end="", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except WorkbenchError as error:
         print(error, file=sys.stderr)
     except OSError as error:
@@ -39,9 +44,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"python -m lib.pipeline {command}")
 
 
-def strip(arguments: list[str]) -> int:
-    from lib.pipeline import notebook
-
+def strip(arguments: list[str]) -> None:
     reader = parser("strip")
     reader.add_argument("--in-place", action="store_true")
     reader.add_argument("source", type=Path)
@@ -50,43 +53,21 @@ def strip(arguments: list[str]) -> int:
     if options.in_place == bool(options.destination):
         reader.error("give a destination, or --in-place")
     notebook.strip(options.source, options.destination or options.source)
-    return 0
 
 
-def run(arguments: list[str]) -> int:
-    from lib.pipeline import notebook
-
+def run(arguments: list[str]) -> None:
     reader = parser("run")
     reader.add_argument("notebook", help="its name in data/source, without .ipynb")
     reader.add_argument("stage")
     reader.add_argument("row", nargs="?")
     reader.add_argument("--profile", required=True)
     reader.add_argument("--measured", action="store_true", help="write it to the timings")
-    cost = notebook.run_stage(**vars(reader.parse_intermixed_args(arguments)))
+    cost = notebook.run(**vars(reader.parse_intermixed_args(arguments)))
     print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
-    return 0
 
 
-def repro(arguments: list[str]) -> int:
-    from lib.pipeline import profile
-
-    return profile.repro(arguments)
-
-
-def report(arguments: list[str]) -> int:
-    from lib.pipeline import profile
-
-    return profile.report(arguments)
-
-
-def kernel(arguments: list[str]) -> int:
-    from lib.pipeline import notebook
-
-    notebook.kernel(arguments)
-    return 0
-
-
-COMMANDS = {"strip": strip, "run": run, "repro": repro, "report": report, "kernel": kernel}
+COMMANDS = {"strip": strip, "run": run, "kernel": notebook.kernel}
+COMMANDS |= {"repro": profile.repro, "report": profile.report}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

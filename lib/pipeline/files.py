@@ -18,11 +18,7 @@ from urllib.parse import quote
 
 
 def write(path: str | Path, text: str) -> None:
-    """The whole text under that name (UTF-8, lines end in \\n), or what was there before.
-
-    Raises:
-        OSError: with the path.
-    """
+    """The whole text under that name (UTF-8, lines end in \\n), or what was there before."""
     with replacing_file(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
@@ -45,29 +41,20 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         draft.chmod(0o666 & ~umask())
         os.replace(draft, path)
-    except BaseException as error:
-        if draft is not None:
+    except OSError as error:
+        if error.filename not in (None, *map(str, (draft, path.parent, path))):
+            raise
+        reason = f"cannot be written, what was there is as it was: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from None
+    finally:
+        if draft:
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (
-            None,
-            str(draft),
-            str(path.parent),
-            str(path),
-        ):
-            raise OSError(
-                error.errno,
-                f"cannot be written, what was there is as it was: {error.strerror}",
-                str(path),
-            ) from None
-        raise
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A draft beside `folder` that takes its place when the block ends; if it fails, the old stays.
-
-    (Killed between its two renames, it leaves both, the old one as `.<name>-…-old`.)
-    """
+    """The same for a folder. Killed between its two renames, it leaves the old one as
+    `.<name>-…-old`."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

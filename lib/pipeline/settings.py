@@ -7,46 +7,62 @@ together with the base that it overrides. Lengths are in tokens.
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
-from lib.pipeline.errors import WorkbenchError
+from lib.pipeline.errors import WorkbenchError, require
+
+PAPER_LENGTHS = (128, 2048, 8192, 32768)
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
-PaperLength = Literal[128, 2048, 8192, 32768]
+PaperLength = Literal[PAPER_LENGTHS]
 
 
 class ParamsError(WorkbenchError):
-    """params.yaml, or what is asked of it, is wrong; the message names the key."""
+    """params.yaml, or a question about it, is wrong; the message names the key."""
 
 
-def source(*names: str) -> type[str]:
-    """The type of a collection: one of the names, or the absolute path of a folder."""
+def text(pattern: str, refusal: str) -> type[str]:
+    """The type of a text that matches a pattern."""
 
     def check(value: str) -> str:
-        if value not in names and not Path(value).is_absolute():
-            raise ValueError(f"{value!r} is none of {', '.join(names)} and an absolute path")
+        require(re.fullmatch(pattern, value), f"{value!r} {refusal}", ValueError)
         return value
 
     return Annotated[str, AfterValidator(check)]
 
 
-def notebook_name(value: str) -> str:
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+", value):
-        raise ValueError(f"{value!r} is no notebook's name, such as 00_start_here")
-    return value
+def source(*names: str) -> type[str]:
+    """The type of a collection: one of the names, or the absolute path of a folder."""
+    return text("|".join([*names, "/.*"]), f"is none of {', '.join(names)} and an absolute path")
 
 
-Notebook = Annotated[str, AfterValidator(notebook_name)]
+def complete(lengths: dict) -> dict:
+    """The lengths of a profile: one for each of the paper's."""
+    keys = ", ".join(map(str, PAPER_LENGTHS))
+    require(tuple(lengths) == PAPER_LENGTHS, f"wants the keys {keys}, got {lengths!r}", ValueError)
+    return lengths
+
+
+# Names of rows and profiles reach shell lines and file names.
+Name = text(r"[a-z][a-z0-9_]*", "is no name: small letters, digits and _, a letter first")
+Notebook = text(r"\d\d_[a-z0-9_]+", "is no notebook's name, such as 00_start_here")
+Lengths = Annotated[dict[int, Count], AfterValidator(complete)]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = {"extra": "forbid", "strict": True}
 
 
 # ------------------------------------------------------------------ sections
@@ -55,17 +71,17 @@ class Settings(BaseModel):
 class Compute(Settings):
     threads: Count
     device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["float32", "bfloat16"] = Field(description="of matrix multiplications")
+    precision: Literal["float32", "bfloat16"]  # of matrix multiplications
 
 
 class Data(Settings):
     source: source("embedded", "hub", "longembed")
     pretraining: source("embedded", "hub")
-    tokenizer: str = Field(description="embedded, or a folder with a tokenizer's files")
+    tokenizer: str  # embedded, or a folder with a tokenizer's files
     vocabulary: Count
-    books: list[Amount] = Field(description="lengths of the longest documents, in tokens")
+    books: list[Amount]  # lengths of the longest documents, in tokens
     natural: list[str]
-    packages: Amount = Field(description="packages that are read; 0: all")
+    packages: Amount  # packages that are read; 0: all
     files_per_package: Amount
     test_documents: Amount
     test_queries: Amount
@@ -93,9 +109,9 @@ class Pretrain(Settings):
     lr: Rate
     embedding_lr: Rate
     mask_rate: Share
-    variable_share: Share = Field(description="of the examples: of variable length")
+    variable_share: Share  # of the examples: of variable length
     warmup: Share
-    final_lr: Share = Field(description="of the peak")
+    final_lr: Share  # of the peak
     weight_decay: Rate
     mixture: Literal["short", "long", "mixed"]
     extend_filters: Literal["stretch", "tile", "extrapolate"]
@@ -104,19 +120,19 @@ class Pretrain(Settings):
 
 class Finetune(Settings):
     loss: Literal["opl", "mnrl", "prototype", "none"]
-    documents: Count = Field(description="per step")
+    documents: Count  # per step
     documents_seen: Amount
-    share: Share = Field(description="of documents_seen")
+    share: Share  # of documents_seen
     queries_per_document: Count
     query_length: Count
-    negatives: Amount = Field(description="per positive pair")
+    negatives: Amount  # per positive pair
     scale: Rate
-    micro_batch: Amount = Field(description="texts embedded at a time; 0: all")
+    micro_batch: Amount  # texts embedded at a time; 0: all
     tasks: list[str]
     allow_test_training: bool
     lr: Rate
     embedding_lr: Rate
-    lr_documents: Count = Field(description="documents per step that the rates are meant for")
+    lr_documents: Count  # documents per step that the rates are meant for
     weight_decay: Rate
     warmup: Share
     seed: Amount
@@ -133,7 +149,7 @@ class Efficiency(Settings):
     lengths: list[Amount]
     batch: Count
     repeats: Count
-    shallow_from: Amount = Field(description="tokens from which one slow layer stands for all")
+    shallow_from: Amount  # tokens from which one slow layer stands for all
 
 
 SECTIONS = {
@@ -145,28 +161,11 @@ SECTIONS = {
 # ------------------------------------------------------------------ rows
 
 
-class Pretrained(Settings):
-    length: PaperLength
-
-
-class Continued(Settings):
-    pretrained: str
-    length: PaperLength
-
-
-class Distilled(Settings):
-    pretrained: str
-    teacher: str
-
-
-class Retriever(Settings):
-    pretrained: str
-
-
-class Published(Settings):
-    checkpoint: str
-    tokenizer: str = None
-    max_length: Count = None
+NEEDED = (  # keys of a baseline that say nothing without another
+    dict.fromkeys("revision chunk query_prompt document_prompt batch url".split(), "model")
+    | dict.fromkeys(("window", "stride"), "chunk")
+    | dict.fromkeys(("key", "query_options", "document_options"), "url")
+)
 
 
 class Baseline(Settings):
@@ -181,7 +180,7 @@ class Baseline(Settings):
     query_prompt: str = None
     document_prompt: str = None
     url: str = None
-    key: str = Field(None, description="the environment variable that holds the endpoint's key")
+    key: str = None  # the environment variable that holds the endpoint's key
     batch: Count = None
     query_options: dict = None
     document_options: dict = None
@@ -189,36 +188,28 @@ class Baseline(Settings):
     @model_validator(mode="before")
     @classmethod
     def has_no_form(cls, values):
-        if isinstance(values, dict) and "form" in values:
-            raise ValueError(
-                "form: endpoints are asked in OpenAI's form, leave the key out; "
-                "Cohere's address for that is https://api.cohere.ai/compatibility/v1"
-            )
+        way_out = "Cohere's address for that is https://api.cohere.ai/compatibility/v1"
+        message = f"form: endpoints are asked in OpenAI's form, leave the key out; {way_out}"
+        require("form" not in values, message, ValueError)
         return values
 
     @model_validator(mode="after")
     def keys_agree(self):
         given = self.model_fields_set
-        for needed, keys in (
-            ("model", "revision chunk query_prompt document_prompt batch url"),
-            ("chunk", "window stride"),
-            ("url", "key query_options document_options"),
-        ):
-            for key in keys.split():
-                if key in given and needed not in given:
-                    raise ValueError(f"{key}: says nothing without {needed!r}")
+        for key, needed in NEEDED.items():
+            message = f"{key}: says nothing without {needed!r}"
+            require(key not in given or needed in given, message, ValueError)
         for wrong, message in self.contradictions():
-            if wrong:
-                raise ValueError(message)
+            require(not wrong, message, ValueError)
         return self
 
     def contradictions(self):
+        name, local = r"[A-Za-z_]\w{0,60}", r"https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/]"
         yield (
-            self.key is not None and not re.fullmatch(r"[A-Za-z_]\w{0,60}", self.key, re.ASCII),
+            self.key is not None and not re.fullmatch(name, self.key, re.ASCII),
             "key: wants the name of the environment variable that holds the key, never the key",
         )
         yield self.url and self.revision, "revision: an endpoint has none"
-        local = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/]"
         yield (
             self.url is not None and not re.match(local, self.url),
             f"url: wants https:// (http:// on this machine only), got {self.url!r}",
@@ -238,25 +229,32 @@ class Baseline(Settings):
         )
 
 
-class Ablation(Settings):
-    notebook: Notebook
-    rows: list[str]
-
-
-class Lesson(Settings):
-    notebook: Notebook
+def row(*sections: type[Settings], **keys) -> type[Settings]:
+    """The type of a row: its own keys, and those of the sections that it may override."""
+    return create_model("Row", __base__=sections or Settings, **keys)
 
 
 ROWS = {
-    "pretrained": Pretrained,
-    "continued": Continued,
-    "distilled": Distilled,
-    "retrievers": Retriever,
-    "published": Published,
+    "pretrained": row(Pretrain, Model, length=PaperLength),
+    "continued": row(Pretrain, pretrained=str, length=PaperLength),
+    "distilled": row(Finetune, pretrained=str, teacher=str),
+    "retrievers": row(Finetune, pretrained=str),
+    "published": row(checkpoint=str, tokenizer=(str, None), max_length=(Count, None)),
     "baselines": Baseline,
-    "ablations": Ablation,
-    "lessons": Lesson,
+    "ablations": row(notebook=Notebook, rows=list[str]),
+    "lessons": row(notebook=Notebook),
 }
+TABLES = (*ROWS, "evaluated")
+
+Design = create_model(
+    "Design",
+    __base__=Settings,
+    profile=str,
+    lengths=dict[Name, Lengths],
+    rows=dict[str, dict[Literal[TABLES], list[str]]],
+    **dict.fromkeys(SECTIONS, dict[str, dict]),
+    **dict.fromkeys(TABLES, dict[Name, dict]),
+)
 
 
 # ------------------------------------------------------------------ messages
@@ -267,18 +265,18 @@ WANTED = {
     "bool": "true or false",
     "string": "text",
     "list": "a list",
-    "dict": "a section",
+    "dict": "keys and values ({} for none)",
 }
 
 
-def validate(where: str, schema: type[Settings], values: dict, base: dict | None = None) -> None:
-    """Check values, over the base that they override.
+def validate(where: str, schema: type[Settings], values: dict) -> None:
+    """Check values against their schema.
 
     Raises:
         ParamsError: one line that names the key, the value and what is allowed.
     """
     try:
-        schema.model_validate({**(base or {}), **values})
+        schema.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # An unknown key first: a misspelt key is missing too.
@@ -287,29 +285,29 @@ def validate(where: str, schema: type[Settings], values: dict, base: dict | None
 
 
 def explained(where: str, schema: type[Settings], problem: dict) -> str:
+    """pydantic's first problem in our words, with the nearest name that would do."""
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
-    key = "".join(f"[{part}]" if type(part) is int else f".{part}" for part in problem["loc"])
+    path = [str(part) for part in (where, *problem["loc"]) if part not in ("", "[key]")]
+    place, section = (re.sub(r"\.(\d+)", r"[\1]", ".".join(parts)) for parts in (path, path[:-1]))
+    section = f"{section}: " if section else ""
     if kind == "extra_forbidden":
-        name = problem["loc"][0]
-        return f"{where}: unknown key {name!r}{nearest(name, schema.model_fields)}"
+        return f"{section}unknown key {path[-1]!r}{nearest(path[-1], schema.model_fields)}"
     if kind == "missing":
-        return f"{where}: {problem['loc'][0]!r} is missing{nearest(problem['loc'][0], value)}"
+        return f"{section}{path[-1]!r} is missing"
     if kind == "literal_error":
         choices = re.findall(r"'?([\w.]+)'?(?:,| or |$)", context["expected"])
-        return f"{where}{key}: unknown value {value!r}{nearest(value, choices)}"
+        return f"{place}: unknown value {value!r}{nearest(value, choices)}"
     if kind in ("greater_than_equal", "less_than_equal"):
         limits = "between 0 and 1" if "le" in context else f"at least {context['ge']}"
-        return f"{where}{key}: {value} is out of range, should be {limits}"
-    if kind == "value_error":
-        return f"{where}{key}{':' if key else '.'}{' ' * bool(key)}{context['error']}"
+        return f"{place}: {value} is out of range, should be {limits}"
+    if kind == "value_error":  # of several keys: the message begins with one of them
+        return f"{place}{': ' if problem['loc'] else '.'}{context['error']}"
     wanted = WANTED.get(kind.partition("_")[0], "another value")
-    return f"{where}{key}: wants {wanted}, got {value!r}"
+    return f"{place}: wants {wanted}, got {value!r}"
 
 
 def nearest(name, names: Iterable) -> str:
     """`; did you mean …?`, or the whole list if nothing is near."""
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names) or 'none'}"
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names) or 'none'}"

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import math
 import os
 import re
 import signal
@@ -143,7 +142,7 @@ def test_a_copy_goes_when_its_notebook_goes_and_a_broken_notebook_changes_nothin
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebooks_are_stripped_and_say_who_they_are(path):
     text = path.read_text(encoding="utf-8")
-    assert text == notebook.dumps(notebook.plain(notebook.bare(notebook.read(path)))), (
+    assert text == notebook.dumps(notebook.bare(notebook.read(path))), (
         "run `python -m lib.pipeline strip --in-place notebooks`"
     )
     cells = json.loads(text)["cells"]
@@ -335,146 +334,6 @@ def test_no_kernel_outlives_its_run(house):
     runs["SIGKILL"].wait(timeout=10)
 
 
-@pytest.mark.parametrize(
-    ("cell", "given", "message"),
-    [
-        (PARAMETERS, {"rwo": "opl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
-        (
-            "profile = 'smoke'\nsteps = 3",
-            {"steps": "many"},
-            "steps wants a value like 3, got 'many'",
-        ),
-        ("profile = 'smoke'\nsteps = 3", {"steps": "3.5"}, "steps wants a value like 3, got '3.5'"),
-        ("profile = 'smoke'\nsteps = (3", {"profile": "laptop"}, "may only hold lines such as"),
-        ("steps = 3", {"steps": "True"}, "steps wants a value like 3, got 'True'"),
-        ("rate = 0.5", {"rate": "True"}, "rate wants a value like 0.5, got 'True'"),
-        ("rate = 0.5", {"rate": "fast"}, "rate wants a value like 0.5, got 'fast'"),
-        ("rate = 0.5", {"rate": "1" + "0" * 400}, "too large"),
-        ("again = False", {"again": "1"}, "again wants a value like False, got '1'"),
-        ("again = False", {"again": "yes"}, "again wants a value like False, got 'yes'"),
-        ("lengths = [128]", {"lengths": "128"}, "lengths wants a value like [128], got '128'"),
-        (
-            "lengths = [128]",
-            {"lengths": "{[]: 1}"},
-            "lengths wants a value like [128], got '{[]: 1}'",
-        ),
-        ("lengths = [128]", {"lengths": "(" * 500}, "lengths wants a value like [128]"),
-        ("steps: int = 3", {"steps": "many"}, "steps wants a value like 3, got 'many'"),
-        ("steps: int", {"steps": "many"}, "steps wants int, got 'many'"),
-        ("steps: int | None = None", {"steps": "many"}, "steps wants int | None, got 'many'"),
-        ("row: str = 'opl'", {"rwo": "mnrl"}, "unknown parameter 'rwo'; did you mean 'row'?"),
-        (
-            "lengths = (128, 512)",
-            {"lengths": "(128,)"},
-            "papermill writes text, numbers, True, False, None, lists, and dicts",
-        ),
-        (
-            "names = {}",
-            {"names": "{1: 'opl'}"},
-            "papermill writes text, numbers, True, False, None, lists, and dicts",
-        ),
-        ("x = [0]\nx[0] = 3\nif x:\n    y = 3", {"y": "4"}, "unknown parameter 'y'"),
-    ],
-)
-def test_a_parameter_the_notebook_does_not_declare_is_refused(cell, given, message):
-    page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
-    with pytest.raises(NotebookError, match=re.escape(message)):
-        notebook.parameters(page, given, "09_a.ipynb")
-
-
-def test_parameters_take_the_type_of_their_default():
-    page = new_notebook(
-        cells=[new_code_cell("row = '8'\nsteps = 3\nrate = 0.5", metadata={"tags": ["parameters"]})]
-    )
-    assert notebook.parameters(page, {"row": "128", "steps": "4", "rate": "1e-3"}, "a") == {
-        "row": "128",
-        "steps": 4,
-        "rate": 1e-3,
-    }
-    assert type(notebook.parameters(page, {"rate": "1"}, "a")["rate"]) is float
-    with pytest.raises(NotebookError, match="0 cells are tagged"):
-        notebook.parameters(new_notebook(), {}, "a")
-
-
-@pytest.mark.parametrize(
-    ("cell", "given", "value"),
-    [
-        ('row: str = "a"', "8", "8"),
-        ("row: 'str' = None", "8", "8"),
-        ("row: str | None = None", "None", None),
-        ("row = 'a'", "None", "None"),
-        ("x: float = 1", "2", 2.0),
-        ("x: float", "-2", -2.0),
-        ("x = 1.0", "-1e-3", -1e-3),
-        ("x = 1.0", "-inf", -math.inf),
-        ("x: int | float = 1", "2", 2),
-        ("x = -1", "-7", -7),
-        ("x: int | None = None", "7", 7),
-        ("x: 'Optional[int]' = None", "7", 7),
-        ("x = None", "7", 7),
-        ("x = None", "-0.5", -0.5),
-        ("x = None", "None", None),
-        ("x = None", "True", True),
-        ("x = None", "[1, 'a']", [1, "a"]),
-        ("x = None", "mixed_2k", "mixed_2k"),
-        ("x = None", "007", "007"),
-        ("x = None", "1,2", "1,2"),
-        ("x = None", "{1: 2}", "{1: 2}"),
-        ("x = False", "True", True),
-        ("x = True", "false", False),
-        ("x: bool = True", "False", False),
-        ("x = [1]", "[]", []),
-        ("x: list[int] = []", "[-1, [2.5, None]]", [-1, [2.5, None]]),
-        ("x = {}", "{'a': {'b': False}}", {"a": {"b": False}}),
-        ("x = 3 * 4", "5", 5),
-        ("x = 3 * 4", "opl", "opl"),
-        ("x: int = 3 * 4", "5", 5),
-        ("import os\nx = os.sep", "[1]", [1]),
-        ("a = x = 3", "5", 5),
-        ("a, x = 1, 2", "5", 5),
-    ],
-)
-def test_values_are_taken_as_papermill_takes_them_and_stand_in_the_cell_as_they_are(
-    cell, given, value
-):
-    """The injected cell, run, gives the name the value that was asked for."""
-    from papermill.translators import PythonTranslator
-
-    page = new_notebook(cells=[new_code_cell(cell, metadata={"tags": ["parameters"]})])
-    name = "row" if "row" in cell else "x"
-    found, there = notebook.parameters(page, {name: given}, "a"), {}
-    assert found == {name: value} and type(found[name]) is type(value)
-    exec(PythonTranslator.codify(found), there)
-    assert there[name] == value and type(there[name]) is type(value)
-
-
-def test_annotated_parameters_reach_the_notebook(house):
-    page = new_notebook(
-        cells=[
-            new_markdown_cell("# 09"),
-            new_code_cell(
-                'row: str = "a"\nrate: float = 0.5\ntop = None', metadata={"tags": ["parameters"]}
-            ),
-            new_code_cell("row, rate, top"),
-        ]
-    )
-    (house / "notebooks").mkdir()
-    nbformat.write(page, house / "notebooks" / "09_a.ipynb")
-    code = (
-        "from lib.pipeline import notebook\nnotebook.run('notebooks/09_a.ipynb', "
-        "'executed/a.ipynb', {'row': '8', 'rate': '1', 'top': '[-1, None]'})"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
-    assert (
-        nbformat.read(house / "executed" / "a.ipynb", as_version=4)
-        .cells[-1]
-        .outputs[0]
-        .data["text/plain"]
-        == "('8', 1.0, [-1, None])"
-    )
-
-
 # ------------------------------------------------------------------ parts
 
 
@@ -532,7 +391,7 @@ def test_a_draft_that_was_cut_off_does_not_hide_the_reason(house, monkeypatch):
         draft.write_text("{")
         raise OSError(28, "No space left on device")
 
-    save(house / "a.ipynb", 'profile = "smoke"')
+    save(house / SOURCE)
     monkeypatch.setattr(notebook, "execute", full)
-    with pytest.raises(NotebookError, match="No space left on device.*out/a.failed.ipynb"):
-        notebook.run(house / "a.ipynb", house / "out/a.ipynb", {})
+    with pytest.raises(NotebookError, match="No space left on device.*executed/a.failed.ipynb"):
+        notebook.run("09_a", "a", None, "smoke")

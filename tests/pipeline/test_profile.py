@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from dvc.config import Config
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lib.pipeline import params, profile
@@ -160,9 +161,7 @@ def test_killing_the_run_kills_the_kernel(house):
         " && python -m lib.pipeline run 00_a endless --profile smoke && echo\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-m", "lib.pipeline", "repro", "smoke"],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "lib.pipeline", "repro", "smoke"], stderr=subprocess.PIPE, text=True
     )
     pid = next(int(line.split()[1]) for line in run.stderr if line.startswith("kernel "))
     run.send_signal(signal.SIGKILL)
@@ -292,7 +291,10 @@ def test_the_cache_is_where_dvc_has_it(house, monkeypatch, said, place):
     monkeypatch.setenv("HOME", str(house.parent))
     if said:
         (house / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {said}\n")
-    assert profile.cache_folder(house) == (house / Path(place).expanduser()).resolve()
+    (house / ".work/smoke/.dvc").mkdir(parents=True)
+    profile.configure(house, house / ".work/smoke")
+    cache = Config(house / ".work/smoke/.dvc")["cache"]["dir"]
+    assert Path(cache) == (house / Path(place).expanduser()).resolve()
 
 
 def test_a_configuration_that_cannot_be_read_is_named(house, capsys):
@@ -306,8 +308,8 @@ def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
     replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
     replace(
         house / "params.yaml",
-        "  smoke:  {books: [512]",
-        f"  smoke:  {{source: '{mine}', books: [512]",
+        "{books: [512], natural",
+        f"{{source: '{mine}', books: [512], natural",
     )
     assert repro("smoke").returncode == 0 and trained()[:3] == str(mine).split()
     (mine / "a.txt").write_text("another")
