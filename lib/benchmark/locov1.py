@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.benchmark import runs, sources
-from lib.benchmark.task import BUILD, SPLITS, CorpusError, Task
+from lib.benchmark.task import BUILD, SPLITS, Task
 from lib.pipeline import params
 from lib.pipeline.errors import require
 
@@ -85,12 +85,9 @@ def load(
     half = isinstance(files[1], Path) and files[0].is_file() and not files[1].is_file()
     require(not half, f"{files[1]} is missing: a mirror has it, fetch it, or {BUILD}")
     names = named_tasks(layout, split)
-    near = difflib.get_close_matches(task, names, n=1, cutoff=0.0)
-    require(
-        task in names,
-        f"{layout} has no task {task!r}, did you mean {(near or names)[0]!r}? "
-        f"It has {', '.join(names)}",
-    )
+    near = difflib.get_close_matches(task, names, n=1, cutoff=0.0)[0]
+    unknown = f"{layout} has no task {task!r}, did you mean {near!r}? It has {', '.join(names)}"
+    require(task in names, unknown)
     return assemble(
         task,
         split,
@@ -103,11 +100,7 @@ def load(
 
 
 def tasks(source: str | Path = "embedded", split: str = "test") -> list[str]:
-    """The names of a source's tasks, sorted.
-
-    Raises:
-        CorpusError: as `load`, or the source has no such split.
-    """
+    """The names of a source's tasks, sorted; a source without the split is a CorpusError."""
     return named_tasks(opened(source, split), split)
 
 
@@ -118,10 +111,9 @@ def splits(source: str | Path = "embedded") -> list[str]:
 
 def named_tasks(layout, split: str) -> list[str]:
     names = layout.tasks(split)
-    if not names:
-        there = ", ".join(layout.splits())
-        way = f"it has {there}" if there else f"fetch it, or {BUILD}"
-        raise CorpusError(f"{layout} has no {split} split: {way}")
+    there = "" if names else ", ".join(layout.splits())
+    way = f"it has {there}" if there else f"fetch it, or {BUILD}"
+    require(names, f"{layout} has no {split} split: {way}")
     return names
 
 
@@ -144,20 +136,17 @@ def every(
         first = names.get(prefix)
         require(first is None, f"{first} and {other} are both called {prefix}: rename one")
         names[prefix] = other
-        loaded += [
-            replace(load(name, other, split), name=f"{prefix}/{name}", source=prefix)
-            for name in tasks(other, split)
-        ]
+        for name in tasks(other, split):
+            task = replace(load(name, other, split), name=f"{prefix}/{name}", source=prefix)
+            loaded.append(task)
         require(
-            loaded[-1].queries,
+            task.queries,
             f"{other} has texts and no queries, so nothing in it can be scored: take it out "
             "(notebook 00 ends by searching such a folder)",
         )
     name, times = Counter(task.name for task in loaded).most_common(1)[0]
-    require(
-        times == 1,
-        f"two tasks are called {name!r}, one of {source} and one of evaluate.also: rename one",
-    )
+    twice = f"two tasks are called {name!r}, one of {source} and one of evaluate.also: rename one"
+    require(times == 1, twice)
     return loaded
 
 
@@ -211,10 +200,8 @@ def assemble(
     """
     texts, null = read_documents(name, documents, files[0], drop_null, searched)
     asked, qrels, absent = read_queries(name, queries, files[1], texts, null, drop_absent)
-    require(
-        asked or searched,
-        f"{files[1]}: task {name} has no queries: fetch the file again, or {BUILD}",
-    )
+    none = f"{files[1]}: task {name} has no queries: fetch the file again, or {BUILD}"
+    require(asked or searched, none)
     spans = read_evidence(name, evidence, files[2], qrels, null)
     return Task(name, split, texts, asked, qrels, spans, len(null | absent))
 
@@ -223,30 +210,23 @@ def read_documents(
     name: str, rows: Iterable[dict], where, drop_null: bool, searched: bool
 ) -> tuple[dict[str, str], set[str]]:
     """({pid: text}, documents left out because their passage is null)."""
-    texts: dict[str, str | None] = {}
+    texts: dict[str, str] = {}
+    null: set[str] = set()
     row_of: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         id_name = f"{where}: the id of a document of {name} (row {number})"
         pid, passage = identifier(row["pid"], id_name, searched), row["passage"]
-        first = row_of.setdefault(pid, number)
-        require(
-            first == number,
-            f"{where}: task {name} has document id {pid!r} twice (its rows {first} and {number}): "
-            "make ids unique",
-        )
-        require(
-            isinstance(passage, str) or passage is None and drop_null,
-            f"{where}: document {pid!r} of {name} "
-            + (
-                f"has a null passage (row {number}): give it a text, or leave such documents out "
-                "with drop_null=True"
-                if passage is None
-                else f"is {str(passage)[:40]} and no text (row {number}): give it one"
-            ),
-        )
-        texts[pid] = passage
-    null = {pid for pid, text in texts.items() if text is None}
-    texts = {pid: text for pid, text in texts.items() if text is not None}
+        first, document = row_of.setdefault(pid, number), f"{where}: document {pid!r} of {name}"
+        twice = f"{document} is there twice (rows {first} and {number}): make ids unique"
+        require(first == number, twice)
+        if passage is None:
+            way = "give it a text, or leave such documents out with drop_null=True"
+            require(drop_null, f"{document} has a null passage (row {number}): {way}")
+            null.add(pid)
+        else:
+            odd = f"{document} is {str(passage)[:40]} and no text (row {number}): give it one"
+            require(isinstance(passage, str), odd)
+            texts[pid] = passage
     require(texts, f"{where}: task {name} has no documents: fetch the file again, or {BUILD}")
     return texts, null
 
@@ -260,26 +240,22 @@ def read_queries(
     absent: set[str] = set()
     for number, row in enumerate(rows, start=1):
         qid = identifier(row["qid"], f"{where}: the id of a query of {name} (row {number})")
-        query, query_name = row["query"], f"{where}: query {qid!r} of {name}"
-        require(
-            qid not in qrels, f"{where}: task {name} has query id {qid!r} twice: make ids unique"
-        )
-        require(
-            isinstance(query, str) and query.strip(),
-            f"{query_name} is empty: give it a text, or take it out",
-        )
-        gains = judgements(row, query_name)
+        text, query = row["query"], f"{where}: query {qid!r} of {name}"
+        require(qid not in qrels, f"{query} is there twice: make ids unique")
+        written = isinstance(text, str) and text.strip()
+        require(written, f"{query} is empty: give it a text, or take it out")
+        gains = judgements(row, query)
         missing = [pid for pid in gains if pid not in texts and pid not in null]
         absent.update(missing)
         require(
             drop_absent or not missing,
-            f"{query_name} is answered by document {(missing or [''])[0]!r}, which is not there "
+            f"{query} is answered by document {(missing or [''])[0]!r}, which is not there "
             f"({len(missing)} of {len(gains)} answers): complete the documents, or take the "
             "judgement out",
         )
         gains = {pid: gain for pid, gain in gains.items() if pid in texts}
         if gains:
-            asked[qid], qrels[qid] = query, gains
+            asked[qid], qrels[qid] = text, gains
     return asked, qrels, absent
 
 
@@ -289,10 +265,8 @@ def read_evidence(
     """{qid: (pid, start, end)} of the queries whose evidence is known."""
     spans = {}
     for row in rows:
-        qid, pid = (
-            identifier(row[key], f"{where}: the {key} of {name}'s evidence")
-            for key in ("qid", "pid")
-        )
+        id_name = f"{where}: the id of {name}'s evidence"
+        qid, pid = identifier(row["qid"], id_name), identifier(row["pid"], id_name)
         start, end = row["start_frac"], row["end_frac"]
         if qid not in qrels or start is None or pid in null:
             continue
@@ -306,20 +280,14 @@ def read_evidence(
 
 
 def identifier(value, where: str, searched: bool = False) -> str:
-    """An id as a string: a number as it is written, 3.0 as 3.
+    """An id as a string that a run file can hold; if only `searched`, any string.
 
-    (A column of numbers with a gap makes floats of its ids.)
-
-    Raises:
-        CorpusError: it is no string and no whole number, or no TREC file can hold it and it is not
-            only `searched`.
+    A number is an id as it is written, 3.0 as 3: a column with a gap makes floats of its ids.
     """
     name = plain(value)
     whole = isinstance(value, (str, int)) or name != str(value)
-    require(
-        whole and not isinstance(value, bool),
-        f"{where} is {value!r}: an id is a text or a whole number",
-    )
+    odd = f"{where} is {value!r}: an id is a text or a whole number"
+    require(whole and not isinstance(value, bool), odd)
     require(
         searched or runs.unwritable([name]) is None,
         f"{where} is {name!r}: a run file has one word for it, so it needs a character and takes "
@@ -344,14 +312,11 @@ def judgements(row: dict, where: str) -> dict[str, int]:
         if gain is None or gain != gain:  # null, or what a table of numbers makes of it
             continue
         number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
-        require(
-            number and gain == int(gain),
-            f"{where} grades {pid!r} with {gain!r}: a grade is a whole number",
-        )
+        odd = f"{where} grades {pid!r} with {gain!r}: a grade is a whole number"
+        require(number and gain == int(gain), odd)
         first = gains.setdefault(plain(pid), int(gain))
-        require(
-            first == int(gain), f"{where} grades {pid!r} twice, with {first} and {gain}: keep one"
-        )
+        twice = f"{where} grades {pid!r} twice, with {first} and {gain}: keep one"
+        require(first == int(gain), twice)
     gains = {pid: gain for pid, gain in gains.items() if gain > 0}
     require(gains, f"{where} has no answer_pids that are relevant: judge it, or take it out")
     return gains
@@ -364,11 +329,8 @@ def judged_pairs(row: dict, where: str) -> list[tuple]:
     if not isinstance(answers, list):
         return []
     if gains is not None:
-        require(
-            isinstance(gains, list) and len(gains) == len(answers),
-            f"{where}: answer_gains has {gains!r:.60} for {len(answers)} answer_pids: one gain "
-            "for each",
-        )
+        odd = f"{where}: answer_gains has {gains!r:.60} for {len(answers)} answer_pids"
+        require(isinstance(gains, list) and len(gains) == len(answers), f"{odd}: one gain for each")
         return list(zip(answers, gains))
     return [
         tuple(answer) if isinstance(answer, (tuple, list)) and len(answer) == 2 else (answer, 1)

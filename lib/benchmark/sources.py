@@ -22,7 +22,7 @@ start_frac and end_frac. Rows are checked when a task is made of them (`locov1.a
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,11 +47,7 @@ Rows = tuple[Iterable[dict], Iterable[dict], Iterable[dict]]  # documents, queri
 
 
 def of(source: str | Path):
-    """The source of a name or folder.
-
-    Raises:
-        CorpusError: neither a known name nor a folder in one of the layouts.
-    """
+    """The source "hub" or "longembed", or a folder in one of the layouts."""
     if source in ("hub", "longembed"):
         return Hub() if source == "hub" else LongEmbed()
     folder = Path(source)
@@ -160,11 +156,8 @@ class Beir(Folder):
         documents, queries, _ = self.files(task, split)
         path = self.qrels(self.task_folder(task), split)
         judged = read_qrels(path)
-        require(
-            judged,
-            f"{path} calls no document relevant (a gain of 1 or more): complete the file, or take "
-            "it out",
-        )
+        way = "complete the file, or take it out"
+        require(judged, f"{path} calls no document relevant (a gain of 1 or more): {way}")
         return self.documents(documents), self.queries(queries, judged), []
 
     @staticmethod
@@ -225,7 +218,7 @@ class Hub:
     def splits(self) -> list[str]:
         import datasets
 
-        names = from_hub(HUB_QUERIES, lambda: datasets.get_dataset_split_names(HUB_QUERIES))
+        names = from_hub(datasets.get_dataset_split_names, HUB_QUERIES)
         return [split for split in SPLITS if split in names]
 
     def tasks(self, split: str) -> list[str]:
@@ -248,7 +241,7 @@ class Hub:
     def table(name: str, split: str):
         import datasets
 
-        return from_hub(f"{name} ({split})", lambda: datasets.load_dataset(name, split=split), name)
+        return from_hub(datasets.load_dataset, name, split=split)
 
 
 class LongEmbed:
@@ -275,21 +268,20 @@ class LongEmbed:
         def table(part: str) -> Iterator[dict]:
             import datasets
 
-            def load():
-                return datasets.load_dataset(LONGEMBED, name, split=part)
-
-            for row in from_hub(f"{LONGEMBED} ({name}, {part})", load, LONGEMBED):
-                if length is None or row["context_length"] == length:
-                    yield row
+            rows = from_hub(datasets.load_dataset, LONGEMBED, name, split=part)
+            return (row for row in rows if length is None or row["context_length"] == length)
 
         judged: dict[str, dict[str, int]] = {}
         for row in table("qrels"):
             judged.setdefault(str(row["qid"]), {})[str(row["doc_id"])] = 1
         documents = ({"pid": row["doc_id"], "passage": row["text"]} for row in table("corpus"))
         queries = (
-            {"qid": qid, "query": row["text"], "answer_pids": judged.get(str(qid), {})}
+            {
+                "qid": row["qid"],
+                "query": row["text"],
+                "answer_pids": judged.get(str(row["qid"]), {}),
+            }
             for row in table("queries")
-            for qid in [row["qid"]]
         )
         return documents, queries, []
 
@@ -308,9 +300,8 @@ def readable(
         raise CorpusError(f"{path} is missing: a mirror has it, fetch it") from None
     except (OSError, UnicodeDecodeError, *errors) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
-        raise CorpusError(
-            f"{path} cannot be read as UTF-8 text or parquet ({reason}): {way}"
-        ) from None
+        message = f"{path} cannot be read as UTF-8 text or parquet ({reason}): {way}"
+        raise CorpusError(message) from None
 
 
 def read_parquet(
@@ -328,10 +319,8 @@ def read_parquet(
 
     with readable(path, pa.ArrowException), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        absent = [name for name in columns if name not in names]
-        require(
-            not absent, f"{path} has no column {', '.join(absent)}: it needs {', '.join(columns)}"
-        )
+        absent = ", ".join(name for name in columns if name not in names)
+        require(not absent, f"{path} has no column {absent}: it needs {', '.join(columns)}")
         columns = [*columns, *(name for name in optional if name in names)]
         for batch in file.iter_batches(batch_size=BATCH, columns=columns):
             if task is not None:  # a column of numbers, or of categories, names tasks too
@@ -367,22 +356,14 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         for number, row in enumerate(rows, start=1):
             if number == 1 and row[-1:] == ["score"] or not row:
                 continue
-            require(
-                len(row) == 3 and row[2].strip().lstrip("+-").isdecimal(),
-                f"{path}:{number}: wants query-id, corpus-id and a whole number, tabs between "
-                f"them: got {row!r:.80}",
-            )
+            form = f"query-id, corpus-id and a whole number, tabs between them: got {row!r:.80}"
+            fits = len(row) == 3 and row[2].strip().lstrip("+-").isdecimal()
+            require(fits, f"{path}:{number}: wants {form}")
             qid, pid, gain = row[0], row[1], int(row[2])
             first = judged.setdefault(qid, {}).setdefault(pid, gain)
-            require(
-                first == gain,
-                f"{path}:{number}: query {qid!r} judges {pid!r} twice, as {first} and {gain}: "
-                "keep one",
-            )
-    relevant = {
-        qid: {pid: gain for pid, gain in gains.items() if gain > 0} for qid, gains in judged.items()
-    }
-    return {qid: gains for qid, gains in relevant.items() if gains}
+            twice = f"query {qid!r} judges {pid!r} twice, as {first} and {gain}: keep one"
+            require(first == gain, f"{path}:{number}: {twice}")
+    return {qid: gains for qid, gains in judged.items() if max(gains.values()) > 0}
 
 
 def read_text(path: Path) -> str:
@@ -396,8 +377,8 @@ def read_text(path: Path) -> str:
 # ------------------------------------------------------------------ the hub
 
 
-def from_hub(what: str, call, name: str = HUB_QUERIES):
-    """call(), through the hub's local cache; never runs code from there."""
+def from_hub(load: Callable, name: str, *configuration: str, **options):
+    """load(name, …), through the hub's local cache; never runs code from there."""
     import datasets
     import huggingface_hub
 
@@ -406,10 +387,12 @@ def from_hub(what: str, call, name: str = HUB_QUERIES):
         if not any(offline) and not reachable(name):
             # The cache at once; load_dataset would ask six times, for half a minute.
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return call()
+        return load(name, *configuration, **options)
     except Exception as error:
         # The HTTP client's errors are of no common family; none is our bug.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        part = ", ".join([*configuration, *options.values()])
+        what = f"{name} ({part})" if part else name
         raise CorpusError(
             f"{what} cannot be loaded from the hub ({reason}): without a network, give a folder "
             "with documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl as source"
@@ -435,7 +418,6 @@ def reachable(name: str) -> bool:
 def pretraining_texts(folder: str | Path, kind: str, split: str = "train") -> list[str]:
     """A corpus's pretraining texts of one kind, "short" or "long"; "validation" is held out."""
     for value, allowed in ((kind, ("short", "long")), (split, ("train", "validation"))):
-        if value not in allowed:
-            raise CorpusError(f"{value!r}: one of {', '.join(allowed)}")
+        require(value in allowed, f"{value!r}: one of {', '.join(allowed)}")
     rows = read_parquet(Path(folder) / "pretrain.parquet", ["text", "kind", "split"])
     return [row["text"] for row in rows if (row["kind"], row["split"]) == (kind, split)]
