@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
 from lib.pipeline import files
+from lib.pipeline.errors import WorkbenchError, require
 
 # Composer stores numpy's random state beside the weights. It is an array; loading it runs no code.
 RANDOM_STATE = [
@@ -33,10 +34,20 @@ RANDOM_STATE = [
     np.dtype,
     np.dtypes.UInt32DType,
 ]
+AGAIN = "delete the folder and train or fetch it again"
+WORDS = "model.embeddings.word_embeddings.weight"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(WorkbenchError):
     """A folder or file is not the model that it claims to be."""
+
+
+def ensure(condition, message: str) -> None:
+    """Raise a CheckpointError unless the condition holds."""
+    require(condition, message, CheckpointError)
+
+
+# ------------------------------------------------------------------ write
 
 
 def save(
@@ -49,7 +60,6 @@ def save(
     """Write the model to `folder`, replacing it whole: config, weights, tokenizer and record.
 
     `SentenceTransformer(folder)` reads a retriever's folder too, after `import lib.model.m2bert`.
-    The folder gets its name only when it is complete: an interrupted save leaves the old folder.
 
     Args:
         about: the model's origin, for training.json. The model's class and the sha256 of every file
@@ -57,11 +67,11 @@ def save(
         readme: the model card (lib/report/card.py makes one); None: no README.md.
 
     Raises:
-        OSError: the disk is full or read-only.
+        OSError: the disk is full or read-only. The old folder is unchanged.
     """
-    about = dict(about or {})
-    if about.get("settings"):
-        about["settings_sha256"] = fingerprint(about["settings"])
+    record = dict(about or {})
+    if record.get("settings"):
+        record["settings_sha256"] = fingerprint(record["settings"])
     with files.replacing(folder) as draft, writing(folder):
         model.save_pretrained(draft)
         if tokenizer is not None:
@@ -71,17 +81,11 @@ def save(
         if isinstance(model, M2BertForRetrieval):
             save_modules(model, draft)
         if readme is not None:
-            (draft / "README.md").write_text(readme, encoding="utf-8", newline="\n")
-        names = sorted(
-            path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file()
-        )
-        record = about | {
-            "architecture": type(model).__name__,
-            "sha256": {name: files.sha256(draft / name) for name in names},
-        }
-        (draft / "training.json").write_text(
-            json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n"
-        )
+            write(draft / "README.md", readme)
+        written = [path for path in draft.rglob("*") if path.is_file()]
+        record["architecture"] = type(model).__name__
+        record["sha256"] = {p.relative_to(draft).as_posix(): files.sha256(p) for p in written}
+        write(draft / "training.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         for path in draft.rglob("*.safetensors"):
             shutil.copymode(draft / "training.json", path)  # safetensors writes for its owner only
 
@@ -99,11 +103,13 @@ def writing(path: str | Path):
     except Exception as error:
         if type(error) not in (Exception, RuntimeError, SafetensorError):
             raise
-        raise OSError(
-            errno.EIO,
-            f"cannot be written, what was there is unchanged ({reason(error)})",
-            str(path),
-        ) from None
+        message = f"cannot be written, what was there is unchanged ({reason(error)})"
+        raise OSError(errno.EIO, message, str(path)) from None
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
@@ -112,46 +118,45 @@ def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
     Transformer -> Pooling -> Dense(tanh) -> Normalize. The pooler is stored a second time, as the
     library's Dense. Class and option names are those of versions 2 to 5; version 6 reads them too.
     """
-    D = model.config.hidden_size
-    pooling = {"cls": "cls_token", "mean": "mean_tokens"}[model.config.pooling]
-    pooling_modes = ("cls_token", "mean_tokens", "max_tokens")
-    modules = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")
-    modules = (*modules, ("3_Normalize", "Normalize"))
-    prefix = "sentence_transformers.models"
-    texts = {
+    D, pooling = model.config.hidden_size, model.config.pooling
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules["3_Normalize"] = "Normalize"
+    contents = {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{prefix}.{module}"}
-            for i, (path, module) in enumerate(modules)
+            dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{module}")
+            for i, (path, module) in enumerate(modules.items())
         ],
-        "sentence_bert_config.json": {
-            "max_seq_length": model.config.max_position_embeddings,
-            "do_lower_case": False,
-        },
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "similarity_fn_name": "cosine",
-            "prompts": {},
-            "default_prompt_name": None,
-        },
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": D,
-            **{f"pooling_mode_{mode}": mode == pooling for mode in pooling_modes},
-        },
-        "2_Dense/config.json": {
-            "in_features": D,
-            "out_features": D,
-            "bias": True,
-            "activation_function": "torch.nn.modules.activation.Tanh",
-        },
+        "sentence_bert_config.json": dict(
+            max_seq_length=model.config.max_position_embeddings, do_lower_case=False
+        ),
+        "config_sentence_transformers.json": dict(
+            model_type="SentenceTransformer",
+            similarity_fn_name="cosine",
+            prompts={},
+            default_prompt_name=None,
+        ),
+        "1_Pooling/config.json": dict(
+            word_embedding_dimension=D,
+            pooling_mode_cls_token=pooling == "cls",
+            pooling_mode_mean_tokens=pooling == "mean",
+            pooling_mode_max_tokens=False,
+        ),
+        "2_Dense/config.json": dict(
+            in_features=D,
+            out_features=D,
+            bias=True,
+            activation_function="torch.nn.modules.activation.Tanh",
+        ),
         "3_Normalize/config.json": {},
     }
-    for name, content in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        text = json.dumps(content, indent=1) + "\n"
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, content in contents.items():
+        write(folder / name, json.dumps(content, indent=1) + "\n")
     pooler = model.model.pooler.state_dict()
     weights = {f"linear.{name}": tensor.detach().contiguous() for name, tensor in pooler.items()}
     save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------ read
 
 
 def load(folder: str | Path, architecture: type | None = None):
@@ -169,27 +174,15 @@ def load(folder: str | Path, architecture: type | None = None):
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    require(folder, ("config.json", "model.safetensors", "training.json"))
-    saved, checksums = read_record(folder / "training.json")
-    require(folder, checksums)
-    for name, expected in checksums.items():
-        if files.sha256(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name} is damaged: its sha256 is not the one in training.json; delete "
-                "the folder and train or fetch it again"
-            )
+    saved, checksums = read_record(folder)
     config = M2BertConfig.from_pretrained(folder)
     model = (architecture or saved)(config).to(config.dtype or torch.float32)
     state = read_weights(folder / "model.safetensors")
-    if saved is M2BertForMaskedLM:
-        # safetensors stores the tied matrix once, under the embeddings' name.
-        state.setdefault("decoder.weight", state["model.embeddings.word_embeddings.weight"])
-        if isinstance(model, M2BertForRetrieval):
-            state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-            state |= {
-                f"model.pooler.{name}": tensor
-                for name, tensor in model.model.pooler.state_dict().items()
-            }
+    if saved is M2BertForMaskedLM and isinstance(model, M2BertForRetrieval):
+        fresh = {k: tensor for k, tensor in model.state_dict().items() if ".pooler." in k}
+        state = {k: tensor for k, tensor in state.items() if k.startswith("model.")} | fresh
+    elif saved is M2BertForMaskedLM:  # safetensors stores the tied matrix once
+        state.setdefault("decoder.weight", state.get(WORDS))
     load_strictly(model, state, folder)
     tokenizer = None
     if "tokenizer.json" in checksums:
@@ -197,49 +190,40 @@ def load(folder: str | Path, architecture: type | None = None):
     return model.eval(), tokenizer
 
 
-def require(folder: Path, names) -> None:
-    """Raise a CheckpointError unless the folder holds these files."""
-    missing = next((name for name in names if not (folder / name).is_file()), None)
-    if missing:
-        raise CheckpointError(
-            f"{folder} is no model folder: {missing} is missing; run the stage that trains it"
-        )
+def read_record(folder: Path) -> tuple[type, dict[str, str]]:
+    """The class that was saved and {file: sha256}, after a check of every file."""
 
+    def complete(names) -> None:
+        missing = next((name for name in names if not (folder / name).is_file()), None)
+        message = f"{folder} is no model folder: {missing} is missing; run the stage that trains it"
+        ensure(missing is None, message)
 
-def read_record(path: Path) -> tuple[type, dict[str, str]]:
-    """The class that was saved, and {file: sha256}."""
-    classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
+    complete(("config.json", "model.safetensors", "training.json"))
+    path = folder / "training.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        saved, checksums = record["architecture"], record["sha256"]
-        if not {"config.json", "model.safetensors"} <= checksums.keys():
-            raise ValueError("no checksum of the weights")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete the folder and train or "
-            "fetch it again"
-        ) from None
-    if saved not in classes:
-        raise CheckpointError(
-            f"{path}: unknown architecture {saved!r}, known are {', '.join(classes)}"
-        )
+        saved, checksums = str(record["architecture"]), dict(record["sha256"])
+        _ = checksums["config.json"], checksums["model.safetensors"]
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged ({problem}); {AGAIN}") from None
+    classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
+    known = f"known are {', '.join(classes)}"
+    ensure(saved in classes, f"{path}: unknown architecture {saved!r}, {known}")
+    complete(checksums)
+    for name, checksum in checksums.items():
+        message = f"{folder / name} is damaged: its sha256 is not the one in training.json; {AGAIN}"
+        ensure(files.sha256(folder / name) == checksum, message)
     return classes[saved], checksums
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or (weights only) torch file."""
-    path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(RANDOM_STATE):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); delete it and fetch it again"
-        ) from None
     except Exception as error:
         # torch raises half a dozen exceptions for truncated, foreign and unsafe files; none is our
         # bug. The second sentence of its message says how to run the file.
@@ -262,19 +246,17 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
         CheckpointError: one of them is violated.
     """
     expected = model.state_dict()
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    for name in missing:
-        raise CheckpointError(f"{source}: {name} is missing ({len(missing)} keys in all)")
-    for name in extra:
-        raise CheckpointError(
-            f"{source}: {name} belongs to no part of the model ({len(extra)} keys in all)"
-        )
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for names, problem in (
+        (missing, "is missing"),
+        (unknown, "belongs to no part of the model"),
+    ):
+        message = f"{min(names, default='')} {problem} ({len(names)} keys in all)"
+        ensure(not names, f"{source}: {message}")
     for name, tensor in state.items():
-        shape = tuple(expected[name].shape)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{source}: {name} is {tuple(tensor.shape)}, the model needs {shape}"
-            )
+        shapes = tuple(tensor.shape), tuple(expected[name].shape)
+        message = f"{source}: {name} is {shapes[0]}, the model needs {shapes[1]}"
+        ensure(shapes[0] == shapes[1], message)
         check_numbers(tensor, f"{source}: {name}")
     model.load_state_dict(state)
 
@@ -282,10 +264,10 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
 def check_numbers(tensor: Tensor, name: str) -> None:
     """Raise a CheckpointError unless the tensor is finite and dense, of 16-bit floats or more."""
     dense = tensor.layout == torch.strided and not tensor.is_meta
-    if not dense or not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise CheckpointError(
-            f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: no table of real "
-            "numbers of 16 bits or more"
-        )
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{name} holds NaN or infinite weights")
+    ensure(
+        dense and tensor.is_floating_point() and tensor.element_size() >= 2,
+        f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: no table of real numbers "
+        "of 16 bits or more",
+    )
+    finite = bool(torch.isfinite(tensor).all())
+    ensure(finite, f"{name} holds NaN or infinite weights")

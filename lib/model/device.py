@@ -2,7 +2,7 @@
 
 import torch
 
-from lib.pipeline.errors import WorkbenchError
+from lib.pipeline.errors import WorkbenchError, require
 
 
 def use(compute: dict) -> torch.device:
@@ -18,8 +18,7 @@ def use(compute: dict) -> torch.device:
     name = compute["device"]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise WorkbenchError(
-            f"device {name!r}: no CUDA device here; set compute.device to auto or cpu"
-        )
+    possible = name != "cuda" or torch.cuda.is_available()
+    message = f"device {name!r}: no CUDA device here; set compute.device to auto or cpu"
+    require(possible, message, WorkbenchError)
     return torch.device(name)

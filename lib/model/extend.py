@@ -7,18 +7,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lib.operators.long_conv import filter_inputs
+from lib.pipeline.errors import require
 
 
 @torch.no_grad()
-def extend(
-    model: PreTrainedModel, new_length: int, positions: str = "tile", filters: str = "stretch"
-) -> PreTrainedModel:
+def extend(model: PreTrainedModel, new_length: int, filters: str = "stretch") -> PreTrainedModel:
     """A copy of the model for texts of up to `new_length` tokens; `model` stays unchanged.
 
-    Positions, P of length N -> P' of length N':
-
-        tile         P'[i] = P[i mod N]: the paper's 32K model
-
+    Positions of a model of length N are tiled, P'[i] = P[i mod N], as in the paper's 32K model.
     Filters, k(i) of a model of length N:
 
         stretch      k'(i) ≈ k(i (N-1)/(N'-1)): the same shape on a slower time axis; z is
@@ -32,18 +28,12 @@ def extend(
     default because it keeps the kernels' shape.
 
     Raises:
-        ValueError: new_length is shorter than the model's length, or a choice is unknown.
+        ValueError: new_length is shorter than the model's length, or no whole number.
     """
     config = copy.deepcopy(model.config)
     old = config.max_position_embeddings
-    if type(new_length) is not int or new_length < old:
-        raise ValueError(
-            f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}"
-        )
-    if positions != "tile" or filters not in ("stretch", "tile", "extrapolate"):
-        raise ValueError(
-            f"positions={positions!r}, filters={filters!r}: tile; stretch, tile or extrapolate"
-        )
+    message = f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}"
+    require(type(new_length) is int and new_length >= old, message, ValueError)
     config.max_position_embeddings = new_length
     if filters == "extrapolate":
         config.filter_length = config.filter_length or old
@@ -54,15 +44,14 @@ def extend(
         longer = type(model)(config)
     state = model.state_dict()
     for name, tensor in state.items():
-        if name.endswith("position_embeddings.weight"):
+        if not name.endswith(("position_embeddings.weight", "filter.inputs")):
+            continue
+        if filters == "tile" or not name.endswith("filter.inputs"):
             state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
-        elif name.endswith("filter.inputs") and filters == "stretch":
-            state[name] = F.interpolate(
-                tensor.t()[None], size=new_length, mode="linear", align_corners=True
-            )[0].t()
-        elif name.endswith("filter.inputs") and filters == "tile":
-            state[name] = tensor[torch.arange(new_length, device=tensor.device) % old]
-        elif name.endswith("filter.inputs"):
+        elif filters == "stretch":
+            options = dict(size=new_length, mode="linear", align_corners=True)
+            state[name] = F.interpolate(tensor.t()[None], **options)[0].t()
+        else:
             inputs = filter_inputs(new_length, config.filter_emb_dim, config.filter_length)
             state[name] = torch.cat([tensor, inputs[old:].to(tensor)])
     longer.load_state_dict(state)

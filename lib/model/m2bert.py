@@ -16,7 +16,10 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the layout of the publi
 Axes:   B batch, L tokens, D width, I intermediate width, K blocks, V vocabulary.
 """
 
+from typing import Literal
+
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -33,10 +36,10 @@ from transformers.utils import can_return_tuple
 from lib import kernels
 from lib.operators.long_conv import ImplicitFilter, long_conv, short_conv
 from lib.operators.monarch import BlockDiagonalLinear
+from lib.pipeline.errors import require
 
-CHOICES = {"pooling": ("cls", "mean"), "initialization": ("reference", "identity")}
 
-
+@strict
 class M2BertConfig(PreTrainedConfig):
     """Sizes and switches of an M2-BERT; the defaults are the published 80M model at 128 tokens.
 
@@ -63,54 +66,32 @@ class M2BertConfig(PreTrainedConfig):
         pooling               cls: token 0 (published); mean: the mean over real tokens
         initialization        reference: as the authors do; identity: every layer starts close to
                               x' = x
-
-    Raises:
-        ValueError: an unknown pooling or initialization.
     """
 
     model_type = "m2bert"
 
-    def __init__(
-        self,
-        vocab_size: int = 30528,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        intermediate_size: int = 3072,
-        max_position_embeddings: int = 128,
-        type_vocab_size: int = 2,
-        layer_norm_eps: float = 1e-12,
-        hidden_dropout_prob: float = 0.0,
-        pad_token_id: int = 0,
-        mlp_blocks: int = 4,
-        filter_order: int = 128,
-        filter_emb_dim: int = 5,
-        filter_frequency: float = 10.0,
-        filter_length: int | None = None,
-        bidirectional: bool = True,
-        residual_long_conv: bool = True,
-        mixer_layer_norm: bool = False,
-        mask_padding: bool = True,
-        pad_to_max_length: bool = False,
-        pooling: str = "cls",
-        initialization: str = "reference",
-        **kwargs,
-    ):
-        self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.num_hidden_layers, self.intermediate_size = num_hidden_layers, intermediate_size
-        self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size, self.layer_norm_eps = type_vocab_size, layer_norm_eps
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.mlp_blocks, self.filter_order = mlp_blocks, filter_order
-        self.filter_emb_dim = filter_emb_dim
-        self.filter_frequency, self.filter_length = filter_frequency, filter_length
-        self.bidirectional, self.residual_long_conv = bidirectional, residual_long_conv
-        self.mixer_layer_norm, self.mask_padding = mixer_layer_norm, mask_padding
-        self.pad_to_max_length = pad_to_max_length
-        self.pooling, self.initialization = pooling, initialization
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
-        super().__init__(pad_token_id=pad_token_id, **({"tie_word_embeddings": True} | kwargs))
+    vocab_size: int = 30528
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 128
+    type_vocab_size: int = 2
+    layer_norm_eps: float | int = 1e-12
+    hidden_dropout_prob: float | int = 0.0
+    pad_token_id: int | None = 0
+    mlp_blocks: int = 4
+    filter_order: int = 128
+    filter_emb_dim: int = 5
+    filter_frequency: float | int = 10.0
+    filter_length: int | None = None
+    bidirectional: bool = True
+    residual_long_conv: bool = True
+    mixer_layer_norm: bool = False
+    mask_padding: bool = True
+    pad_to_max_length: bool = False
+    pooling: Literal["cls", "mean"] = "cls"
+    initialization: Literal["reference", "identity"] = "reference"
+    tie_word_embeddings: bool = True
 
 
 class Embeddings(nn.Module):
@@ -145,24 +126,15 @@ class SequenceMixer(nn.Module):
     def __init__(self, config: M2BertConfig):
         super().__init__()
         D = config.hidden_size
-
-        def long_filter() -> ImplicitFilter:
-            return ImplicitFilter(
-                D,
-                config.max_position_embeddings,
-                config.filter_emb_dim,
-                config.filter_order,
-                config.filter_frequency,
-                config.bidirectional,
-                config.filter_length,
-            )
-
+        sizes = D, config.max_position_embeddings, config.filter_emb_dim, config.filter_order
+        options = config.filter_frequency, config.bidirectional, config.filter_length
         self.mask_padding = config.mask_padding
         self.layernorm = nn.LayerNorm(D) if config.mixer_layer_norm else None
         self.in_linear = nn.Linear(D, 3 * D)
         self.short_filter = nn.Conv1d(3 * D, 3 * D, 3, groups=3 * D)
-        self.gated_filter = long_filter()
-        self.residual_filter = long_filter() if config.residual_long_conv else None
+        self.gated_filter = ImplicitFilter(*sizes, *options)
+        has_residual = config.residual_long_conv
+        self.residual_filter = ImplicitFilter(*sizes, *options) if has_residual else None
         self.out_linear = nn.Linear(D, D)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -226,6 +198,7 @@ class Layer(nn.Module):
 class M2BertPreTrainedModel(PreTrainedModel):
     config_class = M2BertConfig
     base_model_prefix = "model"
+    _input_embed_layer = "word_embeddings"
     _keep_in_fp32_modules_strict = {"gated_filter", "residual_filter"}  # see ImplicitFilter
 
     @torch.no_grad()
@@ -241,8 +214,7 @@ class M2BertPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Conv1d):
-            # Fan-in of a depthwise convolution is its width.
-            bound = module.kernel_size[0] ** -0.5
+            bound = module.kernel_size[0] ** -0.5  # the fan-in of a depthwise one is its width
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter)):
@@ -253,10 +225,8 @@ class M2BertPreTrainedModel(PreTrainedModel):
 def start_near_identity(model: "M2BertModel") -> None:
     """Move every layer next to the identity, x' ≈ LayerNorm(x) = x, and the pooler to e ≈ tanh(h).
 
-    out_linear is the identity and the gain of the residual convolution 1. Its taps and the MLP's
-    output weights shrink to a tenth, and so do position and type embeddings. A stack of random
-    layers scrambles the word embeddings on which a young retriever depends; from this start the
-    loss reaches them in the first step.
+    A stack of random layers scrambles the word embeddings on which a young retriever depends; from
+    this start the loss reaches them in the first step.
     """
     model.embeddings.position_embeddings.weight.mul_(0.1)
     model.embeddings.token_type_embeddings.weight.mul_(0.1)
@@ -291,12 +261,6 @@ class M2BertModel(M2BertPreTrainedModel):
         if config.initialization == "identity":
             start_near_identity(self)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
     @can_return_tuple
     def forward(
         self,
@@ -309,27 +273,19 @@ class M2BertModel(M2BertPreTrainedModel):
         """Encode rows of ids.
 
         Args:
-            input_ids: (B, L), L at most max_position_embeddings.
+            input_ids: (B, L), L at most max_position_embeddings, else a ValueError.
             attention_mask: (B, L), 1 for a token, 0 for padding; None: every position is a token.
                 Without `mask_padding` only mean pooling reads it, as in the published models.
 
         Returns:
             last_hidden_state (B, L, D), pooler_output (B, D) and, if `output_hidden_states`,
             hidden_states: the output of the embeddings and of each layer.
-
-        Raises:
-            ValueError: no token, or more tokens than the model reads.
         """
         L, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if L == 0:
-            raise ValueError(
-                "no token to read: give every text at least one, a tokenizer adds [CLS] and [SEP]"
-            )
-        if L > limit:
-            raise ValueError(
-                f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen the "
-                "model with `extend`"
-            )
+        message = "no token to read: give every text at least one, a tokenizer adds [CLS] and [SEP]"
+        require(L > 0, message, ValueError)
+        message = f"{L} tokens exceed max_length={limit}: truncate in the tokenizer, or lengthen "
+        require(L <= limit, message + "the model with `extend`", ValueError)
         if self.config.pad_to_max_length and L < limit:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
@@ -346,11 +302,10 @@ class M2BertModel(M2BertPreTrainedModel):
             x = layer(x, mask)
             if output_hidden_states:
                 states.append(x[:, :L])
-        pooled = None if self.pooler is None else self.pool(x, attention_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=x[:, :L],
-            pooler_output=pooled,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            pooler_output=None if self.pooler is None else self.pool(x, attention_mask),
+            hidden_states=tuple(states) or None,
         )
 
     def padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
@@ -369,8 +324,7 @@ class M2BertModel(M2BertPreTrainedModel):
                 summary = x.mean(dim=1)
             else:
                 tokens = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
-                weight = attention_mask.to(x.dtype) / tokens
-                summary = torch.einsum("bld,bl->bd", x, weight)
+                summary = torch.einsum("bld,bl->bd", x, attention_mask.to(x.dtype) / tokens)
             return torch.tanh(self.pooler(summary.to(self.pooler.weight.dtype)))
 
 
@@ -391,10 +345,7 @@ class M2BertForRetrieval(M2BertPreTrainedModel):
 
 
 class M2BertForMaskedLM(M2BertPreTrainedModel):
-    """The encoder with BERT's head: logits = LayerNorm(GELU(x W + b)) E^T + c.
-
-    E are the word embeddings.
-    """
+    """The encoder with BERT's head: LayerNorm(GELU(x W + b)) E^T + c, E the word embeddings."""
 
     _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
 
@@ -424,19 +375,16 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         """Logits (B, L, V); with labels, the loss and the logits of the labelled positions.
 
         Args:
-            labels: (B, L). A label of 0 or less (-100) means "no label". The head then computes
-                logits (M, V) of the M labelled positions only, in reading order: it is most of a
-                small model's cost.
+            labels: (B, L); 0 or less (-100) means "no label". The head, most of a small model's
+                cost, then computes logits (M, V) of the M labelled positions in reading order.
         """
         out = self.model(input_ids, attention_mask, return_dict=True, **kwargs)
         x = out.last_hidden_state
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]  # (M, D), (M,)
         logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
-        loss = None
-        if labels is not None:
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(logits.to(wide), labels)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss = None if labels is None else F.cross_entropy(logits.to(wide), labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

@@ -9,6 +9,7 @@ bert-base-uncased. After that `evaluate@published_32k` runs like any other stage
 """
 
 import copy
+import itertools
 import os
 import re
 import sys
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lib.model.checkpoint import (
+    WORDS,
     CheckpointError,
     check_numbers,
+    ensure,
     load,
     load_strictly,
     read_weights,
@@ -30,51 +33,40 @@ from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
 from lib.model.tokens import given_tokenizer
 from lib.operators.long_conv import ImplicitFilter
 from lib.pipeline import files, params
-from lib.pipeline.errors import CorpusError
+from lib.pipeline.errors import WorkbenchError
 
 PUBLISHED = (
-    "togethercomputer/m2-bert-80M-2k-retrieval",
-    "togethercomputer/m2-bert-80M-8k-retrieval",
-    "togethercomputer/m2-bert-80M-32k-retrieval",
-    "hazyresearch/M2-BERT-128-Retrieval-Encoder-V1",
-    "hazyresearch/M2-BERT-2K-Retrieval-Encoder-V1",
-    "hazyresearch/M2-BERT-8K-Retrieval-Encoder-V1",
-    "hazyresearch/M2-BERT-32K-Retrieval-Encoder-V1",
+    *(f"togethercomputer/m2-bert-80M-{length}-retrieval" for length in ("2k", "8k", "32k")),
+    *(f"hazyresearch/M2-BERT-{n}-Retrieval-Encoder-V1" for n in ("128", "2K", "8K", "32K")),
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.bin")
 CONVERSION = "published-1"  # raise the number if `read_published` makes another model of a file
-# The authors' names -> ours, applied in order. Their files store one sine frequency vector six
-# times, and constants beside the weights.
-RENAME = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^bert\.encoder\.layer\.(\d+)\.attention\.", r"model.layers.\1.mixer."),
-        (r"^bert\.encoder\.layer\.(\d+)\.mlp\.", r"model.layers.\1.mlp."),
-        (r"^bert\.pooler\.dense\.", "model.pooler."),
-        (r"^bert\.", "model."),
-        (r"^cls\.predictions\.transform\.dense\.", "dense."),
-        (r"^cls\.predictions\.transform\.LayerNorm\.", "layernorm."),
-        (r"^cls\.predictions\.decoder\.", "decoder."),
-        (r"\.filter_fn\.", ".gated_filter."),
-        (r"\.filter_fn2\.", ".residual_filter."),
-        (r"\.pos_emb\.z$", ".inputs"),
-        (r"\.implicit_filter(_rev)?\.[135]\.freq$", ".freq"),
-        (r"\.implicit_filter\.0\.", ".back.0."),
-        (r"\.implicit_filter\.2\.", ".back.1."),
-        (r"\.implicit_filter\.4\.", ".back.2."),
-        (r"\.implicit_filter\.6\.", ".back.3."),
-        (r"\.implicit_filter_rev\.0\.", ".ahead.0."),
-        (r"\.implicit_filter_rev\.2\.", ".ahead.1."),
-        (r"\.implicit_filter_rev\.4\.", ".ahead.2."),
-        (r"\.implicit_filter_rev\.6\.", ".ahead.3."),
-    )
-)
+# The authors' names -> ours, applied in order. A linear layer stands at every second place of
+# their filters; their files store one sine frequency vector six times.
+RENAME = {
+    r"module\.": "",
+    r"^model\.(bert|cls)\.": r"\1.",
+    r"^bert\.encoder\.layer\.(\d+)\.attention\.": r"model.layers.\1.mixer.",
+    r"^bert\.encoder\.layer\.(\d+)\.mlp\.": r"model.layers.\1.mlp.",
+    r"^bert\.pooler\.dense\.": "model.pooler.",
+    r"^bert\.": "model.",
+    r"^cls\.predictions\.transform\.dense\.": "dense.",
+    r"^cls\.predictions\.transform\.LayerNorm\.": "layernorm.",
+    r"^cls\.predictions\.decoder\.": "decoder.",
+    r"\.filter_fn\.": ".gated_filter.",
+    r"\.filter_fn2\.": ".residual_filter.",
+    r"\.pos_emb\.z$": ".inputs",
+    r"\.implicit_filter(_rev)?\.[135]\.freq$": ".freq",
+    r"\.implicit_filter\.([0246])\.": lambda match: f".back.{int(match[1]) // 2}.",
+    r"\.implicit_filter_rev\.([0246])\.": lambda match: f".ahead.{int(match[1]) // 2}.",
+}
+UNUSED = re.compile(r"\.flashfft\.|^classifier\.")
 HEAD = tuple(
     f"{layer}.{name}" for layer in ("dense", "layernorm", "decoder") for name in ("weight", "bias")
 )
-CONSTANT = re.compile(r"\.position_ids$|\.pos_emb\.t$|\.modulation\.deltas$")
-# The authors store these tensors with a first axis of size 1.
-ROWS = ("_filter.inputs", "_filter.freq", ".pos_emb.t", ".modulation.deltas", ".position_ids")
+# Constants that the authors store beside the weights, and tensors whose first axis has size 1.
+CONSTANTS = (".position_ids", ".pos_emb.t", ".modulation.deltas")
+ROWS = ("_filter.inputs", "_filter.freq", *CONSTANTS)
 
 
 def load_published(path_or_id: str | Path, max_length: int | None = None):
@@ -118,41 +110,44 @@ def load_published(path_or_id: str | Path, max_length: int | None = None):
     return cut(model, max_length).eval()
 
 
+# ------------------------------------------------------------------ one weight file
+
+
 def read_published(path: Path) -> M2BertForRetrieval | M2BertForMaskedLM:
     """The model of one weight file."""
     state = read_weights(path)
-    if isinstance(state, dict) and isinstance(state.get("state"), dict):
-        state = state["state"].get("model")
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{path} holds no table of tensors")
-    if "model.layers.0.mixer.in_linear.weight" in state:
-        raise CheckpointError(f"{path} is a model of this project: give its folder to `load`")
     try:
-        state, stored = from_authors(state)
+        state, stored = from_authors(table_of_tensors(state))
         config = infer_config(state, filter_length=infer_filter_length(stored))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if config.filter_length == config.max_position_embeddings:
-        config.filter_length = None
-    retrieval = "model.pooler.weight" in state
-    if retrieval:
-        state = {name: tensor for name, tensor in state.items() if name not in HEAD}
-    else:
-        words = state["model.embeddings.word_embeddings.weight"]
-        if not torch.equal(state.setdefault("decoder.weight", words), words):
-            raise CheckpointError(
-                f"{path}: decoder.weight and the word embeddings are one matrix, stored with "
-                "different values"
-            )
-    model = (M2BertForRetrieval if retrieval else M2BertForMaskedLM)(config)
-    load_strictly(model, state, path)
-    try:
+        if config.filter_length == config.max_position_embeddings:
+            config.filter_length = None
+        if "model.pooler.weight" in state:
+            model = M2BertForRetrieval(config)
+            state = {name: tensor for name, tensor in state.items() if name not in HEAD}
+        else:
+            model = M2BertForMaskedLM(config)
+            tied = torch.equal(state.setdefault("decoder.weight", state[WORDS]), state[WORDS])
+            message = "decoder.weight and the word embeddings are one matrix with different values"
+            ensure(tied, message)
         check_constants(model, stored)
-    except CheckpointError as error:
+    except ValueError as error:  # also of a layer that cannot have these sizes
         raise CheckpointError(f"{path}: {error}") from None
+    load_strictly(model, state, path)
     return model
+
+
+def table_of_tensors(content) -> dict[str, Tensor]:
+    """The state dict in the content of a file of the authors."""
+    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+        content = content["state"].get("model")
+    ensure(
+        isinstance(content, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()),
+        "holds no table of tensors",
+    )
+    ours = "model.layers.0.mixer.in_linear.weight" in content
+    ensure(not ours, "a model of this project: give its folder to `load`")
+    return content
 
 
 def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -165,25 +160,20 @@ def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """
     weights, constants = {}, {}
     for name, tensor in state.items():
-        name = name.replace("module.", "")
-        if name.startswith(("model.bert.", "model.cls.")):
-            name = name.removeprefix("model.")
-        if ".flashfft." in name or name.startswith("classifier."):
+        for pattern, replacement in RENAME.items():
+            name = re.sub(pattern, replacement, name)
+        if UNUSED.search(name):
             continue
-        for pattern, replacement in RENAME:
-            name = pattern.sub(replacement, name)
         if name.endswith(ROWS) and tensor.ndim > 1:
-            if len(tensor) != 1:
-                raise CheckpointError(
-                    f"{name} is {tuple(tensor.shape)}, its first axis should be 1"
-                )
+            message = f"{name} is {tuple(tensor.shape)}, its first axis should be 1"
+            ensure(len(tensor) == 1, message)
             tensor = tensor[0]
         if not name.endswith(".position_ids"):
             check_numbers(tensor, name)  # before copies are compared: NaN differs from itself
-        tensors = constants if CONSTANT.search(name) else weights
-        if name in tensors and not torch.equal(tensors[name], tensor):
-            raise CheckpointError(f"{name} is stored several times with different values")
-        tensors[name] = tensor
+        tensors = constants if name.endswith(CONSTANTS) else weights
+        first = tensors.setdefault(name, tensor)
+        same = first is tensor or torch.equal(first, tensor)
+        ensure(same, f"{name} is stored several times with different values")
     return weights, constants
 
 
@@ -195,33 +185,22 @@ def constants(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor
     computed = {"model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)}
     for name, module in model.named_modules():
         if isinstance(module, ImplicitFilter):
-            computed |= {
-                f"{name}.pos_emb.t": module.time(module.max_length),
-                f"{name}.modulation.deltas": module.deltas(),
-            }
+            computed[f"{name}.pos_emb.t"] = module.time(module.max_length)
+            computed[f"{name}.modulation.deltas"] = module.deltas()
     return computed
 
 
 def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Check that the constants of the file are those that the model computes.
-
-    Raises:
-        CheckpointError: a constant is unknown, or has other values.
-    """
-    expected = constants(model)
+    """Raise a CheckpointError unless the model computes the constants of the file."""
+    computed = constants(model)
     for name, tensor in stored.items():
-        if name not in expected:
-            raise CheckpointError(f"{name} belongs to no part of the model")
-        if tensor.numel() != expected[name].numel() or not torch.allclose(
-            tensor.flatten().double(),
-            expected[name].to(tensor.dtype).double(),
-            rtol=1e-5,
-            atol=1e-6,
-        ):
-            raise CheckpointError(
-                f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of "
-                "a variant that is not known here"
-            )
+        ensure(name in computed, f"{name} belongs to no part of the model")
+        ours, theirs = computed[name].to(tensor.dtype).double(), tensor.flatten().double()
+        ensure(
+            ours.shape == theirs.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6),
+            f"{name} is not what an M2-BERT of this size computes: the file is damaged, or of a "
+            "variant that is not known here",
+        )
 
 
 def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
@@ -230,19 +209,18 @@ def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
     Raises:
         CheckpointError: a tensor is missing, or its shape makes no sense.
     """
-    options = dict(
-        mask_padding=False, pad_to_max_length=True, pooling="cls", initialization="reference"
-    )
-    mixer, embeddings = "model.layers.0.mixer", "model.embeddings"
+    options = dict(mask_padding=False, pad_to_max_length=True, pooling="cls") | changes
+    mixer, mlp, embeddings = "model.layers.0.mixer", "model.layers.0.mlp", "model.embeddings"
+    # Layers are numbered from 0; of a number beyond a gap, load_strictly refuses the keys.
+    numbers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
     try:
-        vocab, width = state[f"{embeddings}.word_embeddings.weight"].shape
-        layers = count_layers(state)
-        blocks, doubled, _ = state["model.layers.0.mlp.gated_layers.weight"].shape
-        padded = state["model.layers.0.mlp.wo.weight"].shape[2] * blocks
+        vocab, width = state[WORDS].shape
+        blocks, doubled, _ = state[f"{mlp}.gated_layers.weight"].shape
+        padded = state[f"{mlp}.wo.weight"].shape[2] * blocks
         return M2BertConfig(
             vocab_size=vocab,
             hidden_size=width,
-            num_hidden_layers=layers,
+            num_hidden_layers=next(n for n in itertools.count() if str(n) not in numbers),
             intermediate_size=padded if (blocks * doubled) % 2 else blocks * doubled // 2,
             max_position_embeddings=state[f"{embeddings}.position_embeddings.weight"].shape[0],
             type_vocab_size=state[f"{embeddings}.token_type_embeddings.weight"].shape[0],
@@ -252,42 +230,26 @@ def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
             bidirectional=f"{mixer}.gated_filter.ahead.0.weight" in state,
             residual_long_conv=f"{mixer}.residual_filter.bias" in state,
             mixer_layer_norm=f"{mixer}.layernorm.weight" in state,
-            **(options | changes),
+            **options,
         )
-    except KeyError as error:
-        raise CheckpointError(f"not the weights of an M2-BERT: {error} is missing") from None
-    except CheckpointError:
-        raise
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(
-            "not the weights of an M2-BERT: the shapes of word_embeddings, gated_filter.inputs or "
-            f"layers make no sense ({error})"
-        ) from None
-
-
-def count_layers(state: dict[str, Tensor]) -> int:
-    """The number of layers; they must be numbered from 0 without a gap."""
-    numbers = {int(name.split(".")[2]) for name in state if name.startswith("model.layers.")}
-    layers = len(numbers)
-    if not layers or max(numbers) != layers - 1:
-        raise CheckpointError(
-            f"not the weights of an M2-BERT: its layers are {sorted(numbers)[:3]} … "
-            f"{max(numbers, default='none')}, not 0 to {layers - 1}"
-        )
-    return layers
+    except (KeyError, ValueError, IndexError) as error:
+        shapes = "the shapes of word_embeddings, gated_filter.inputs or layers make no sense"
+        missing = isinstance(error, KeyError)
+        problem = f"{error} is missing" if missing else f"{shapes} ({error})"
+        raise CheckpointError(f"not the weights of an M2-BERT: {problem}") from None
 
 
 def infer_filter_length(stored: dict[str, Tensor]) -> int | None:
     """N of the filters' time axis t_i = i / (N-1); None if the file does not store t."""
     axes = (tensor.flatten() for name, tensor in stored.items() if name.endswith(".pos_emb.t"))
-    t = next(axes, None)
-    if t is None or len(t) < 2 or not 0 < float(t[-1]) < float("inf"):
+    t = next(axes, torch.empty(0))
+    if len(t) < 2 or not 0 < float(t[-1]) < float("inf"):
         return None
     return round((len(t) - 1) / float(t[-1])) + 1
 
 
 def cut(model: nn.Module, max_length: int | None) -> nn.Module:
-    """The model with tables for `max_length` tokens only.
+    """The model with tables for `max_length` tokens only; None: all of them.
 
     The filters keep their time unit, so their taps do not change.
 
@@ -295,33 +257,29 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
         CheckpointError: max_length is no length, or exceeds that of the model.
     """
     longest = model.config.max_position_embeddings
-    if max_length is not None and (type(max_length) is not int or max_length < 1):
-        raise CheckpointError(
-            f"max_length={max_length!r}: a whole number of tokens, or None for all {longest}"
-        )
-    if max_length is None or max_length == longest:
+    length = longest if max_length is None else max_length
+    message = f"max_length={length!r}: a whole number of tokens, or None for all {longest}"
+    ensure(type(length) is int and length > 0, message)
+    message = f"max_length={length} exceeds the {longest} tokens of the file: load it and lengthen"
+    ensure(length <= longest, f"{message} the model with `extend`")
+    if length == longest:
         return model
-    if max_length > longest:
-        raise CheckpointError(
-            f"max_length={max_length} exceeds the {longest} tokens of the file: load it and "
-            "lengthen the model with `extend`"
-        )
     config = copy.deepcopy(model.config)
     config.filter_length = config.filter_length or longest
-    config.max_position_embeddings = max_length
-    short = type(model)(config)
-    tables = ("position_embeddings.weight", "filter.inputs")
-    short.load_state_dict(
-        {
-            name: tensor[:max_length] if name.endswith(tables) else tensor
-            for name, tensor in model.state_dict().items()
-        }
-    )
+    config.max_position_embeddings = length
+    short, state = type(model)(config), model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith(("position_embeddings.weight", "filter.inputs")):
+            state[name] = tensor[:length]
+    short.load_state_dict(state)
     return short.to(next(model.parameters()))
 
 
+# ------------------------------------------------------------------ where the weights are
+
+
 def find_weights(path_or_id: str | Path) -> Path:
-    """The weight file of a path or hub id.
+    """The weight file of a path, a folder or a hub id.
 
     Raises:
         CheckpointError: no such file, or the hub cannot be reached.
@@ -329,42 +287,30 @@ def find_weights(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.is_file():
         return path
-    return weights_in(path) if path.is_dir() else weights_of_hub_id(str(path_or_id))
-
-
-def weights_in(folder: Path) -> Path:
-    """The weight file of a folder."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    candidates = sorted(folder.glob("*.pt"))
-    if len(candidates) != 1:
-        raise CheckpointError(
-            f"{folder} holds none of {', '.join(WEIGHTS)}, nor exactly one .pt file"
-        )
+    if not path.is_dir():
+        return weights_of_hub_id(str(path_or_id))
+    named = [path / name for name in WEIGHTS if (path / name).is_file()]
+    candidates = named[:1] or list(path.glob("*.pt"))
+    message = f"{path} holds none of {', '.join(WEIGHTS)}, nor exactly one .pt file"
+    ensure(len(candidates) == 1, message)
     return candidates[0]
 
 
 def weights_of_hub_id(name: str) -> Path:
     """The weight file of a hub id, from the local hub cache or else the network."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(f"{name} is neither a file, a folder nor a hub id")
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    import huggingface_hub as hub
 
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    ensure(is_id, f"{name} is neither a file, a folder nor a hub id")
     for weights in WEIGHTS:
-        cached = try_to_load_from_cache(name, weights)
+        cached = hub.try_to_load_from_cache(name, weights)
         if isinstance(cached, str):
             return Path(cached)
     for weights in WEIGHTS:
         try:
             # It asks once; hf_hub_download asks six times, for half a minute.
-            get_hf_file_metadata(hf_hub_url(name, weights))
-            return Path(hf_hub_download(name, weights))
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, weights))
+            return Path(hub.hf_hub_download(name, weights))
         except Exception as error:
             why = reason(error)
             if type(error).__name__ not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
@@ -373,6 +319,9 @@ def weights_of_hub_id(name: str) -> Path:
         f"{name} cannot be fetched ({why}); known ids: {', '.join(PUBLISHED)}. Without a network, "
         "put its pytorch_model.bin into a folder and give the folder's path instead of the id"
     )
+
+
+# ------------------------------------------------------------------ a row of params.yaml
 
 
 def fetch(profile: str, row: str) -> Path:
@@ -392,45 +341,31 @@ def fetch(profile: str, row: str) -> Path:
     settings = rows[row]
     checkpoint = settings["checkpoint"]
     source = find_weights(checkpoint)
-    tokenizer = given_tokenizer(
-        settings.get("tokenizer") or tokenizer_beside(source) or "bert-base-uncased"
-    )
+    beside = any((source.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    default = str(source.parent) if beside else "bert-base-uncased"
+    tokenizer = given_tokenizer(settings.get("tokenizer") or default)
     model = load_published(source, settings.get("max_length"))
     check_tokenizer(checkpoint, model, tokenizer)
     folder = params.data(profile) / "models" / row
     about = {"stage": "published", "row": row, "profile": profile, "settings": settings}
     about["trained_on"] = {"Published by": "the authors of the paper", "Checkpoint": checkpoint}
-    readme = (
-        f"# {row} ({profile})\n\n"
-        f"The weights that the authors of the paper published: {checkpoint}\n"
-    )
-    save(model, tokenizer, folder, about, readme)
+    origin = f"The weights that the authors of the paper published: {checkpoint}\n"
+    save(model, tokenizer, folder, about, f"# {row} ({profile})\n\n{origin}")
     return folder
 
 
 def check_tokenizer(checkpoint: str, model: nn.Module, tokenizer) -> None:
     """Raise a CheckpointError unless the model is a retriever and the tokenizer fits it."""
-    if not isinstance(model, M2BertForRetrieval):
-        raise CheckpointError(
-            f"{checkpoint} has no pooler: a masked language model is no retriever"
-        )
+    retriever = isinstance(model, M2BertForRetrieval)
+    message = f"{checkpoint} has no pooler: a masked language model is no retriever"
+    ensure(retriever, message)
     remedy = "name the right one as `tokenizer` of the row"
     vocab, pad = model.config.vocab_size, model.config.pad_token_id
-    if len(tokenizer) > vocab:
-        raise CheckpointError(
-            f"{checkpoint} has {vocab:,} words, its tokenizer {len(tokenizer):,}: {remedy}"
-        )
-    if tokenizer.pad_token_id != pad:
-        raise CheckpointError(
-            f"{checkpoint} pads with id {pad}, its tokenizer with {tokenizer.pad_token_id}: "
-            f"{remedy}"
-        )
-
-
-def tokenizer_beside(weights: Path) -> str | None:
-    """The folder of the weights if it holds a tokenizer too."""
-    names = ("tokenizer.json", "vocab.txt")
-    return str(weights.parent) if any((weights.parent / name).is_file() for name in names) else None
+    message = f"{checkpoint} has {vocab:,} words, its tokenizer {len(tokenizer):,}: {remedy}"
+    ensure(len(tokenizer) <= vocab, message)
+    theirs = tokenizer.pad_token_id
+    message = f"{checkpoint} pads with id {pad}, its tokenizer with {theirs}: {remedy}"
+    ensure(theirs == pad, message)
 
 
 if __name__ == "__main__":
@@ -438,7 +373,7 @@ if __name__ == "__main__":
         sys.exit("usage: python -m lib.model.published PROFILE ROW")
     try:
         fetch(*sys.argv[1:])
-    except (CheckpointError, CorpusError, params.ParamsError) as error:
+    except WorkbenchError as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}")

@@ -17,21 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.pipeline.errors import BUILD, CorpusError
+from lib.pipeline.errors import BUILD, CorpusError, require
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
 # Characters tokenised for each token wanted; four times as many if they give too few tokens.
 CHARACTERS_PER_TOKEN = 16
 PIECE = 2**19  # characters tokenised at a time
 REACH = 4096  # characters before a cut that are searched for a space
-CJK = (  # as in BERT's own tokenizer
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B81F),
-    (0x2B920, 0x2CEAF),
-    (0x2F800, 0x2FA1F),
+CJK = re.compile(  # as in BERT's own tokenizer
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
+    "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
 
 
@@ -48,20 +44,18 @@ def load_tokenizer(folder: str | Path):
     """
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(folder)
-    path = folder if (folder / "tokenizer.json").is_file() else folder / "tokenizer"
-    if not (path / "tokenizer.json").is_file():
-        raise CorpusError(f"{path}/tokenizer.json is missing: {BUILD}")
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
+    path = Path(folder, "tokenizer.json")
+    if not path.is_file():
+        path = Path(folder, "tokenizer", "tokenizer.json")
+    require(path.is_file(), f"{path} is missing: {BUILD}")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # the library's own, JSON's, KeyError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise CorpusError(
-            f"{path}/tokenizer.json cannot be read ({reason}): fetch it again, or {BUILD}"
-        ) from None
-    unset = {name: piece for name, piece in names.items() if getattr(tokenizer, name) is None}
-    require_special(path / "tokenizer.json", unset.values(), tokenizer.get_vocab())
+        message = f"{path} cannot be read ({reason}): fetch it again, or {BUILD}"
+        raise CorpusError(message) from None
+    unset = {name: piece for name, piece in NAMES.items() if getattr(tokenizer, name) is None}
+    require_special(path, unset.values(), tokenizer.get_vocab())
     tokenizer.add_special_tokens(unset)
     return tokenizer
 
@@ -72,30 +66,26 @@ def given_tokenizer(name: str):
     Raises:
         CorpusError: `name` is no tokenizer's folder, and no id that can be fetched.
     """
-    folder = Path(name)
+    folder, vocab = Path(name), Path(name, "vocab.txt")
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    if (folder / "vocab.txt").is_file():
+    if vocab.is_file():
         try:
-            pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+            pieces = vocab.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError:
-            raise CorpusError(
-                f"{folder}/vocab.txt is not UTF-8 text: it should be bert-base-uncased's"
-            ) from None
-        pieces = pieces[:-1] if not pieces[-1] else pieces
-        require_special(folder / "vocab.txt", SPECIAL, pieces)
+            message = f"{vocab} is not UTF-8 text: it should be bert-base-uncased's"
+            raise CorpusError(message) from None
+        require_special(vocab, SPECIAL, pieces)
         return wordpiece({piece: number for number, piece in enumerate(pieces)})
-    if folder.is_dir() or name.count("/") > 1:
-        raise CorpusError(
-            f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's there"
-        )
+    here = folder.is_dir() or name.count("/") > 1
+    message = f"{folder} has neither vocab.txt nor tokenizer.json: put bert-base-uncased's there"
+    require(not here, message)
     return hub_tokenizer(name)
 
 
 def require_special(path: Path, needed: Iterable[str], pieces) -> None:
     absent = [piece for piece in needed if piece not in pieces]
-    if absent:
-        raise CorpusError(f"{path} has no {', '.join(absent)}: it should be bert-base-uncased's")
+    require(not absent, f"{path} has no {', '.join(absent)}: it should be bert-base-uncased's")
 
 
 def hub_tokenizer(name: str):
@@ -110,8 +100,8 @@ def hub_tokenizer(name: str):
     except Exception as error:  # the hub's, the network's, the library's own
         raise CorpusError(
             f"tokenizer {name!r} is no folder here and cannot be loaded from the hub "
-            f"({type(error).__name__}): put its vocab.txt into a folder and name that folder "
-            "as the tokenizer"
+            f"({type(error).__name__}): put its vocab.txt into a folder and name that folder as "
+            "the tokenizer"
         ) from None
 
 
@@ -120,11 +110,8 @@ def wordpiece(vocab: dict[str, int]):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(
-            {piece: vocab[piece] for piece in sorted(vocab, key=vocab.get)}, unk_token="[UNK]"
-        )
-    )
+    pieces = {piece: vocab[piece] for piece in sorted(vocab, key=vocab.get)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.decoder = tokenizers.decoders.WordPiece()
@@ -133,15 +120,7 @@ def wordpiece(vocab: dict[str, int]):
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(piece, vocab[piece]) for piece in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=10**9,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES, model_max_length=10**9)
 
 
 # ------------------------------------------------------------------ ids
@@ -157,6 +136,7 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
         TypeError: `texts` is one string, or an element is no string (the message has its index).
     """
     check_texts(texts)
+    options = dict(padding=False, return_attention_mask=False, return_token_type_ids=False)
     ids: list = [None] * len(texts)
     cut = [False] * len(texts)
     pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
@@ -165,15 +145,8 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
         beginnings = ((i, beginning(encodable(texts[i]), characters)) for i in pending)
         for numbers, parts in groups(beginnings):
             # One token more than fits tells a full text from a truncated one.
-            encoded = tokenizer(
-                parts,
-                truncation=True,
-                max_length=max_length + 1,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-            for i, part, row in zip(numbers, parts, encoded):
+            encoded = tokenizer(parts, truncation=True, max_length=max_length + 1, **options)
+            for i, part, row in zip(numbers, parts, encoded["input_ids"]):
                 if len(row) <= max_length and len(part) < len(texts[i]):
                     again.append(i)
                     continue
@@ -205,11 +178,9 @@ def tokenize_whole(texts: list[str], tokenizer) -> list[list[int]]:
 
 
 def check_texts(texts: list[str]) -> None:
-    if isinstance(texts, str):
-        raise TypeError("a list of texts, not one text")
+    require(not isinstance(texts, str), "a list of texts, not one text", TypeError)
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"text {i} is {type(text).__name__}, not str")
+        require(isinstance(text, str), f"text {i} is {type(text).__name__}, not str", TypeError)
 
 
 def groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
@@ -246,12 +217,10 @@ def stands_alone(character: str) -> bool:
 
     True for white space, punctuation and CJK.
     """
-    code = ord(character)
     return (
-        character in "\t\n\r"
-        or character in string.punctuation
+        character in f"\t\n\r{string.punctuation}"
         or unicodedata.category(character)[0] in "PZ"
-        or any(low <= code <= high for low, high in CJK)
+        or CJK.match(character) is not None
     )
 
 
