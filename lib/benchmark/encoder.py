@@ -68,18 +68,10 @@ class Encoder:
         self.max_length = min(max_length or limit, limit)
         room = f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"
         require(self.max_length > 2, room, ValueError)
-        require(
-            tokenizer.pad_token_id is not None,
-            "the tokenizer has no padding token: set tokenizer.pad_token to the one the model was "
-            "trained with",
-            ValueError,
-        )
-        require(
-            chunk in (None, *CHUNKS) and not (chunk and truncate),
-            f"truncate={truncate}, chunk={chunk!r}: one of truncate=True, chunk='mean', 'max' and "
-            "'best', or none of them",
-            ValueError,
-        )
+        unpadded = "the tokenizer has no padding token: set tokenizer.pad_token to the model's"
+        require(tokenizer.pad_token_id is not None, unpadded, ValueError)
+        choice = f"truncate={truncate}, chunk={chunk!r}: truncate=True, or chunk one of {CHUNKS}"
+        require(chunk in (None, *CHUNKS) and not (chunk and truncate), choice, ValueError)
         tokenizer.truncation_side = "right"  # the beginning is read, whatever its file says
         self.model, self.tokenizer = model.eval(), tokenizer
         self.truncate, self.chunk = truncate, chunk
@@ -128,10 +120,8 @@ class Encoder:
         """
         vectors, _ = self.embedded(texts, batch_size, show_progress)
         if self.chunk == "best" and any(self.longer):
-            raise ValueError(
-                f"text {self.longer.index(True)} has several windows: chunk='best' has a vector "
-                "for each, encode_documents gives them"
-            )
+            way = "chunk='best' has a vector for each, encode_documents gives them"
+            raise ValueError(f"text {self.longer.index(True)} has several windows: {way}")
         return unit(vectors) if normalize else vectors
 
     def encode_queries(
@@ -169,10 +159,8 @@ class Encoder:
         vectors, owner = by_windows(ids, embed, self.chunk)
         bad = np.unique(owner[~np.isfinite(vectors).all(axis=1)])
         if len(bad):
-            raise ValueError(
-                f"the embedding of text {bad[0]} is not finite ({len(bad)} such): the model's "
-                "weights are damaged, or too large for 16 bits"
-            )
+            reason = f"({len(bad)} such): the model's weights are damaged, or too large for 16 bits"
+            raise ValueError(f"the embedding of text {bad[0]} is not finite {reason}")
         return vectors, owner
 
     @torch.no_grad()
@@ -212,15 +200,12 @@ class Encoder:
         if not self.chunk:
             ids, self.longer = tokenize(texts, self.tokenizer, self.max_length)
             return [[row] for row in ids]
-        ids = tokenize_whole(texts, self.tokenizer)
+        ids, size = tokenize_whole(texts, self.tokenizer), self.max_length - 2
         self.longer = [len(row) > self.max_length for row in ids]
-        size = self.max_length - 2
+        parts = [windows(len(row) - 2, size, self.stride) for row in ids]
         return [
-            [
-                row[:1] + row[1 + start : 1 + end] + row[-1:]
-                for start, end in windows(len(row) - 2, size, self.stride)
-            ]
-            for row in ids
+            [row[:1] + row[1 + start : 1 + end] + row[-1:] for start, end in part]
+            for row, part in zip(ids, parts)
         ]
 
 

@@ -71,23 +71,14 @@ def search(
         ImportError: faiss is asked for and absent.
     """
     queries, documents = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(documents)
-    for holds, message in (
-        (
-            len(queries) == len(qids) and len(documents) == len(pids),
-            f"one id per vector: got {len(qids)} ids for {len(queries)} queries, "
-            f"{len(pids)} for {len(documents)} documents",
-        ),
-        (
-            queries.ndim == documents.ndim == 2 and queries.shape[1] == documents.shape[1],
-            f"vectors are (n, D) with one D: got {queries.shape} for queries, {documents.shape} "
-            "for documents",
-        ),
-        (
-            k > 0 and backend in BACKENDS,
-            f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}",
-        ),
-    ):
-        require(holds, message, ValueError)
+    shapes = f"{queries.shape} for queries, {documents.shape} for documents"
+    ids = f"{len(qids)} ids for {len(queries)} queries, {len(pids)} for {len(documents)} documents"
+    one_each = (len(qids), len(pids)) == (len(queries), len(documents))
+    require(one_each, f"one id per vector: got {ids}", ValueError)
+    one_width = queries.ndim == documents.ndim == 2 and queries.shape[1] == documents.shape[1]
+    require(one_width, f"vectors are (n, D) with one D: got {shapes}", ValueError)
+    options = f"k={k}, backend={backend!r}: k from 1, backend one of {', '.join(BACKENDS)}"
+    require(k > 0 and backend in BACKENDS, options, ValueError)
     for name, ids in (("query", qids), ("document", pids)):
         if len(set(ids)) < len(ids):
             raise ValueError(f"{name} {Counter(ids).most_common(1)[0][0]} comes twice")
@@ -130,10 +121,8 @@ def max_norm(vectors: np.ndarray, name_of: Callable[[int], str]) -> float:
             norm = float(torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).max())
         largest = max(largest, norm)
     if bad:
-        raise ValueError(
-            f"the vector of {name_of(bad[0])} is not finite ({len(bad)} such): the model or its "
-            "input is broken"
-        )
+        broken = f"is not finite ({len(bad)} such): the model or its input is broken"
+        raise ValueError(f"the vector of {name_of(bad[0])} {broken}")
     return largest
 
 
@@ -280,10 +269,8 @@ def faiss_candidates() -> Callable[..., Candidates]:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
-            f"backend='faiss' needs faiss ({error}): install faiss-cpu or faiss-gpu, or use "
-            "backend='torch'"
-        ) from None
+        way = "install faiss-cpu or faiss-gpu, or use backend='torch'"
+        raise ImportError(f"backend='faiss' needs faiss ({error}): {way}") from None
     knn = faiss.knn
     if faiss.get_num_gpus():
         knn = partial(faiss.knn_gpu, faiss.StandardGpuResources())
@@ -377,10 +364,8 @@ def text_named(ranker, name_of: Callable[[int], str]) -> Iterator[None]:
     except (TooLong, RefusedText) as error:
         reason = f"is not taken: {error}"
         if isinstance(error, TooLong):
-            reason = (
-                f"is longer than {ranker.context_length} tokens: give the Encoder truncate=True "
-                "or chunk='mean'"
-            )
+            way = "give the Encoder truncate=True or chunk='mean'"
+            reason = f"is longer than {ranker.context_length} tokens: {way}"
         raise ValueError(f"{name_of(error.index)} {reason}") from None
 
 

@@ -35,7 +35,7 @@ LONGEMBED = "dwzhu/LongEmbed"
 LONGEMBED_TASKS = ("narrativeqa", "qmsum", "2wikimqa", "summ_screen_fd", "passkey", "needle")
 LONGEMBED_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 TEXTS = (".txt", ".md")
-HIDDEN = "[!.]*"  # a file whose name begins with a dot is the system's or a cache's, not data
+SEEN = "[!.]*"  # a file whose name begins with a dot is the system's or a cache's, not data
 BATCH = 64  # documents read at a time: of 60,000 characters, 4 MB
 NEEDED = (
     "give documents-<split>.parquet and queries-<split>.parquet, documents/<task>_<split>.jsonl "
@@ -53,13 +53,15 @@ def of(source: str | Path):
     folder = Path(source)
     require(folder.is_dir(), f"{folder} is no folder, nor hub or longembed: {NEEDED}")
     layouts = (layout(folder) for layout in (Parquet, Jsonl, Beir, Texts))
-    chosen = next((layout for layout in layouts if layout.fits()), None)
+    chosen = next((layout for layout in layouts if any(layout.paths())), None)
     require(chosen is not None, f"{folder} holds no task: {NEEDED}")
     return chosen
 
 
 class Folder:
-    """A folder in one of the layouts."""
+    """A folder in one of the layouts, if a file of it matches one of the patterns."""
+
+    patterns: tuple[str, ...] = ()
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,14 +69,15 @@ class Folder:
     def __str__(self) -> str:
         return str(self.folder)
 
+    def paths(self) -> Iterator[Path]:
+        return (path for pattern in self.patterns for path in self.folder.glob(pattern))
+
     def splits(self) -> list[str]:
         return [split for split in SPLITS if self.tasks(split)]
 
 
 class Parquet(Folder):
-    def fits(self) -> bool:
-        names = ("documents-*.parquet", "queries-*.parquet")
-        return any(any(self.folder.glob(name)) for name in names)
+    patterns = ("documents-*.parquet", "queries-*.parquet")
 
     def splits(self) -> list[str]:
         return [split for split in SPLITS if (self.folder / f"queries-{split}.parquet").is_file()]
@@ -100,12 +103,10 @@ class Parquet(Folder):
 
 
 class Jsonl(Folder):
-    def fits(self) -> bool:
-        names = ("documents", "queries")
-        return any(any((self.folder / name).glob(f"{HIDDEN}.jsonl")) for name in names)
+    patterns = (f"documents/{SEEN}.jsonl", f"queries/{SEEN}.jsonl")
 
     def tasks(self, split: str) -> list[str]:
-        paths = (self.folder / "queries").glob(f"{HIDDEN}_{split}.jsonl")
+        paths = (self.folder / "queries").glob(f"{SEEN}_{split}.jsonl")
         return sorted(path.name.removesuffix(f"_{split}.jsonl") for path in paths)
 
     def files(self, task: str, split: str) -> tuple:
@@ -121,17 +122,14 @@ class Jsonl(Folder):
 class Beir(Folder):
     """BEIR's layout: a document is its title, a line break and its text; judgements are graded."""
 
-    def fits(self) -> bool:
-        return bool(self.folders())
+    patterns = ("corpus.jsonl", f"{SEEN}/corpus.jsonl", f"{SEEN}/{SEEN}/corpus.jsonl")
 
-    def folders(self) -> list[Path]:
+    def folders(self) -> dict[str, Path]:
+        """{task: its folder}, sorted."""
         if (self.folder / "corpus.jsonl").is_file():
-            return [self.folder]
-        patterns = (f"{HIDDEN}/corpus.jsonl", f"{HIDDEN}/{HIDDEN}/corpus.jsonl")
-        return sorted(path.parent for pattern in patterns for path in self.folder.glob(pattern))
-
-    def task_folder(self, task: str) -> Path:
-        return self.folder if (self.folder / "corpus.jsonl").is_file() else self.folder / task
+            return {self.folder.resolve().name: self.folder}
+        folders = sorted(path.parent for path in self.paths())
+        return {folder.relative_to(self.folder).as_posix(): folder for folder in folders}
 
     @staticmethod
     def qrels(folder: Path, split: str) -> Path:
@@ -140,21 +138,16 @@ class Beir(Folder):
         return next((path for path in paths if path.is_file()), paths[0])
 
     def tasks(self, split: str) -> list[str]:
-        return [
-            self.folder.resolve().name
-            if folder == self.folder
-            else folder.relative_to(self.folder).as_posix()
-            for folder in self.folders()
-            if self.qrels(folder, split).is_file()
-        ]
+        folders = self.folders().items()
+        return [task for task, folder in folders if self.qrels(folder, split).is_file()]
 
     def files(self, task: str, split: str) -> tuple:
-        folder = self.task_folder(task)
+        folder = self.folders().get(task, self.folder / task)
         return folder / "corpus.jsonl", folder / "queries.jsonl", ""
 
     def rows(self, task: str, split: str) -> Rows:
         documents, queries, _ = self.files(task, split)
-        path = self.qrels(self.task_folder(task), split)
+        path = self.qrels(documents.parent, split)
         judged = read_qrels(path)
         way = "complete the file, or take it out"
         require(judged, f"{path} calls no document relevant (a gain of 1 or more): {way}")
@@ -173,11 +166,9 @@ class Beir(Folder):
         for row in read_jsonl(path, ("_id", "text")):
             if (answers := left.pop(str(row["_id"]), None)) is not None:
                 yield {"qid": row["_id"], "query": row["text"], "answer_pids": answers}
-        require(
-            not left,
-            f"{path}: judged query {min(left, default='')!r} is not there ({len(left)} such): "
-            "complete the file, or take the judgements out",
-        )
+        way = "complete the file, or take the judgements out"
+        lost = f"judged query {min(left, default='')!r} is not there ({len(left)} such): {way}"
+        require(not left, f"{path}: {lost}")
 
 
 class Texts(Folder):
@@ -192,9 +183,6 @@ class Texts(Folder):
             hidden = any(part.startswith(".") for part in parts)
             if path.suffix.lower() in TEXTS and path.is_file() and not hidden:
                 yield path
-
-    def fits(self) -> bool:
-        return any(self.paths())
 
     def tasks(self, split: str) -> list[str]:
         return [self.folder.resolve().name] if split == "test" else []
@@ -276,11 +264,7 @@ class LongEmbed:
             judged.setdefault(str(row["qid"]), {})[str(row["doc_id"])] = 1
         documents = ({"pid": row["doc_id"], "passage": row["text"]} for row in table("corpus"))
         queries = (
-            {
-                "qid": row["qid"],
-                "query": row["text"],
-                "answer_pids": judged.get(str(row["qid"]), {}),
-            }
+            dict(qid=row["qid"], query=row["text"], answer_pids=judged.get(str(row["qid"]), {}))
             for row in table("queries")
         )
         return documents, queries, []
@@ -309,9 +293,7 @@ def read_parquet(
 ) -> Iterator[dict]:
     """The rows of a file, or those of one task, a batch in memory at a time.
 
-    Args:
-        columns: that the file must have.
-        optional: columns that are read if the file has them.
+    The file must have `columns`; of the `optional` ones, those that it has are read.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -408,10 +390,8 @@ def reachable(name: str) -> bool:
 
     try:
         get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
-    except HfHubHTTPError:
-        return True
-    except Exception:
-        return False
+    except Exception as error:
+        return isinstance(error, HfHubHTTPError)
     return True
 
 
