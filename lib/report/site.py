@@ -143,7 +143,7 @@ def index_page(profile: str, place: Path, executed: dict) -> Markup:
         title=f"LoCoV1 and M2-BERT, {profile}",
         items=items,
         left=lambda: sorted(left),
-        headlines=headlines(claims_map) if claims_map.is_file() else [],
+        headlines=headlines(claims_map) if claims_map.is_file() else None,
         without_claims=not_run(claims_map),
         ablations=params.rows(profile, "ablations"),
         lessons=params.rows(profile, "lessons"),
