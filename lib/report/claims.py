@@ -18,9 +18,8 @@ from lib.benchmark import statistics
 from lib.benchmark.task import Task
 from lib.pipeline import params
 from lib.report import comparison, display, results
-from lib.report.comparison import Queries
+from lib.report.comparison import NOT_MEASURED
 
-NOT_MEASURED = (math.nan, math.nan, math.nan)
 ABSENT = "no row of this profile, or not run"
 START = 0, 39  # the needle's first place, and its last
 
@@ -35,7 +34,7 @@ class Evidence(NamedTuple):
     """
 
     ours: tuple[float, float, float] = NOT_MEASURED
-    p: float | None = None
+    p: float = math.nan
     by_seed: list[float] = []
     cells: dict = {}
     missing: str = ""
@@ -47,9 +46,7 @@ def entries() -> list[dict]:
     from ruamel.yaml import YAML
 
     path = params.root() / "data" / "paper" / "claims.yaml"
-    if not path.is_file():
-        return []
-    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    return YAML(typ="safe", pure=True).load(path) if path.is_file() else []
 
 
 def paper_map(profile: str, tasks: Iterable[Task]) -> pd.DataFrame:
@@ -58,39 +55,34 @@ def paper_map(profile: str, tasks: Iterable[Task]) -> pd.DataFrame:
     evidence = [MEASURES[claim.get("measured", "ndcg")](claim, profile, tasks) for claim in claims]
     tested = [
         i
-        for i, (claim, found) in enumerate(zip(claims, evidence))
-        if claim.get("measured") is None and claim["expected"] and found.p is not None
+        for i, claim in enumerate(claims)
+        if "measured" not in claim and claim["expected"] and not math.isnan(evidence[i].p)
     ]
     for i, p in zip(tested, statistics.holm([evidence[i].p for i in tested])):
         evidence[i] = evidence[i]._replace(p=p)
-    return pd.DataFrame([line(claim, found) for claim, found in zip(claims, evidence)])
+    return pd.DataFrame(map(line, claims, evidence))
 
 
 def line(claim: dict, evidence: Evidence) -> dict:
     """A line of the map."""
-    value, low, high = evidence.ours
-    verdict = results.NOT_RUN if math.isnan(value) else "no claim"
-    if claim.get("expected"):
-        p = evidence.p or 0.0
-        verdict = comparison.verdict(low, high, claim["expected"], p, evidence.by_seed)
+    ours, p, by_seed, cells, missing, always = evidence
+    run, expected = not math.isnan(ours[0]), claim.get("expected", 0)
     cells = {
         "claim": claim["claim"],
         "paper": claim["paper"],
         "notebook": claim.get("notebook", "–"),
         "rows": claim.get("rows", "–"),
         "on": claim.get("on", "–"),
-        "ours": results.NOT_RUN
-        if math.isnan(value)
-        else display.with_interval(*evidence.ours, signed=True),
+        "ours": display.with_interval(*ours, signed=True) if run else results.NOT_RUN,
         "n": 0,
         "seeds": "–",
-        "seed by seed": display.each_seed(evidence.by_seed),
+        "seed by seed": display.each_seed(by_seed),
         "the paper's": claim.get("printed", "–"),
-        "p, Holm": display.chance(evidence.p),
-        "verdict": verdict,
-    } | evidence.cells
+        "p, Holm": display.chance(p),
+        "verdict": comparison.verdict(*ours[1:], expected, p, by_seed),
+    } | cells
     undecided = cells["verdict"] in (comparison.NOT_HERE, comparison.UNDECIDED)
-    answer = claim.get("next", "") if undecided or evidence.always else evidence.missing or "–"
+    answer = claim.get("next", "") if undecided or always else missing or "–"
     return cells | {"tried, and what would settle it": answer}
 
 
@@ -99,35 +91,19 @@ def line(claim: dict, evidence: Evidence) -> dict:
 
 def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     """The first row minus the second on the claim's queries."""
-    row, reference = claim["rows"]
-    queries = queries_of(claim["on"], tasks)
-    every = results.per_query(profile, [row, reference])
+    rows, queries = claim["rows"], comparison.queries_where(tasks, claim["on"])
+    every = results.per_query(profile, rows)
     values = queries.of(every[every["reads"] == "all"])
-    ours = comparison.difference(values, row, reference) or NOT_MEASURED
-    seeds = [comparison.seeds(values, name) for name in (row, reference)]
-    names = [results.marked(profile, name) for name in (row, reference)]
-    absent = [name for name in (row, reference) if not (every["row"] == name).any()]
+    ours, p, by_seed = comparison.against(values, *rows)
+    absent = [row for row in rows if not (every["row"] == row).any()]
     missing = f"{' and '.join(absent)}: {ABSENT}" if absent else ""
     cells = {
-        "rows": " − ".join(names),
+        "rows": " − ".join(results.marked(profile, row) for row in rows),
         "on": queries.on,
-        "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, row)),
-        "seeds": "{}, {}".format(*seeds),
+        "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, rows[0])),
+        "seeds": ", ".join(str(comparison.seeds(values, row)) for row in rows),
     }
-    return Evidence(
-        ours,
-        comparison.p_value(values, row, reference),
-        comparison.by_seed(values, row, reference),
-        cells,
-        missing if queries.queries else queries.why,
-    )
-
-
-def queries_of(name: str, tasks: list[Task]) -> Queries:
-    if name != "every":
-        return comparison.queries_where(tasks, "all" if name == "both" else name)
-    own = [task for task in tasks if not task.source]
-    return Queries("all tasks", {(task.name, qid) for task in own for qid in task.queries})
+    return Evidence(ours, p, by_seed, cells, missing if queries.queries else queries.why)
 
 
 def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
@@ -135,21 +111,18 @@ def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
 
     The result is wider than an interval of paired differences, never narrower.
     """
-    cells = {"rows": " − ".join(claim["rows"]), "seeds": "1, 1"}
-    (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in claim["rows"])
-    ours = (a - b, a_low - b_high, a_high - b_low)
-    return Evidence(
-        ours, cells=cells, missing=f"{claim['rows'][1]}: {ABSENT}" if a - b != a - b else ""
-    )
+    rows = claim["rows"]
+    (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in rows)
+    missing = f"{rows[1]}: {ABSENT}" if math.isnan(a - b) else ""
+    cells = {"rows": " − ".join(rows), "seeds": "1, 1"}
+    return Evidence((a - b, a_low - b_high, a_high - b_low), cells=cells, missing=missing)
 
 
 def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
     """(mean, low, high) of a pretrained row on held-out text; NaN if it was not run."""
-    metrics = results.load_metrics(profile, "pretrain")
-    if row not in metrics.index or metrics.at[row, "status"] != "run":
-        return NOT_MEASURED
-    parts = ("mean", "low", "high")
-    return tuple(metrics.at[row, f"mlm_accuracy_validation.{part}"] for part in parts)
+    metrics = results.load_metrics(profile, "pretrain").query("status == 'run'")
+    columns = [f"mlm_accuracy_validation.{part}" for part in ("mean", "low", "high")]
+    return tuple(metrics.reindex(index=[row], columns=columns).loc[row])
 
 
 def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
@@ -162,8 +135,8 @@ def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
         return Evidence(cells={"the paper's": "–"}, missing=missing)
     places = mine.pivot_table(index="qid", columns="place", values="ndcg@10")
     first, last = (places[place].to_dict() for place in START)
-    p = statistics.p_value(last, first)
     cells = {"n": len(places), "seeds": "1"}
+    p = statistics.p_value(last, first)
     return Evidence(statistics.paired(last, first), p, cells=cells, always=True)
 
 
@@ -179,10 +152,4 @@ def nothing(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     return Evidence(cells={"the paper's": "see data/paper"}, always=True)
 
 
-MEASURES = {
-    "ndcg": ndcg,
-    "accuracy": accuracy,
-    "needle": needle,
-    "counted": counted,
-    "nothing": nothing,
-}
+MEASURES = {measure.__name__: measure for measure in (ndcg, accuracy, needle, counted, nothing)}

@@ -13,6 +13,7 @@ has rows, and a name, such as `data/bm25_ladder` or `lesson/losses/lesson_losses
 
 import math
 import re
+from collections.abc import Iterable
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -45,26 +46,15 @@ STYLE = {
 def style() -> None:
     """Set one look for all figures: colour-blind-safe colours, bundled fonts, reproducible SVG."""
     import seaborn
+    from IPython import get_ipython
 
     seaborn.set_theme(
         style="ticks", palette="colorblind", font="DejaVu Sans", font_scale=0.9, rc=STYLE
     )
-    if (shell := notebook_shell()) is not None and hasattr(shell, "kernel"):
+    if hasattr(get_ipython(), "kernel"):
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("svg", metadata={"Date": None})
-
-
-def svg(fig, title: str, caption: str) -> str:
-    """The figure as SVG, with a title and a description for those who cannot see it."""
-    stream = StringIO()
-    fig.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    # The DOCTYPE names a file on the web, and stays out.
-    attributes, end, rest = stream.getvalue().partition("<svg ")[2].partition(">")
-    return (
-        f'<?xml version="1.0" encoding="utf-8"?>\n<svg {attributes} role="img"{end}\n'
-        f" <title>{escape(title)}</title>\n <desc>{escape(caption)}</desc>{rest}"
-    )
 
 
 def figure(fig, name: str, out, profile: str, caption: str) -> None:
@@ -72,22 +62,34 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
     import matplotlib.pyplot as plt
 
     caption = f"{caption} {note(profile)}"
-    path = results.folder(out, profile) / f"{name}.svg"
-    picture = svg(fig, path.stem.replace("_", " "), caption)
-    files.write(path, picture)
+    path, stream = results.folder(out, profile) / f"{name}.svg", StringIO()
+    fig.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(fig)
+    # The DOCTYPE names a file on the web, and stays out; a title and a description come in.
+    attributes, end, rest = stream.getvalue().partition("<svg ")[2].partition(">")
+    picture = (
+        f'<?xml version="1.0" encoding="utf-8"?>\n<svg {attributes} role="img"{end}\n'
+        f" <title>{escape(path.stem.replace('_', ' '))}</title>\n"
+        f" <desc>{escape(caption)}</desc>{rest}"
+    )
+    files.write(path, picture)
     show({"image/svg+xml": picture, "text/plain": f"figure {path.stem}: {caption}"})
     show({"text/markdown": f"*{caption}*", "text/plain": ""})
 
 
 def note(profile: str) -> str:
     """The end of every caption: the profile, its collection unless embedded, and its lengths."""
-    lengths = {paper: params.length(profile, paper) for paper in params.PAPER_LENGTHS}
     name = f"{profile} on {source}" if (source := collection(profile)) else profile
-    if all(paper == here for paper, here in lengths.items()):
+    paper = listed(params.PAPER_LENGTHS)
+    here = listed(params.length(profile, length) for length in params.PAPER_LENGTHS)
+    if here == paper:
         return f"Profile {name}, the paper's own lengths."
-    here, paper = (listed([f"{n:,}" for n in side]) for side in (lengths.values(), lengths))
     return f"Profile {name}: {here} tokens stand for the paper's {paper}."
+
+
+def listed(numbers: Iterable[int]) -> str:
+    *first, last = (f"{n:,}" for n in numbers)
+    return f"{', '.join(first)} and {last}"
 
 
 def collection(profile: str) -> str:
@@ -113,12 +115,11 @@ def table(frame: pd.DataFrame, caption: str) -> None:
     """Show a table in the notebook, without its index."""
     sides = ["right" if right else "left" for right in numeric(frame)]
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
-    body = "\n".join(
-        "<tr>"
-        + "".join(f'<td align="{side}">{escape(cell)}</td>' for cell, side in zip(row, sides))
-        + "</tr>"
-        for row in formatted(frame)
+    rows = (
+        "".join(f'<td align="{side}">{escape(cell)}</td>' for cell, side in zip(cells, sides))
+        for cells in formatted(frame)
     )
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     html = (
         f"<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody>\n</table>"
@@ -130,8 +131,8 @@ def save_table(frame: pd.DataFrame, name: str, out, profile: str, caption: str) 
     """Write <name>.md (rounded, with the caption) and <name>.csv (six digits), and show it."""
     caption = f"{caption} {note(profile)}"
     path = results.folder(out, profile) / name
-    files.write(path.with_name(f"{path.name}.md"), markdown(frame, caption))
-    files.write(path.with_name(f"{path.name}.csv"), results.csv(frame))
+    files.write(f"{path}.md", markdown(frame, caption))
+    files.write(f"{path}.csv", results.csv(frame))
     table(frame, caption)
 
 
@@ -158,9 +159,8 @@ def formatted(frame: pd.DataFrame) -> list[list[str]]:
     for i in range(frame.shape[1]):
         values = frame.iloc[:, i].tolist()
         numbers = [x for x in values if isinstance(x, float | np.floating) and math.isfinite(x)]
-        decimals = 0
-        while decimals < 4 and any(abs(x - round(x, decimals)) >= 1e-9 for x in numbers):
-            decimals += 1
+        needed = (n for n in range(4) if all(abs(x - round(x, n)) < 1e-9 for x in numbers))
+        decimals = next(needed, 4)
         columns.append([text(value, decimals) for value in values])
     return [list(row) for row in zip(*columns)]
 
@@ -179,11 +179,8 @@ def text(value, decimals: int) -> str:
 
 
 def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
-    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`.
-
-    A missing number (None, NaN) gives –.
-    """
-    if any(number is None or math.isnan(number) for number in (value, low, high)):
+    """A fraction × 100 with its interval: `39.4 [36.1, 42.8]`, signed `+2.0 [-1.1, +5.2]`; or –."""
+    if any(map(math.isnan, (value, low, high))):
         return "–"
     form = "{:+.1f}" if signed else "{:.1f}"
     return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
@@ -195,32 +192,20 @@ def each_seed(differences: list[float]) -> str:
     return ", ".join(texts) if len(texts) > 1 else "–"
 
 
-def chance(p: float | None) -> str:
+def chance(p: float) -> str:
     """A p-value as text."""
-    return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # ------------------------------------------------------------------ notebooks
 
 
-def notebook_shell():
-    """IPython's shell; None outside of a notebook."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return None
-    return get_ipython()
-
-
 def show(bundle: dict[str, str]) -> None:
     """Display in the notebook; outside of one, print the text."""
-    if notebook_shell() is not None:
-        from IPython.display import display
+    from IPython import get_ipython
+    from IPython.display import display
 
+    if get_ipython() is not None:
         display(bundle, raw=True)
     elif bundle["text/plain"]:
         print(bundle["text/plain"])

@@ -19,9 +19,15 @@ from lib.report import audit, claims, comparison, display, results
 BUCKETS = ["below 2k", "2k to 8k", "8k to 32k", "above 32k"]  # of the paper's Table 22
 PLACES = ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"]
 PLACE, LENGTH, NEEDLE = "place of the evidence", "length of the answer", "needle, its place"
-GUESSED = "hidden words guessed, %"
+OWN = "the corpus"  # the source of the run's own tasks
+ACCURACY = "hidden words guessed, %"
+OWN_TASKS = (
+    "the collection's own tasks, queries in the paper's buckets of Table 22 by the length of the"
+    " document that answers"
+)
 FEWEST = 10  # queries of a bin
-STEP = ["reads_tokens", "ndcg@10", "low", "high"]
+SCORE = ["ndcg@10", "low", "high"]
+STEP = ["reads_tokens", *SCORE]
 
 
 class Overview:
@@ -29,6 +35,8 @@ class Overview:
 
     Attributes:
         rows: names, in the order of params.yaml; scores, per_query, needles: see `results`.
+        ladder: the rows of the paper's four lengths that were run.
+        accuracy: MLM accuracy of the warm start and the cold one, {row: (mean, low, high)}.
         tasks: the test tasks of all sources; sources: {task: its source, "" for the run's own}.
         answers: per_query (reading all) with `tokens`, the length of the document that answers,
             and `depth`, the place of the evidence in it (NaN if unknown).
@@ -40,32 +48,24 @@ class Overview:
         self.scores, self.per_query = results.scores(profile), results.per_query(profile)
         self.needles = results.needles(profile)
         self.status = results.load_metrics(profile, "evaluate")["status"]
+        self.ladder = [row for row in audit.LADDER.values() if self.status.get(row) == "run"]
         self.pretraining = results.load_metrics(profile, "pretrain")
         self.finetuning = results.load_metrics(profile, "finetune")
+        starts = ("warm_32k", "cold_32k")
+        self.accuracy = {row: claims.mlm_accuracy(profile, row) for row in starts}
         self.tasks = locov1.every(corpus, params.settings(profile, "evaluate")["also"])
-        places = pd.DataFrame(
-            answers(self.tasks, load_tokenizer(corpus)), columns=["task", "qid", "tokens", "depth"]
-        )
+        places = answers(self.tasks, load_tokenizer(corpus))
+        places = pd.DataFrame(places, columns=["task", "qid", "tokens", "depth"])
         everything = self.per_query[self.per_query["reads"] == "all"]
         self.answers = everything.merge(places, on=["task", "qid"])
-        self.answers["source"] = [name or "the corpus" for name in self.answers["source"]]
+        self.answers["source"] = [name or OWN for name in self.answers["source"]]
         sources = dict(zip(self.scores["task"], self.scores["source"]))
-        order = sorted(sources, key=lambda name: task_order(name, sources[name]))
-        self.sources = {name: sources[name] for name in order}
-        self.groups = comparison.groups(order, sources)
-
-    def run(self, names) -> list[str]:
-        """Those of the rows that were evaluated."""
-        return [name for name in names if name in self.status.index[self.status == "run"]]
-
-    @property
-    def accuracy(self) -> dict[str, tuple[float, float, float]]:
-        """MLM accuracy of the warm start and the cold one: (mean, low, high)."""
-        starts = ("warm_32k", "cold_32k")
-        return {row: claims.mlm_accuracy(self.profile, row) for row in starts}
+        self.sources = dict(sorted(sources.items(), key=task_order))
+        self.groups = comparison.groups(list(self.sources), sources)
 
 
-def task_order(name: str, source: str) -> tuple:
+def task_order(task: tuple[str, str]) -> tuple:
+    name, source = task
     return source != "", not name.startswith("book_"), name.split("_")[0], len(name), name
 
 
@@ -77,8 +77,7 @@ def answers(tasks: list, tokenizer) -> Iterator[tuple[str, str, int, float]]:
         tokens = tokenize_whole([task.documents[pid] for pid in pids], tokenizer)
         lengths = dict(zip(pids, map(len, tokens)))
         for qid, pid in best.items():
-            depth = task.evidence[qid][1] if qid in task.evidence else np.nan
-            yield task.name, qid, lengths[pid], depth
+            yield task.name, qid, lengths[pid], task.evidence.get(qid, (pid, np.nan))[1]
 
 
 # ------------------------------------------------------------------ tables
@@ -91,28 +90,25 @@ def scores_table(o: Overview) -> pd.DataFrame:
 
 def score_line(o: Overview, row: str) -> dict:
     scores = o.scores[o.scores["row"] == row].set_index(["reads", "task"])
-    columns = [*o.sources, "average", "average, first_128"]
+    averages = {"average": "all", "average, first_128": "first_128"}
+    cells = dict.fromkeys(["reads", *o.sources, *averages], results.NOT_RUN)
     if scores.empty:
-        return {"row": row, "reads": results.NOT_RUN} | dict.fromkeys(columns, results.NOT_RUN)
+        return {"row": row} | cells
     tokens = scores["reads_tokens"].iloc[0]
-    cells = {
-        task: display.with_interval(*scores.loc[("all", task), ["ndcg@10", "low", "high"]])
-        if ("all", task) in scores.index
-        else results.NOT_RUN
-        for task in o.sources
-    }
-    for column, reads in zip(columns[-2:], ("all", "first_128")):
+    cells["reads"] = "everything" if pd.isna(tokens) else f"{tokens:,.0f}"
+    for task in scores.loc["all"].index:
+        cells[task] = display.with_interval(*scores.loc[("all", task), SCORE])
+    for column, reads in averages.items():
         values = scores.loc[reads, "ndcg@10"].items()
         own = [value for task, value in values if not o.sources[task]]
         cells[column] = f"{100 * np.mean(own):.1f}"
-    reads = f"{tokens:,.0f}" if tokens == tokens else "everything"
-    return {"row": results.marked(o.profile, row), "reads": reads} | cells
+    return {"row": results.marked(o.profile, row)} | cells
 
 
 def rows_table(o: Overview) -> pd.DataFrame:
     """Every retriever: where it starts, what it was trained on, and its scores."""
     lines = [row_line(o, row) for row in params.rows(o.profile, "retrievers")]
-    return pd.DataFrame(lines).round({GUESSED: 1, "validation": 1})
+    return pd.DataFrame(lines).round({ACCURACY: 1, "validation": 1})
 
 
 def row_line(o: Overview, row: str) -> dict:
@@ -121,34 +117,30 @@ def row_line(o: Overview, row: str) -> dict:
     if start not in o.pretraining.index:
         trained = params.rows(o.profile, "distilled")[start]["pretrained"]
     learned = o.pretraining.loc[trained]
+    tests = {f"test, {group}": pooled(o, row, tasks) for group, tasks in o.groups.items()}
     return {
         "row": results.marked(o.profile, row),
         "starts from": start,
         "the paper's length": params.paper_length(row),
         "reads, tokens": tuned.get("reads_tokens"),
         "pretraining tokens": learned.get("tokens"),
-        GUESSED: percent(learned.get("mlm_accuracy_validation.mean")),
+        ACCURACY: percent(learned.get("mlm_accuracy_validation.mean")),
         "loss": tuned.get("loss_name") or results.NOT_RUN,
         "documents": tuned.get("documents_seen"),
         "fine-tuning tokens": tuned.get("tokens"),
         "validation": percent(tuned.get("validation.ndcg@10")),
-        **{f"test, {group}": pooled(o, row, tasks) for group, tasks in o.groups.items()},
-    }
+    } | {k: display.with_interval(*mean) if mean else results.NOT_RUN for k, mean in tests.items()}
 
 
 def percent(value: float | None) -> float:
     return np.nan if value is None else 100 * value  # a source may have no validation split
 
 
-def pooled(o: Overview, row: str, tasks: list[str]) -> str:
-    values = scored(o, row, tasks, "all")
-    return display.with_interval(*statistics.interval(values)) if len(values) else results.NOT_RUN
-
-
-def scored(o: Overview, row: str, tasks: list[str], reads: str) -> np.ndarray:
-    """nDCG@10 of a row's queries of these tasks."""
+def pooled(o: Overview, row: str, tasks: list[str], reads: str = "all") -> tuple | None:
+    """Mean nDCG@10 of a row over the queries of these tasks, with its interval; None if not run."""
     chosen = (o.per_query["row"] == row) & (o.per_query["reads"] == reads)
-    return o.per_query.loc[chosen & o.per_query["task"].isin(tasks), "ndcg@10"].to_numpy()
+    values = o.per_query.loc[chosen & o.per_query["task"].isin(tasks), "ndcg@10"].to_numpy()
+    return statistics.interval(values) if len(values) else None
 
 
 def where_read(o: Overview) -> pd.DataFrame:
@@ -157,27 +149,27 @@ def where_read(o: Overview) -> pd.DataFrame:
     Bins of at least FEWEST queries. Columns: source, asked, row, bin, n, ndcg@10, low, high.
     """
     lines = []
-    for row, source, asked, label, values in bins(o):
+    for *names, values in bins(o):
         if len(values) >= FEWEST:
             interval = (100 * np.array(statistics.interval(values.to_numpy()))).round(1)
-            lines.append((source, asked, row, label, len(values), *interval))
-    return pd.DataFrame(
-        lines, columns=["source", "asked", "row", "bin", "n", "ndcg@10", "low", "high"]
-    )
+            lines.append((*names, len(values), *interval))
+    return pd.DataFrame(lines, columns=["source", "asked", "row", "bin", "n", *SCORE])
 
 
 def bins(o: Overview) -> Iterator[tuple]:
+    """(source, asked, row, bin, nDCG@10 of its queries)."""
     for (row, place), values in o.needles.groupby(["row", "place"]):
-        yield row, "the corpus", NEEDLE, place, values["ndcg@10"]
+        yield OWN, NEEDLE, row, place, values["ndcg@10"]
     for (row, source), values in o.answers.groupby(["row", "source"]):
-        own = source == "the corpus"  # other sources are cut at the paper's own lengths
-        lengths = [params.length(o.profile, n) if own else n for n in params.PAPER_LENGTHS[1:]]
+        lengths = params.PAPER_LENGTHS[1:]  # other sources are cut at the paper's own lengths
+        if source == OWN:
+            lengths = [params.length(o.profile, n) for n in lengths]
         for asked, by, cuts, labels in (
             (PLACE, values["depth"], [0, 0.2, 0.4, 0.6, 0.8, 1.001], PLACES),
             (LENGTH, values["tokens"], [0, *lengths, np.inf], BUCKETS),
         ):
             for low, high, label in zip(cuts, cuts[1:], labels):
-                yield row, source, asked, label, values.loc[(by >= low) & (by < high), "ndcg@10"]
+                yield source, asked, row, label, values.loc[(by >= low) & (by < high), "ndcg@10"]
 
 
 # ------------------------------------------------------------------ figures
@@ -185,61 +177,54 @@ def bins(o: Overview) -> Iterator[tuple]:
 
 def ladder(o: Overview):
     """nDCG@10 by context length, ours on the left and the paper's on the right; and its caption."""
-    reads = o.run(audit.LADDER.values())
     books = sorted({int(name.split("_")[1]) for name in o.sources if comparison.book(name, "deep")})
     panels = book_panels(o, books) if books else length_panels(o)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), width_ratios=[1, 1, 0.9])
     for ax, (title, series) in zip(axes, panels.items()):
         for i, (label, scores) in enumerate(series.items()):
-            ladder_line(ax, scores, reads, label, f"C{i}")
+            ladder_line(ax, scores, o.ladder, label, f"C{i}")
         if not series:
             reason = comparison.queries_where(o.tasks, "shallow").why
             few = "no evidence is known" if reason.startswith("no") else "known of too few queries"
             ax.text(0.5, 0.5, few, ha="center", transform=ax.transAxes)
             ax.set(xticks=[])
-        elif reads:
-            ticks = [params.length(o.profile, params.paper_length(name)) for name in reads]
+        elif o.ladder:
+            ticks = [params.length(o.profile, params.paper_length(name)) for name in o.ladder]
             ax.set(xscale="log", xticks=ticks, xticklabels=[f"{n:,}" for n in ticks])
             ax.minorticks_off()
         ax.set(xlabel="tokens read", ylabel="nDCG@10 × 100", ylim=(0, 100), title=title)
-        if not books and series:
-            ax.legend(loc="upper left", fontsize=7)
-    if books:
-        axes[0].legend(loc="upper left")
+        if series and not (books and ax is axes[1]):
+            ax.legend(loc="upper left", fontsize=None if books else 7)
     paper_ladder(axes[2])
     fig.tight_layout()
-    return fig, ladder_caption(bool(books), len(reads))
+    return fig, ladder_caption(bool(books), len(o.ladder))
 
 
 def ladder_caption(books: bool, rows: int) -> str:
-    what, few = "on books of the corpus", ""
-    if not books:
-        what = "on the collection's own tasks, queries in the paper's buckets of Table 22"
-        what += " by the length of the document that answers"
-    if not books and rows < 4:
-        few = f" {rows} of the ladder's four rows were run:"
-        few += " several lengths are needed to see a slope."
-    return (
-        f"One encoder a length, trained alike, {what}; 95 % intervals over queries; dotted: BM25"
-        f" reading everything. Right, the paper's Tables 3 and 13.{few}"
+    what = "books of the corpus" if books else OWN_TASKS
+    caption = (
+        f"One encoder a length, trained alike, on {what}; 95 % intervals over queries; dotted: BM25"
+        " reading everything. Right, the paper's Tables 3 and 13."
     )
+    few = f" {rows} of the ladder's four rows were run: several lengths are needed to see a slope."
+    return caption if books or rows == 4 else caption + few
 
 
 def book_panels(o: Overview, books: list[int]) -> dict[str, dict[str, pd.DataFrame]]:
     """{panel: {label: scores by row}} of the books made here."""
     scores = o.scores[o.scores["reads"] == "all"]
     return {
-        f"answer {comparison.WHERE[depth]}": {
+        f"answer {place}": {
             f"books of {n} tokens": scores[scores["task"] == f"book_{n}_{depth}"].set_index("row")
             for n in books
         }
-        for depth in comparison.WHERE
+        for depth, place in comparison.WHERE.items()
     }
 
 
 def length_panels(o: Overview) -> dict[str, dict[str, pd.DataFrame]]:
     """The same for other collections: by the answer's length, and by its place if that is known."""
-    own = o.answers[o.answers["source"] == "the corpus"]
+    own = o.answers[o.answers["source"] == OWN]
     edges = [params.length(o.profile, n) for n in params.PAPER_LENGTHS[1:]]
     names = [f"{low:,} to {high:,}" for low, high in zip(edges, edges[1:])]
     names = [f"below {edges[0]:,}", *names, f"from {edges[-1]:,} on"]
@@ -250,29 +235,28 @@ def length_panels(o: Overview) -> dict[str, dict[str, pd.DataFrame]]:
     lengths = {name: part for name, part in buckets.items() if part["qid"].nunique() >= FEWEST}
     asked = [comparison.queries_where(o.tasks, depth) for depth in comparison.WHERE]
     places = {q.on: q.of(own) for q in asked if q.queries and q.on != "all tasks"}
+    panels = {
+        "by the length of the answering document": lengths or {"all queries": own},
+        "by the place of the answer": places,
+    }
     return {
         title: {label: by_row(o, part) for label, part in parts.items()}
-        for title, parts in {
-            "by the length of the answering document": lengths or {"all queries": own},
-            "by the place of the answer": places,
-        }.items()
+        for title, parts in panels.items()
     }
 
 
 def by_row(o: Overview, values: pd.DataFrame) -> pd.DataFrame:
+    tokens = o.scores.groupby("row")["reads_tokens"].first()
     lines = {
-        row: [
-            o.scores.loc[o.scores["row"] == row, "reads_tokens"].iloc[0],
-            *statistics.interval(part["ndcg@10"].to_numpy()),
-        ]
+        row: [tokens[row], *statistics.interval(part["ndcg@10"].to_numpy())]
         for row, part in values.groupby("row")
     }
     return pd.DataFrame(lines, index=STEP).T
 
 
-def ladder_line(ax, scores: pd.DataFrame, reads: list[str], label: str, color: str) -> None:
+def ladder_line(ax, scores: pd.DataFrame, rows: list[str], label: str, color: str) -> None:
     """One line of a ladder, and BM25 dotted."""
-    tokens, mean, low, high = (scores.loc[reads, column].to_numpy(float) for column in STEP)
+    tokens, mean, low, high = (scores.loc[rows, column].to_numpy(float) for column in STEP)
     mean, low, high = mean * 100, low * 100, high * 100
     bars = [mean - low, high - mean]
     ax.errorbar(tokens, mean, bars, marker="o", ms=4, capsize=2, color=color, label=label)
@@ -299,9 +283,8 @@ def retrievers(o: Overview):
     for ax, (group, tasks) in zip(axes[0], o.groups.items()):
         for y, row in enumerate(o.rows):
             for reads, marker, ms, color in (("first_128", "|", 9, "C3"), ("all", "o", 4, "C0")):
-                values = scored(o, row, tasks, reads)
-                if len(values):
-                    mean, low, high = 100 * np.array(statistics.interval(values))
+                if score := pooled(o, row, tasks, reads):
+                    mean, low, high = 100 * np.array(score)
                     bar = {"xerr": [[mean - low], [high - mean]], "fmt": marker, "ms": ms}
                     name = reads if y == 0 else None
                     ax.errorbar(mean, y, **bar, color=color, capsize=2, lw=1, label=name)
@@ -315,46 +298,34 @@ def retrievers(o: Overview):
 
 def training(o: Overview):
     """All training curves, each smoothed over a twentieth of its steps."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.2))
-    for ax, step, metrics, value, scale, title, label in (
-        (
-            axes[0],
-            "pretrain",
-            o.pretraining,
-            "accuracy",
-            100,
-            "pretraining",
-            "hidden words guessed, %",
-        ),
-        (axes[1], "finetune", o.finetuning, "loss", 1, "fine-tuning", "loss (of different kinds)"),
-    ):
-        curves = results.curves(o.profile, step, metrics.index[metrics["status"] == "run"])
-        for i, (row, curve) in enumerate(curves.groupby("row", sort=False)):
-            if curve[value].notna().any():
-                smooth = curve[value].rolling(max(1, len(curve) // 20), min_periods=1).mean()
-                look = {"lw": 1.3, "color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
-                ax.plot(curve["tokens"] / 1e6, scale * smooth, **look, label=row)
-        ax.set(xlabel="million tokens", ylabel=label, title=title, ylim=(0, None))
-        ax.legend(fontsize=7, ncols=2 if len(curves["row"].unique()) > 8 else 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    curve_panel(left, o, "pretrain", o.pretraining, "accuracy", 100)
+    left.set(title="pretraining", ylabel=ACCURACY, ylim=(0, None))
+    curve_panel(right, o, "finetune", o.finetuning, "loss", 1)
+    right.set(title="fine-tuning", ylabel="loss (of different kinds)", ylim=(0, None))
     fig.tight_layout()
     return fig
 
 
+def curve_panel(ax, o: Overview, step: str, metrics: pd.DataFrame, value: str, scale: int) -> None:
+    curves = results.curves(o.profile, step, metrics.index[metrics["status"] == "run"])
+    for i, (row, curve) in enumerate(curves.groupby("row", sort=False)):
+        if curve[value].notna().any():
+            smooth = curve[value].rolling(max(1, len(curve) // 20), min_periods=1).mean()
+            look = {"lw": 1.3, "color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
+            ax.plot(curve["tokens"] / 1e6, scale * smooth, **look, label=row)
+    ax.set(xlabel="million tokens")
+    ax.legend(fontsize=7, ncols=2 if curves["row"].nunique() > 8 else 1)
+
+
 def where(o: Overview, read: pd.DataFrame):
     """The table `where_read` as heat maps, the paper's Tables 22 and 15 below ours."""
-    order = [PLACE, LENGTH, NEEDLE]
-    panels = sorted(
-        {*zip(read["source"], read["asked"])},
-        key=lambda panel: (list(read["source"]).index(panel[0]), order.index(panel[1])),
-    )
+    known, order = {*zip(read["source"], read["asked"])}, (PLACE, LENGTH, NEEDLE)
+    panels = [(s, asked) for s in read["source"].unique() for asked in order if (s, asked) in known]
     lines = len(o.rows) + len(results.paper("table22_document_length"))
-    fig, axes = plt.subplots(
-        1,
-        max(1, len(panels)),
-        figsize=(2.2 + 2.9 * len(panels), 1 + 0.24 * lines),
-        squeeze=False,
-        width_ratios=[2 if asked == NEEDLE else 1 for _, asked in panels] or [1],
-    )
+    size = (2.2 + 2.9 * len(panels), 1 + 0.24 * lines)
+    widths = [2 if asked == NEEDLE else 1 for _, asked in panels] or [1]
+    fig, axes = plt.subplots(1, len(widths), figsize=size, squeeze=False, width_ratios=widths)
     for ax, (source, asked) in zip(axes[0], panels):
         heat_map(ax, heat(o, read, source, asked), f"{display.label(source)}: {asked}")
     if not panels:
@@ -376,15 +347,12 @@ def heat(o: Overview, read: pd.DataFrame, source: str, asked: str) -> pd.DataFra
     else:
         ours = ours[sorted(ours.columns)]
         printed = printed_needle().pivot(index="model", columns="position", values="score")
-    printed = printed.reindex(columns=ours.columns).rename("{} (paper)".format)
-    return pd.concat([ours, printed])
+    return pd.concat([ours, printed.reindex(columns=ours.columns).rename("{} (paper)".format)])
 
 
 def printed_needle() -> pd.DataFrame:
     """The paper's Table 15 without its averages."""
-    printed = results.paper("table15_needle")
-    printed = printed[printed["position"] != "average"]
-    return printed.assign(position=printed["position"].astype(int))
+    return results.paper("table15_needle").query("position != 'average'").astype({"position": int})
 
 
 def heat_map(ax, scores: pd.DataFrame, title: str) -> None:
@@ -393,8 +361,7 @@ def heat_map(ax, scores: pd.DataFrame, title: str) -> None:
         value = scores.iat[y, x]
         color = "black" if value > 60 else "white"
         ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
-    ax.set(title=title, xticks=range(scores.shape[1]))
-    ax.set(yticks=range(len(scores)), yticklabels=scores.index)
+    ax.set(title=title, yticks=range(len(scores)), yticklabels=scores.index)
     rotation = 0 if title.endswith(NEEDLE) else 45
     ax.set_xticks(range(scores.shape[1]), scores.columns, rotation=rotation)
     ax.tick_params(axis="y", labelsize=7)
@@ -403,29 +370,28 @@ def heat_map(ax, scores: pd.DataFrame, title: str) -> None:
 
 def needle(o: Overview, read: pd.DataFrame):
     """nDCG@10 by the place of a needle among 40 passages, ours and the paper's Table 15."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
     baseline = ["bm25"] if "bm25" in params.rows(o.profile, "baselines") else []
-    for i, row in enumerate([*o.run(audit.LADDER.values()), *baseline]):
+    for i, row in enumerate([*o.ladder, *baseline]):
         mine = read[(read["asked"] == NEEDLE) & (read["row"] == row)].sort_values("bin")
         color, style = ("0.4", ":") if row == "bm25" else (f"C{i}", "-")
         if len(mine):
-            places = mine["bin"].astype(int)
-            axes[0].plot(
-                places, mine["ndcg@10"], marker="o", ms=4, color=color, ls=style, label=row
-            )
-            axes[0].fill_between(places, mine["low"], mine["high"], color=color, alpha=0.12, lw=0)
+            places, look = mine["bin"].astype(int), {"marker": "o", "ms": 4, "ls": style}
+            left.plot(places, mine["ndcg@10"], **look, color=color, label=row)
+            left.fill_between(places, mine["low"], mine["high"], color=color, alpha=0.12, lw=0)
     needles = o.needles["qid"].nunique()
     if needles:
         chance = sum(1 / np.log2(rank + 1) for rank in range(1, min(10, needles) + 1)) / needles
-        axes[0].axhline(100 * chance, color="0.7", lw=1, label="chance")
+        left.axhline(100 * chance, color="0.7", lw=1, label="chance")
     else:
         none = "no needles: it is known of too few queries\nwhere their answer stands"
-        axes[0].text(0.5, 0.5, none, ha="center", transform=axes[0].transAxes)
+        left.text(0.5, 0.5, none, ha="center", transform=left.transAxes)
     for model, printed in printed_needle().groupby("model", sort=False):
-        axes[1].plot(printed["position"], printed["score"], marker="o", ms=4, label=model)
-    titles = (f"ours: nDCG@10 × 100 among {needles} documents", "paper, Table 15")
-    for ax, title in zip(axes, titles):
-        ax.set(xlabel="place of the needle, of 40", title=title, ylim=(0, 100), xlim=(-1, 40))
+        right.plot(printed["position"], printed["score"], marker="o", ms=4, label=model)
+    left.set(title=f"ours: nDCG@10 × 100 among {needles} documents")
+    right.set(title="paper, Table 15")
+    for ax in (left, right):
+        ax.set(xlabel="place of the needle, of 40", ylim=(0, 100), xlim=(-1, 40))
         if ax.lines:
             ax.legend(fontsize=7)
     fig.tight_layout()

@@ -41,9 +41,8 @@ def folder(out, profile: str, step: str = "", row: str | None = None) -> Path:
     profile_folder = Path(out) / "report" / profile
     if row is None:
         return profile_folder / step
-    design = params.load()
-    stages = [stage for stage, table in STAGES.get(step, {}).items() if row in design[table]]
-    return profile_folder / (stages[0] if stages else step) / row
+    design, tables = params.load(), STAGES.get(step, {})
+    return profile_folder / next((s for s in tables if row in design[tables[s]]), step) / row
 
 
 def source(profile: str, step: str = "", row: str | None = None) -> Path:
@@ -63,30 +62,12 @@ def csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def rounded(value):
-    """Floats to six significant digits, through dicts and lists; numpy's numbers as Python's."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def metric(values: dict, stage: str, row: str | None, out, profile: str) -> None:
-    """Write metrics.json in the folder of a stage, or of its row.
-
-    Raises:
-        ValueError: a number that is not finite, which JSON cannot hold.
-    """
-    path = folder(out, profile, stage, row) / "metrics.json"
-    try:
-        content = json.dumps(rounded(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    except ValueError:
-        name = path.relative_to(folder(out, profile))
-        raise ValueError(f"{name}: a value is NaN or infinite in {values}") from None
-    files.write(path, content)
+    """Write metrics.json, six significant digits a number; NaN and infinity are a ValueError."""
+    exact = json.dumps(values, allow_nan=False, default=np.generic.item)
+    rounded = json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    content = json.dumps(rounded, indent=1, ensure_ascii=False) + "\n"
+    files.write(folder(out, profile, stage, row) / "metrics.json", content)
 
 
 def curve(frame: pd.DataFrame, stage: str, row: str, out, profile: str) -> None:
@@ -108,25 +89,17 @@ def load_metrics(profile: str, step: str) -> pd.DataFrame:
     "run", or "not run" for a row of params.yaml without metrics, or "not in params.yaml" for
     metrics of a row that has left it.
     """
+    written = {
+        path.parent.name: read_json(path)
+        for stage in STAGES[step]
+        for path in source(profile, stage).glob("*/metrics.json")
+    }
     expected = rows(profile, step)
-    paths = [path for name in STAGES[step] for path in source(profile, name).glob("*/metrics.json")]
-    written = {path.parent.name: flat(read_json(path)) for path in paths}
-    left = sorted(written.keys() - {*expected})
-    lines = [
-        {**written.get(row, {}), "row": row, "status": "run" if row in written else NOT_RUN}
-        for row in expected
-    ]
-    lines += [{**written[row], "row": row, "status": "not in params.yaml"} for row in left]
-    columns = dict.fromkeys(["row", "status", *(key for line in lines for key in line)])
-    return pd.DataFrame(lines, columns=list(columns)).set_index("row")
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    flattened = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flattened |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flattened
+    status = {row: "run" if row in written else NOT_RUN for row in expected}
+    status |= dict.fromkeys(sorted(written.keys() - {*expected}), "not in params.yaml")
+    lines = [written.get(row, {}) | {"row": row, "status": text} for row, text in status.items()]
+    frame = pd.json_normalize(lines) if lines else pd.DataFrame(columns=["row", "status"])
+    return frame.set_index("row")
 
 
 def scores(profile: str) -> pd.DataFrame:
@@ -142,28 +115,24 @@ def scores(profile: str) -> pd.DataFrame:
 
 def marked(profile: str, row: str) -> str:
     """The row's name, and a note if it was trained on the test split (itself or an ancestor)."""
-    chain = [row]
     models = {name: own for table in params.MODELS for name, own in params.load()[table].items()}
-    while (start := models.get(chain[-1], {}).get("pretrained")) is not None:
-        chain.append(start)
-    metrics = [read_json(source(profile, "finetune", name) / "metrics.json") for name in chain]
-    on_test = any(values.get("trained_on") == "test" for values in metrics)
-    return f"{row} (trained on test)" if on_test else row
-
-
-def stored(path: Path) -> pd.DataFrame | None:
-    """A table of a run; None if it is missing or empty."""
-    if not path.is_file():
-        return None
-    frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    return frame if len(frame) else None
+    name = row
+    while name is not None:
+        metrics = read_json(source(profile, "finetune", name) / "metrics.json")
+        if metrics.get("trained_on") == "test":
+            return f"{row} (trained on test)"
+        name = models.get(name, {}).get("pretrained")
+    return row
 
 
 def stacked(paths: dict[str, Path], columns: list[str]) -> pd.DataFrame:
     """{row: its table} under each other, with a column `row`; only columns if there is none."""
     frames = [
-        frame.assign(row=row) for row, path in paths.items() if (frame := stored(path)) is not None
+        (pd.read_csv if path.suffix == ".csv" else pd.read_parquet)(path).assign(row=row)
+        for row, path in paths.items()
+        if path.is_file()
     ]
+    frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
@@ -191,13 +160,5 @@ def curves(profile: str, step: str, names: Iterable[str]) -> pd.DataFrame:
 
 
 def paper(name: str) -> pd.DataFrame:
-    """A table of numbers that the paper printed, each line with its source.
-
-    Raises:
-        FileNotFoundError: there is none of that name; the message lists what there is.
-    """
-    tables = params.root() / "data" / "paper"
-    if not (tables / f"{name}.csv").is_file():
-        known = ", ".join(sorted(path.stem for path in tables.glob("*.csv")))
-        raise FileNotFoundError(f"data/paper holds no {name}.csv; it has {known}")
-    return pd.read_csv(tables / f"{name}.csv")
+    """A table of numbers that the paper printed, each line with its source."""
+    return pd.read_csv(params.root() / "data" / "paper" / f"{name}.csv")

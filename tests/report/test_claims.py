@@ -41,17 +41,9 @@ def printed(house):
     return house
 
 
-def scored(row: str, value: float, alternating: float = 0.0) -> None:
-    """nDCG@10 of a row on both tasks: one value, every second query a little higher."""
-    runs = params.data("laptop") / "runs" / row
-    runs.mkdir(parents=True)
-    lines = [
-        {"task": task.name, "source": "", "reads": "all", "qid": qid}
-        | {"ndcg@10": value + alternating * (i % 2)}
-        for task in TASKS
-        for i, qid in enumerate(task.queries)
-    ]
-    pd.DataFrame(lines).to_parquet(runs / "per_query.parquet")
+def values(value: float, alternating: float = 0.0) -> dict[str, list[float]]:
+    """nDCG@10 on both tasks: one value, every second query a little higher."""
+    return {task.name: [value + alternating * (i % 2) for i in range(40)] for task in TASKS}
 
 
 def lines() -> dict[str, dict]:
@@ -89,11 +81,11 @@ def test_without_a_run_nothing_is_decided_and_the_reason_stands(printed):
     assert lines()["beats_bm25"]["tried, and what would settle it"].startswith("reads_32k and bm25")
 
 
-def test_a_claim_is_decided_by_its_interval_its_p_value_and_its_sign(printed):
-    scored("reads_32k", 0.5, 0.1)
-    scored("reads_8k", 0.4)
-    scored("bm25", 0.6, 0.1)
-    scored("bag", 0.3)
+def test_a_claim_is_decided_by_its_interval_its_p_value_and_its_sign(printed, scored):
+    scored("laptop", "reads_32k", values(0.5, 0.1))
+    scored("laptop", "reads_8k", values(0.4))
+    scored("laptop", "bm25", values(0.6, 0.1))
+    scored("laptop", "bag", values(0.3))
     table = lines()
     ours = table["reads_more_than_8k"]
     assert ours["ours"].startswith("+15.0 [+1") and ours["n"] == 40
@@ -104,8 +96,8 @@ def test_a_claim_is_decided_by_its_interval_its_p_value_and_its_sign(printed):
     assert table["beats_bag"]["verdict"] == "no claim" and table["beats_bag"]["p, Holm"] != "–"
 
 
-def test_the_needles_places_are_compared_query_by_query(printed):
-    scored("reads_32k", 0.5)
+def test_the_needles_places_are_compared_query_by_query(printed, scored):
+    scored("laptop", "reads_32k", values(0.5))
     runs = params.data("laptop") / "runs" / "reads_32k"
     needles = [(place, f"n{i}", 1.0 - place / 39) for place in (0, 20, 39) for i in range(12)]
     pd.DataFrame(needles, columns=["place", "qid", "ndcg@10"]).to_parquet(runs / "needle.parquet")
