@@ -14,6 +14,7 @@ Source: Chaudhuri et al. 2006 (prefix filter), Bayardo et al. 2007 (all pairs, b
 
 import functools
 import math
+import re
 import unicodedata
 
 import numpy as np
@@ -22,15 +23,9 @@ MOST_SHINGLES = 1 << 25  # in memory at a time, 8 bytes each; of more, a sample 
 ODD = np.uint64(0xD6E8FEB86659FD93)
 SEPARATOR, LETTER, SINGLE, MARK, IGNORED = range(5)  # classes of characters; SINGLE: is a word
 # Scripts without spaces between words: Thai and Lao, Burmese, Khmer, kana, Chinese.
-UNSPACED = (
-    (0x0E00, 0x0EFF),
-    (0x1000, 0x109F),
-    (0x1780, 0x17FF),
-    (0x3040, 0x30FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x323AF),
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U000323af]"
 )
 
 
@@ -81,8 +76,8 @@ def near_duplicates(texts: list[str], size: int = 13, jaccard: float = 0.8) -> n
 def shared_shingles(sets: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each set without shingles that no other set has: ascending, and the rarest first.
 
-    Shingles are counted in buckets: any order will do that is the same for all texts, and a
-    shingle alone in its bucket is in no other text.
+    Shingles are counted in buckets: a shingle alone in its bucket is in no other text, and any
+    order that is the same for all texts will do.
     """
     mask = np.uint64((1 << min(25, sum(map(len, sets)).bit_length() + 1)) - 1)
     counts = np.zeros(int(mask) + 1, dtype=np.int32)
@@ -95,11 +90,10 @@ def shared_shingles(sets: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.n
 
 def prefixes(sets: list[np.ndarray], sizes: np.ndarray, overlap: float) -> list[np.ndarray]:
     """The first shingles of each set, one of which is in every set with that share of it."""
-    cut = []
-    for codes, size in zip(sets, sizes):
-        length = size - math.ceil(overlap * size - 1e-9) + 1
-        cut.append(codes[: max(0, length - (size - len(codes)))])
-    return cut
+    return [
+        codes[: max(0, len(codes) - math.ceil(overlap * size - 1e-9) + 1)]
+        for codes, size in zip(sets, sizes)
+    ]
 
 
 def shingles(texts: list[str], size: int) -> list[np.ndarray]:
@@ -122,10 +116,7 @@ def shingles(texts: list[str], size: int) -> list[np.ndarray]:
 
 
 def sample(codes: np.ndarray, halvings: int) -> np.ndarray:
-    """The ascending codes below 2^(64 - halvings), and always the smallest.
-
-    Equal sets stay equal.
-    """
+    """The ascending codes below 2^(64 - halvings), and always the smallest code."""
     if not halvings:
         return codes
     below = np.searchsorted(codes, np.uint64((1 << 64 - halvings) - 1), "right")
@@ -155,9 +146,8 @@ def word_codes(text: str) -> np.ndarray:
         characters, starts = code_points("".join(text.split())), np.array([0])
     if not len(characters):
         return np.empty(0, dtype=np.uint64)
-    position = np.arange(len(characters)) - np.repeat(
-        starts, np.diff(starts, append=len(characters))
-    )
+    lengths = np.diff(starts, append=len(characters))
+    position = np.arange(len(characters)) - np.repeat(starts, lengths)
     codes = characters.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
     return np.add.reduceat(scrambled(codes), starts)
 
@@ -175,8 +165,7 @@ def character_classes() -> np.ndarray:
         if category[0] == "M":
             table[c] = MARK
         elif chr(c).isalnum():
-            unspaced = any(first <= c <= last for first, last in UNSPACED)
-            table[c] = SINGLE if unspaced else LETTER
+            table[c] = SINGLE if UNSPACED.match(chr(c)) else LETTER
         elif category == "Cf" and c != 0x200B:  # a zero-width space does separate words
             table[c] = IGNORED
     return table

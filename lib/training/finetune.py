@@ -61,13 +61,12 @@ def finetune(
         none        leaves the encoder as it is
 
     A relevant document, or a near-duplicate of one, is never a negative (`Pairs.excluded`). A query
-    for which none is left adds 0 to the mean of MNRL and is a positive alone in OPL; with
+    without negatives adds 0 to the mean of MNRL and is a positive alone in OPL; with
     `documents: 1`, another query replaces it (`Pairs.random_negative`).
 
     Args:
         teacher: of the prototype loss, in evaluation mode; it reads its own `max_length`.
-        precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`); embeddings
-            and losses are float32.
+        precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
 
     Returns:
         The curve: {"step", "tokens", "loss", "lr"} of each step.
@@ -107,13 +106,9 @@ def ranking(pairs: Pairs, s: Finetune, step: int, _) -> tuple[tuple, Loss]:
     masked = bool(relevant.sum() > len(target))  # a query has another answer than its target
 
     def loss(d: Tensor, q: Tensor) -> Tensor:
-        return multiple_negatives_ranking_loss(
-            q,
-            d,
-            scale=s.scale,
-            targets=target.to(d.device),
-            relevant=relevant.to(d.device) if masked else None,
-        )
+        others = relevant.to(d.device) if masked else None
+        options = dict(scale=s.scale, targets=target.to(d.device), relevant=others)
+        return multiple_negatives_ranking_loss(q, d, **options)
 
     return batch, loss
 
@@ -129,10 +124,8 @@ def projection(pairs: Pairs, s: Finetune, step: int, _) -> tuple[tuple, Loss]:
 
     def loss(d: Tensor, q: Tensor) -> Tensor:
         labels = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
-        right = d[torch.tensor(batch[2]).to(d.device)]
-        return orthogonal_projection_loss(
-            torch.cat([q, q[again]]), torch.cat([right, d[wrong]]), labels
-        )
+        documents = torch.cat([d[torch.tensor(batch[2]).to(d.device)], d[wrong]])
+        return orthogonal_projection_loss(torch.cat([q, q[again]]), documents, labels)
 
     return batch, loss
 
@@ -148,7 +141,7 @@ def single_projection(pairs: Pairs, s: Finetune, step: int) -> tuple[tuple, Loss
     return batch, lambda d, q: orthogonal_projection_loss(q, d, label.to(d.device))
 
 
-def distillation(pairs: Pairs, s: Finetune, step: int, teach) -> tuple[tuple, Loss]:
+def distillation(pairs: Pairs, s: Finetune, step: int, teach: Callable) -> tuple[tuple, Loss]:
     """Prototype loss: each text against the teacher's embedding of it."""
     batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document)
     teacher_d, teacher_q = teach(*batch[:2])
@@ -167,10 +160,8 @@ def prototypes(teacher: nn.Module, pairs: Pairs) -> Callable:
     queries = TokenRows(pairs.queries.texts, tokenizer, min(most, pairs.queries.max_length))
 
     @torch.no_grad()
-    def teach(batch_documents: list[int], batch_queries: list[int]) -> tuple[Tensor, Tensor]:
-        rows = documents[batch_documents] + queries[batch_queries]
-        vectors = embed(teacher, rows, pairs.pad_id)
-        return vectors[: len(batch_documents)], vectors[len(batch_documents) :]
+    def teach(d: list[int], q: list[int]) -> tuple[Tensor, Tensor]:
+        return embed(teacher, documents[d] + queries[q], pairs.pad_id).split([len(d), len(q)])
 
     return teach
 
@@ -196,9 +187,8 @@ def embed(
         ids, mask = pad([rows[i].tolist() for i in bucket], pad_id)
         with context:
             parts.append(model(ids.to(device), mask.to(device)).pooler_output)
-    back = torch.empty(len(rows), dtype=torch.long)
-    back[torch.tensor([i for bucket in buckets for i in bucket])] = torch.arange(len(rows))
-    return torch.cat(parts)[back.to(device)]
+    order = torch.tensor([i for bucket in buckets for i in bucket])
+    return torch.cat(parts)[order.argsort().to(device)]
 
 
 def backward(
@@ -214,10 +204,8 @@ def backward(
     With `micro_batch`, texts are embedded that many at a time and twice: without a graph, for the
     gradient of the loss with respect to each embedding; then with a graph, to carry it into the
     weights. The gradient is that of the whole batch for every loss, and memory that of a part.
-
-    Args:
-        texts: rows of tokens of the documents and of the queries, which go through the model
-            separately: their lengths differ a hundredfold.
+    Documents and queries, rows of tokens, go through the model separately: their lengths differ a
+    hundredfold.
     """
     if micro_batch is None or sum(map(len, texts)) <= micro_batch:
         value = loss(*(embed(model, rows, pad_id, context=context) for rows in texts))

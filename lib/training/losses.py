@@ -7,6 +7,8 @@ MNRL ranks against are gone. OPL scores each (query, document) pair by itself.
     orthogonal_projection_loss(q, d, y)           compares each query with its own document
     prototype_loss(q, d, teacher_q, teacher_d)    copies a short-context teacher
 
+Embeddings may have any norm. Shapes that would only broadcast are a ValueError.
+
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section on fine-tuning.
 Axes:   B pairs in the batch, N candidate documents, D embedding width.
 """
@@ -14,6 +16,8 @@ Axes:   B pairs in the batch, N candidate documents, D embedding width.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lib.pipeline.errors import require
 
 
 def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
@@ -25,22 +29,14 @@ def orthogonal_projection_loss(q: Tensor, d: Tensor, y: Tensor) -> Tensor:
     a legitimate setting rather than a degenerate one.
 
     Args:
-        q: query embeddings, (B, D), any norm.
-        d: document embeddings, (B, D), any norm.
-        y: 1.0 where the document answers the query, else 0.0, (B,).
+        q, d: query and document embeddings, (B, D).
+        y: 1.0 if the document answers the query, else 0.0, (B,).
 
     Returns:
         Scalar in [0, 4].
-
-    Raises:
-        ValueError: no pair, or the three inputs disagree about B or D.
     """
-    if not len(q) == len(d) == len(y) or y.ndim != 1:
-        raise ValueError(
-            f"one label per pair: got {len(q)} queries, {len(d)} documents, "
-            f"labels of shape {tuple(y.shape)}"
-        )
-    check_widths(q, d)
+    check("one label (B,) per pair of a query and a document", y.shape == q.shape[:1], q, d, y)
+    check("one document per query", q.shape == d.shape, q, d)
     return F.mse_loss(F.cosine_similarity(q, d), y.to(q.dtype))
 
 
@@ -62,39 +58,28 @@ def multiple_negatives_ranking_loss(
     documents answer it too, adds 0 to the mean, and its gradient is 0.
 
     Args:
-        q: query embeddings, (B, D), any norm.
+        q: query embeddings, (B, D).
         d: document embeddings, (N, D); d_b answers q_b unless `targets` says otherwise.
         negatives: documents that answer none of the queries, (M, D).
         scale: inverse temperature.
-        targets: which document answers each query, (B,), when queries share documents.
+        targets: the document that answers each query, (B,), if queries share documents.
         relevant: documents that answer a query besides its target, (B, N + M) bool, left out of
             its softmax. A target is never left out, whatever its value here.
-
-    Raises:
-        ValueError: no query, a query without a document, different widths, or `relevant` of another
-            shape or dtype.
     """
-    check_widths(q, d, *([] if negatives is None else [negatives]))
     if targets is None:
-        if len(q) != len(d):
-            raise ValueError(
-                f"one document per query: got {len(q)} queries, {len(d)} documents; "
-                "pass `targets` if queries share documents"
-            )
-        targets = torch.arange(len(q), device=q.device)
-    elif targets.shape != (len(q),) or targets.min() < 0 or targets.max() >= len(d):
-        raise ValueError(
-            f"one target per query, each one of {len(d)} documents: "
-            f"got {targets.tolist()} for {len(q)} queries"
+        check(
+            "one document per query; pass `targets` if queries share documents",
+            len(q) == len(d),
+            q,
+            d,
         )
+        targets = torch.arange(len(q), device=q.device)
+    check("one target (B,) per query", targets.shape == q.shape[:1], q, targets)
     candidates = d if negatives is None else torch.cat([d, negatives])  # (N + M, D)
     scores = scale * F.normalize(q, dim=-1) @ F.normalize(candidates, dim=-1).T
     if relevant is not None:
-        if relevant.shape != scores.shape or relevant.dtype != torch.bool:
-            raise ValueError(
-                f"relevant is bool of shape {tuple(scores.shape)} (queries, documents): "
-                f"got {relevant.dtype} of shape {tuple(relevant.shape)}"
-            )
+        fits = relevant.shape == scores.shape and relevant.dtype == torch.bool
+        check(f"relevant ({relevant.dtype}) is bool (queries, documents)", fits, scores, relevant)
         scores = scores.masked_fill(relevant.scatter(1, targets[:, None], False), -torch.inf)
     return F.cross_entropy(scores, targets)
 
@@ -108,29 +93,20 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
     The teacher reads the first 128 tokens only. No gradient reaches it.
 
     Args:
-        q, d: the student's embeddings, (B, D), any norm.
+        q, d: the student's embeddings, (B, D).
         teacher_q, teacher_d: the teacher's embeddings of the same texts, (B, D).
 
     Returns:
         Scalar in [0, 4].
-
-    Raises:
-        ValueError: no pair, or student and teacher disagree about B or D.
     """
-    if q.shape != teacher_q.shape or d.shape != teacher_d.shape:
-        raise ValueError(
-            f"student and teacher embed the same texts into one space: got {tuple(q.shape)} and "
-            f"{tuple(teacher_q.shape)} for queries, {tuple(d.shape)} and {tuple(teacher_d.shape)} "
-            "for documents"
-        )
-    check_widths(q, d)
+    equal = q.shape == teacher_q.shape and d.shape == teacher_d.shape
+    check("student and teacher embed the same texts", equal, q, teacher_q, d, teacher_d)
     near_q = F.cosine_similarity(q, teacher_q.detach())
     near_d = F.cosine_similarity(d, teacher_d.detach())
     return (1 - near_q).mean() + (1 - near_d).mean()
 
 
-def check_widths(q: Tensor, *others: Tensor) -> None:
-    """A shape that broadcasts by accident is a wrong loss without a warning."""
-    if any(x.ndim != 2 or x.shape[1] != q.shape[1] for x in (q, *others)) or not len(q):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, *others))
-        raise ValueError(f"embeddings are (B, D) with B ≥ 1 and one D: got {shapes}")
+def check(rule: str, holds: bool, *tensors: Tensor) -> None:
+    """Raise a ValueError with the shapes of the tensors unless the rule holds."""
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+    require(holds, f"{rule}: got {shapes}", ValueError)

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from lib.kernels.support import matmul_dtype
-from lib.pipeline.errors import TrainingError
+from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.progress import bar
 
-PRECISIONS = ("float32", "bfloat16")
 MAX_GRAD_NORM = 1.0
 
 
@@ -24,8 +23,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     On a device without bfloat16 instructions bfloat16 is float32, and the log says so. Weights,
     optimizer states, sums, norms, embeddings and losses are float32 in any case.
     """
-    if precision not in PRECISIONS:
-        raise TrainingError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     dtype = matmul_dtype(getattr(torch, precision), device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
@@ -43,13 +40,11 @@ def optimizer(
     Word embeddings may have a learning rate of their own: few of them occur in a batch.
     """
     embeddings = model.get_input_embeddings().weight
-    decayed = [
-        p
-        for name, p in model.named_parameters()
-        if p.ndim > 1 and p is not embeddings and not name.endswith("filter.inputs")
-    ]
-    grouped = {id(p) for p in decayed} | {id(embeddings)}
-    rest = [p for p in model.parameters() if id(p) not in grouped]
+    decayed, rest = [], []
+    for name, p in model.named_parameters():
+        if p is not embeddings:
+            matrix = p.ndim > 1 and not name.endswith("filter.inputs")
+            (decayed if matrix else rest).append(p)
     groups = [
         dict(params=decayed, weight_decay=weight_decay),
         dict(params=rest, weight_decay=0.0),
@@ -59,9 +54,9 @@ def optimizer(
 
 
 def warmup_then_linear(steps: int, warmup: float, final: float = 0.0) -> list[float]:
-    """Learning rates of all steps as shares of the peak.
+    """The learning rate of each step as a share of the peak.
 
-    They rise to 1 over the first `warmup` (a share) of the steps and fall linearly to `final`.
+    It rises to 1 over the first `warmup` (a share) of the steps and falls linearly to `final`.
     """
     rise = max(1, round(warmup * steps))
     fall = max(1, steps - rise)
@@ -69,15 +64,6 @@ def warmup_then_linear(steps: int, warmup: float, final: float = 0.0) -> list[fl
         (step + 1) / rise if step < rise else final + (1 - final) * (steps - step) / fall
         for step in range(steps)
     ]
-
-
-def update(model: nn.Module, optim: torch.optim.Optimizer, share: float) -> None:
-    """Clip the gradients, take an optimizer step at `share` of each group's peak learning rate."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    for group in optim.param_groups:
-        group["lr"] = group.setdefault("peak", group["lr"]) * share
-    optim.step()
-    optim.zero_grad(set_to_none=True)
 
 
 def train(
@@ -88,7 +74,7 @@ def train(
     name: str,
     show_progress: bool = True,
 ) -> list[dict]:
-    """Take a step for each of `shares`, the learning rates as shares of their peaks.
+    """Take a step for each of `shares`, the learning rates as shares of each group's peak.
 
     gradient(step) adds to the parameters' gradients and returns {"loss", "tokens", …} of the step.
 
@@ -100,15 +86,18 @@ def train(
     """
     model.train()
     curve, tokens, lr = [], 0, optim.defaults["lr"]
+    peaks = [group["lr"] for group in optim.param_groups]
     progress = bar(total=len(shares), desc=name, show=show_progress)
     for step, share in enumerate(shares):
         line = gradient(step)
-        if not math.isfinite(line["loss"]):
-            lr = optim.param_groups[0]["lr"]
-            raise TrainingError(
-                f"{name}: the loss is {line['loss']} at step {step} (lr {lr:.2g}); lower lr"
-            )
-        update(model, optim, share)
+        before = f"step {step} (lr {optim.param_groups[0]['lr']:.2g})"
+        message = f"{name}: the loss is {line['loss']} at {before}; lower lr"
+        require(math.isfinite(line["loss"]), message, TrainingError)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        for group, peak in zip(optim.param_groups, peaks):
+            group["lr"] = peak * share
+        optim.step()
+        optim.zero_grad(set_to_none=True)
         tokens += line["tokens"]
         curve.append(line | dict(step=step, tokens=tokens, lr=lr * share))
         progress.update(1)

@@ -13,7 +13,7 @@ from collections import defaultdict
 import numpy as np
 
 from lib.model.tokens import tokenize
-from lib.pipeline.errors import TrainingError
+from lib.pipeline.errors import TrainingError, require
 from lib.training.duplicates import near_duplicates, normalized
 
 
@@ -38,9 +38,9 @@ class TokenRows:
 class Pairs:
     """Training pairs, grouped by document: one embedding of a document serves all its queries.
 
-    One text under two ids, in one task or in two, is one document. One question under two ids
-    (white space and case aside) is one question. `queries_of` maps a document to its queries,
-    `question_of` a query to its question; all are indices.
+    One text under two ids is one document, and one question under two ids (white space and case
+    aside) is one question. `queries_of` maps a document to its queries, `question_of` a query to
+    its question; all are indices.
 
     Args:
         tokenizer: may be None for `check_negatives` alone.
@@ -65,9 +65,8 @@ class Pairs:
                 query = task.queries[qid]
                 queries.append(query)
                 question_of.append(questions.setdefault(normalized(query), len(questions)))
-        if not queries:
-            names = ", ".join(task.name for task in tasks) or "no task"
-            raise TrainingError(f"no training pairs in {names}")
+        names = ", ".join(task.name for task in tasks) or "no task"
+        require(queries, f"no training pairs in {names}", TrainingError)
         self.documents = TokenRows(list(documents), tokenizer, max_length)
         self.queries = TokenRows(queries, tokenizer, query_length)
         self.queries_of = dict(queries_of)
@@ -102,7 +101,7 @@ class Pairs:
         """Question -> documents that are never its negatives, ascending.
 
         These are the relevant documents of all its ids, and their near-duplicates. A question that
-        excludes only one document has no entry. Computed on first use, which takes seconds.
+        excludes one document only has no entry. The first use takes seconds.
         """
         near = near_duplicates(self.documents.texts)
         near = np.concatenate([near, near[:, ::-1]])
@@ -126,14 +125,13 @@ class Pairs:
         if loss not in ("mnrl", "opl"):
             return
         n, questions = len(self.documents), int(self.question_of.max()) + 1
-        reason = "there is 1 document"
-        if n > 1:
-            if len(self.excluded) < questions or min(map(len, self.excluded.values())) < n:
-                return
-            reason = f"each of {n} documents answers every query or is nearly one that does"
-        raise TrainingError(
+        many = f"each of {n} documents answers every query or is nearly one that does"
+        require(
+            n > 1 and (len(self.excluded) < questions or min(map(len, self.excluded.values())) < n),
             f"loss {loss!r} needs documents that do not answer a query, and here are none: "
-            f"{reason}; give more documents, or set loss: prototype or none"
+            f"{many if n > 1 else 'there is 1 document'}; give more documents, or set loss: "
+            "prototype or none",
+            TrainingError,
         )
 
     def positives(self, documents: list[int], queries: list[int], target: list[int]) -> np.ndarray:
@@ -157,7 +155,7 @@ class Pairs:
         ]
 
     def random_negative(self, cycle: int, seed: int, step: int) -> tuple[int, int]:
-        """(document, query): the query of the cycle, a document drawn from all its negatives.
+        """(document, query): the query of the cycle and a document drawn from all its negatives.
 
         A query without any is replaced by the next one of its document, or of the next documents.
         """
@@ -173,12 +171,10 @@ class Pairs:
 def draw_negative(
     answer: int, excluded: np.ndarray | list[int], n: int, rng: np.random.Generator
 ) -> int:
-    """One of n documents that are not excluded, uniformly.
+    """One of n documents that are not excluded, uniformly; the answer is always excluded.
 
-        (answer + 1 + rng.integers(n - 1)) % n    if the answer alone is excluded
-
-    In general, the draw counts answer + 1, answer + 2, … (mod n) without those excluded, which are
-    fewer than n and contain the answer.
+    The draw counts answer + 1, answer + 2, … (mod n) without the excluded ones:
+    (answer + 1 + rng.integers(n - 1)) % n if the answer alone is excluded.
     """
     steps = np.sort((np.asarray(excluded) - answer - 1) % n)  # from answer + 1 to each of them
     draw = rng.integers(n - len(steps))

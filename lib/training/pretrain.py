@@ -31,6 +31,7 @@ def pretrain(
     """Pretrain a masked-language model, in place.
 
     Args:
+        text: has what the mixture draws from (`text.check`).
         precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
 
     Returns:
@@ -38,12 +39,9 @@ def pretrain(
         target, accuracy as a share, both before the step's update.
 
     Raises:
-        TrainingError: the mixture has no text (before the first step), or a loss is not finite.
+        TrainingError: a loss is not finite.
     """
     s = settings
-    steps = math.ceil(s.tokens / s.batch_tokens)
-    if steps:
-        text.check(s.mixture, "the training text")
     device = next(model.parameters()).device
     context = autocast(device, precision)
 
@@ -64,7 +62,7 @@ def pretrain(
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 
     optim = optimizer(model, s.lr, s.weight_decay, s.embedding_lr, BETAS, EPS)
-    shares = warmup_then_linear(steps, s.warmup, s.final_lr)
+    shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
     return train(model, optim, shares, gradient, "pretraining", show_progress)
 
 
@@ -82,11 +80,7 @@ def mlm_accuracy(
 
     The paper validates at a mask rate of 0.15. The interval is that of a ratio of two means, by
     linearisation: an example counts by its number of targets.
-
-    Raises:
-        TrainingError: there is no text for the mixture; `text.check` finds out before training.
     """
-    text.check(mixture, "the held-out text")
     model.eval()
     device = next(model.parameters()).device
     correct, targets = [], []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lib.model.tokens import pad, tokenize
-from lib.pipeline.errors import TrainingError
+from lib.pipeline.errors import TrainingError, require
 
 PASS_TOKENS = 32_768  # in one forward pass of pretraining; gradients of a larger step are added up
 
@@ -37,11 +37,10 @@ def bucket_by_length(
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         bucket = buckets[-1] if buckets else []
         longest = lengths[bucket[0]] if bucket else 0
-        padded = lengths[i] < 0.8 * longest and len(bucket) * longest > waste_tokens
-        if not bucket or len(bucket) == most or padded:
-            buckets.append([i])
-        else:
-            bucket.append(i)
+        wasteful = lengths[i] < 0.8 * longest and len(bucket) * longest > waste_tokens
+        if not bucket or len(bucket) == most or wasteful:
+            buckets.append([])
+        buckets[-1].append(i)
     return buckets
 
 
@@ -56,14 +55,13 @@ def mask_tokens(
     Returns:
         (corrupted ids, labels), both (B, L); labels are -100 except at targets.
     """
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    special_ids = tokenizer.all_special_ids
+    special = torch.isin(ids, torch.tensor(special_ids))
     target = (torch.rand(ids.shape, generator=generator) < rate) & mask.bool() & ~special
     labels = ids.masked_fill(~target, -100)
     dice = torch.rand(ids.shape, generator=generator)
     corrupted = ids.masked_fill(target & (dice < 0.8), tokenizer.mask_token_id)
-    random = torch.randint(
-        len(tokenizer.all_special_ids), len(tokenizer), ids.shape, generator=generator
-    )
+    random = torch.randint(len(special_ids), len(tokenizer), ids.shape, generator=generator)
     return torch.where(target & (dice >= 0.8) & (dice < 0.9), random, corrupted), labels
 
 
@@ -89,12 +87,9 @@ class PretrainingText:
         long: list[str],
         tokenizer,
         length: int,
-        limit_tokens: int | None = None,
+        limit_tokens: float = float("inf"),
     ) -> "PretrainingText":
-        """Tokenise about `limit_tokens` of the short and of the long texts (None: all of them).
-
-        Texts are taken in a fixed random order.
-        """
+        """Tokenise about `limit_tokens` of the short and of the long texts, in a random order."""
 
         def rows(texts: list[str], cut: int) -> Iterator[np.ndarray]:
             total = 0
@@ -103,7 +98,7 @@ class PretrainingText:
                 for row in tokenize(texts[start : start + 256], tokenizer, cut)[0]:
                     total += len(row)
                     yield np.asarray(row, dtype=np.int32)
-                if limit_tokens is not None and total >= limit_tokens:
+                if total >= limit_tokens:
                     return
 
         variable = [row for row in rows(short, length) if len(row) >= min(10, length)]
@@ -111,41 +106,30 @@ class PretrainingText:
         stream = np.concatenate([*inner, np.empty(0, dtype=np.int32)])
         width = length - 2
         stream = stream[: len(stream) // width * width].reshape(-1, width)
-        cls_column, sep_column = (
-            np.full((len(stream), 1), token, dtype=np.int32)
-            for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
-        )
-        return cls(variable, np.hstack([cls_column, stream, sep_column]), tokenizer, length)
+        ends = (0, 0), (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        maximum = np.pad(stream, ((0, 0), (1, 1)), constant_values=ends)
+        return cls(variable, maximum, tokenizer, length)
 
     def check(self, mixture: str, name: str) -> None:
-        """Raise a TrainingError, before training, if the mixture needs text that is not there.
-
-        name: of this text in the message: "the training text", "the held-out text".
-        """
-        available = {"short": len(self.variable) > 0, "long": len(self.maximum) > 0}
-        needed = {
-            "short": f"short text of {min(10, self.length)} tokens or more",
-            "long": f"long text that fills {self.length} tokens",
-        }
-        missing = [
-            text
-            for kind, text in needed.items()
-            if mixture in (kind, "mixed") and not available[kind]
-        ]
-        if missing:
-            alternatives = [f"set mixture: {kind}" for kind in available if available[kind]]
-            raise TrainingError(
-                f"{name} has no {' and no '.join(missing)}, which mixture {mixture!r} draws from: "
-                + ", or ".join(["add some to the pretraining text", *alternatives])
-            )
+        """Raise a TrainingError, before training, if the mixture needs text that is not there."""
+        needed = {"short": f"short text of {min(10, self.length)} tokens or more"}
+        needed["long"] = f"long text that fills {self.length} tokens"
+        available = [k for k, rows in zip(needed, (self.variable, self.maximum)) if len(rows)]
+        wanted = [kind for kind in needed if mixture in (kind, "mixed")]
+        missing = [needed[kind] for kind in wanted if kind not in available]
+        remedies = ["add some to the pretraining text", *(f"set mixture: {k}" for k in available)]
+        message = (
+            f"{name} has no {' and no '.join(missing)}, which mixture {mixture!r} draws from: "
+        )
+        require(not missing, message + ", or ".join(remedies), TrainingError)
 
     def batch(
         self, step: int, seed: int, tokens: int, mixture: str, variable_share: float
     ) -> list[list[np.ndarray]]:
         """The examples of a step, at least `tokens` tokens, in buckets of similar length.
 
-        mixture: "short" draws from `variable`, "long" from `maximum`; "mixed" draws from
-        `variable` with probability `variable_share`.
+        "short" draws from `variable`, "long" from `maximum`; "mixed" draws from `variable` with
+        probability `variable_share`.
         """
         share = {"short": 1.0, "long": 0.0, "mixed": variable_share}[mixture]
         rng = np.random.default_rng([seed, step])
@@ -154,12 +138,12 @@ class PretrainingText:
             examples = self.variable if rng.random() < share else self.maximum
             rows.append(examples[rng.integers(len(examples))])
             drawn += len(rows[-1])
-        buckets = []
+        passes = []
         for bucket in bucket_by_length([len(row) for row in rows]):
             most = max(1, PASS_TOKENS // len(rows[bucket[0]]))
-            for start in range(0, len(bucket), most):
-                buckets.append([rows[i] for i in bucket[start : start + most]])
-        return buckets
+            starts = range(0, len(bucket), most)
+            passes += [[rows[i] for i in bucket[start : start + most]] for start in starts]
+        return passes
 
     def masked(
         self, batch: list[list[np.ndarray]], rate: float, seed: int, step: int

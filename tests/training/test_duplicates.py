@@ -19,7 +19,7 @@ def words(text):
     """The definition: letters, digits and their marks; in Chinese and Thai, each character."""
     found, inside = [], False
     for c in unicodedata.normalize("NFKC", text).casefold():
-        unspaced = any(first <= ord(c) <= last for first, last in duplicates.UNSPACED)
+        unspaced = duplicates.UNSPACED.match(c)
         if unicodedata.category(c)[0] == "M":
             if inside:
                 found[-1] += c

@@ -322,37 +322,28 @@ def test_zero_vectors_give_finite_losses_and_gradients():
         assert loss.isfinite() and grad.isfinite().all()
 
 
-def test_disagreeing_inputs_are_refused_with_their_numbers():
+def test_disagreeing_inputs_are_refused_with_their_shapes():
     q, d = draw(3, 8), draw(4, 8)
-    with pytest.raises(ValueError, match="3 queries, 4 documents"):
+    with pytest.raises(ValueError, match=r"one document per query: got \(3, 8\), \(4, 8\)"):
         orthogonal_projection_loss(q, d, torch.ones(3))
-    with pytest.raises(ValueError, match=r"labels of shape \(3, 1\)"):  # would broadcast to 3 x 3
+    with pytest.raises(ValueError, match=r"one label .*\(3, 1\)$"):  # would broadcast to 3 x 3
         orthogonal_projection_loss(q, d[:3], torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"\(3, 8\), \(3, 1\)"):  # would broadcast to 8
         orthogonal_projection_loss(q, d[:3, :1], torch.ones(3))
-    with pytest.raises(ValueError, match="3 queries, 4 documents; pass `targets`"):
+    with pytest.raises(ValueError, match=r"pass `targets` .*\(3, 8\), \(4, 8\)"):
         multiple_negatives_ranking_loss(q, d)
-    with pytest.raises(ValueError, match=r"\(3, 8\), \(3, 8\), \(2, 7\)"):
-        multiple_negatives_ranking_loss(q, d[:3], draw(2, 7))
-    for targets in ([0, 1], [0, 1, 4], [0, 1, -1]):
-        with pytest.raises(ValueError, match=f"one of 4 documents: got .*{targets[-1]}"):
-            multiple_negatives_ranking_loss(q, d, targets=torch.tensor(targets))
+    with pytest.raises(ValueError, match=r"one target \(B,\) per query: got \(3, 8\), \(2,\)"):
+        multiple_negatives_ranking_loss(q, d, targets=torch.tensor([0, 1]))
     for relevant in (
         torch.zeros(3, 3, dtype=torch.bool),
         torch.zeros(4, dtype=torch.bool),
         torch.zeros(3, 4),
     ):  # the last would be no mask
         shape = ", ".join(map(str, relevant.shape))
-        with pytest.raises(
-            ValueError,
-            match=rf"shape \(3, 4\).*: got {relevant.dtype} of shape \({shape},?\)",
-        ):
+        message = rf"relevant \({relevant.dtype}\) is bool .*: got \(3, 4\), \({shape},?\)$"
+        with pytest.raises(ValueError, match=message):
             multiple_negatives_ranking_loss(
                 q, d, targets=torch.tensor([0, 1, 2]), relevant=relevant
             )
-    with pytest.raises(ValueError, match=r"\(3, 8\) and \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"\(3, 8\), \(4, 8\)"):
         prototype_loss(q, d, d, d)
-    with pytest.raises(ValueError, match=r"B ≥ 1.*\(0, 8\)"):
-        orthogonal_projection_loss(q[:0], q[:0], torch.ones(0))
-    with pytest.raises(ValueError, match="B ≥ 1"):
-        multiple_negatives_ranking_loss(q[:0], q[:0])

@@ -6,8 +6,7 @@ from toys import learn, tune, weights
 
 from lib.kernels import support
 from lib.model.m2bert import M2BertForMaskedLM
-from lib.pipeline.errors import TrainingError
-from lib.training.optim import autocast, optimizer, warmup_then_linear
+from lib.training.optim import optimizer, warmup_then_linear
 
 
 def test_the_rate_rises_to_its_peak_then_falls_in_a_line():
@@ -57,9 +56,9 @@ def test_bfloat16_trains_the_same_model_up_to_rounding(text, pairs, tiny, monkey
     assert torch.cosine_similarity(*moves, dim=0) > 0.95
 
 
-def test_a_precision_that_is_none_or_not_there_is_named(monkeypatch, caplog, text, tiny):
-    with pytest.raises(TrainingError, match="precision 'float16': one of float32, bfloat16"):
-        autocast(torch.device("cpu"), "float16")
+def test_without_bfloat16_instructions_training_is_float32_and_the_log_says_so(
+    monkeypatch, caplog, text, tiny
+):
     monkeypatch.setattr(support, "multiplies_bfloat16", lambda: False)
     models = []
     for precision in ("float32", "bfloat16"):
