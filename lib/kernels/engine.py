@@ -9,11 +9,11 @@ Texts lie one after another, (T, D), without padding. The filters do not depend 
 engine computes their spectra once for each FFT size and keeps them, up to a limit. One pass of
 mixer.cpp (`lib.kernels.cpu`) computes a layer's short convolution, gates and both long
 convolutions; torch computes the same if mixer.cpp cannot be compiled. The MLP reads one tile of
-tokens at a time, so the activations between its two products never leave the cache.
+tokens at a time, so its activations never leave the processor's cache.
 
 A rounding error of a filter or a weight is the same at all positions, and a long convolution sums
-over all positions. Therefore filters stay in float16, scaled channel by channel, and in long texts
-the bias restores what rounding the matrix W to W' took from the mean token:
+over all positions. Therefore the spectra are stored in float16, scaled channel by channel. In long
+texts the bias restores what rounding the matrix W to W' took from the mean token:
 
     y = W' x + (b + (W - W') mean(x))
 
@@ -22,7 +22,6 @@ Axes: n texts, T tokens of all texts, D width, K blocks.
 """
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,8 @@ from lib.operators.monarch import paired
 
 TILE = 1024  # tokens in one pass through an MLP
 LONG = 1024  # a text of at least this many tokens has its own matrix multiplications and mean token
-# Bytes of spectra that are kept. The spectra of the 80M model for 32,768 tokens fill 2.3 GiB beside
-# bfloat16 activations, 4.6 GiB beside float32.
+# Limit of the spectrum cache in bytes. The 80M model's spectra for 32,768 tokens fill 2.3 GiB for
+# bfloat16 activations, 4.6 GiB for float32.
 SPECTRA = 3 * 2**30
 CHANNELS = 64  # channels whose spectra one thread computes at a time
 SAMPLE = 16  # numbers of each weight that are compared to notice a change
@@ -44,9 +43,9 @@ SAMPLE = 16  # numbers of each weight that are compared to notice a change
 class Engine:
     """A fast `forward` of a model in eval mode, that is, without dropout.
 
-    The engine notices changed weights by their version and by a sample of their numbers: fused
-    optimizers and edits through `.data` leave the version unchanged. Set `seen` to None after an
-    edit of single numbers through `.data`.
+    The engine notices changed weights by their version and by a sample of their numbers, since
+    fused optimizers and edits through `.data` leave the version unchanged. Set `seen` to None after
+    an edit of single numbers through `.data`.
 
     Args:
         model: an M2BertModel, or a model that holds one as `.model`, on the CPU.
@@ -91,22 +90,15 @@ class Engine:
         x = self.embed(torch.tensor([token for row in ids for token in row]), lengths)
         for number in range(len(self.layers)):
             x = self.layer(number, x, starts, lengths, runs)
-        first = starts[:-1].tolist()
         if config.pooling == "cls":
-            summary = torch.stack([x[start] for start in first]).float()
+            summary = x[starts[:-1]].float()
         else:
-            means = [x[start : start + n].float().mean(dim=0) for start, n in zip(first, real)]
+            means = [text[:n].float().mean(dim=0) for text, n in zip(x.split(lengths), real)]
             summary = torch.stack(means)
         return torch.tanh(F.linear(summary, *self.pooler))
 
-    # ------------------------------------------------------------------ weights
-
     def refresh(self) -> None:
-        """Copy the model's weights if they have changed since the last call.
-
-        Fused optimizers and edits through `.data` leave a tensor's version unchanged, so a sample
-        of each tensor's numbers is compared too.
-        """
+        """Copy the model's weights if they have changed since the last call."""
         weights = list(self.model.parameters())
         versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
         sample = torch.cat([w.detach().flatten()[:: max(1, w.numel() // SAMPLE)] for w in weights])
@@ -127,23 +119,17 @@ class Engine:
 
     def prepared(self, layer) -> dict:
         """A layer's weights as `mix` and `mlp` read them."""
-        mixer, mlp = layer.mixer, layer.mlp
-        blocks = paired(mlp.gated_layers, mlp.wo)
-
-        def products(linear) -> list[Product]:
-            return [Product(weight, None, self.dtype) for weight in linear.weight]
-
-        return {
+        mixer, mlp, short = layer.mixer, layer.mlp, layer.mixer.short_filter
+        weights = {
             "layer": layer,
             "in": Product(mixer.in_linear.weight, mixer.in_linear.bias, self.dtype),
             "out": Product(mixer.out_linear.weight, mixer.out_linear.bias, self.dtype),
-            "short": (
-                mixer.short_filter.weight[:, 0].t().float().contiguous(),
-                mixer.short_filter.bias.float().contiguous(),
-            ),
-            "gated": products(mlp.gated_layers) if blocks else None,
-            "wo": products(mlp.wo) if blocks else None,
+            "short": (short.weight[:, 0].t().contiguous(), short.bias.contiguous()),
         }
+        if paired(mlp.gated_layers, mlp.wo):
+            for name, linear in (("gated", mlp.gated_layers), ("wo", mlp.wo)):
+                weights[name] = [Product(block, None, self.dtype) for block in linear.weight]
+        return weights
 
     def spectra(self, number: int, n: int):
         """The spectra of a layer's filters for FFTs of size n.
@@ -152,18 +138,21 @@ class Engine:
         computes them again.
 
         Returns:
-            A function from a slice of channels to their spectra, and the number of channels to ask
-            it for at a time.
+            A function from a slice of channels to their spectra, and the largest number of channels
+            of a slice.
         """
         mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
         kept = self.tables.get(n)
         if kept is None or number not in kept:
             back_end = native_spectra if self.native else torch_spectra
             compute = back_end(mixer, n, self.model.config.max_position_embeddings, self.dtype)
+            group = CHANNELS * (torch.get_num_threads() if self.native else 1)
             if kept is None:
-                return compute, CHANNELS * (torch.get_num_threads() if self.native else 1)
-            kept[number] = compute(slice(0, D))
-        return kept[number].channels, D
+                return compute, group
+            starts = range(0, D, group)
+            kept[number] = joined([compute(slice(c, min(c + group, D))) for c in starts])
+        table = kept[number]
+        return table.channels if self.native else lambda channels: table[:, channels], D
 
     def make_room(self, sizes: set[int]) -> None:
         """Choose which FFT sizes stay in the spectrum cache.
@@ -186,17 +175,12 @@ class Engine:
                 kept.append(n)
         self.tables = OrderedDict((n, self.tables.get(n, {})) for n in reversed(kept))
 
-    # ------------------------------------------------------------------ layers
-
     def embed(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """The output of the embeddings, (T,) -> (T, D)."""
+        """The output of the model's embeddings, (T,) -> (T, D)."""
         e = self.model.embeddings
         positions = e.position_embeddings.weight[: max(lengths)] + e.token_type_embeddings.weight[0]
         x = e.word_embeddings(ids)
-        start = 0
-        for length in lengths:
-            x[start : start + length] += positions[:length]
-            start += length
+        x += torch.cat([positions[:length] for length in lengths])
         return e.LayerNorm(x).to(self.dtype)
 
     def fft(self, length: int) -> int:
@@ -206,8 +190,8 @@ class Engine:
     def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
         """Divide the tokens into runs, each with one matrix multiplication.
 
-        A long text in bfloat16 is a run of its own, since its mean token enters the result; so the
-        result of a text does not depend on its neighbours.
+        A long text in bfloat16 is a run of its own, since its mean token enters its result. The
+        result of a text therefore does not depend on its neighbours.
 
         Returns:
             (the run's tokens, whether the run is one long text) for each run.
@@ -222,9 +206,7 @@ class Engine:
             start += length
         return runs
 
-    def layer(
-        self, number: int, x: Tensor, starts: Tensor, lengths: list[int], runs: list
-    ) -> Tensor:
+    def layer(self, number: int, x: Tensor, starts: Tensor, lengths: list, runs: list) -> Tensor:
         """One layer of the model, (T, D) -> (T, D)."""
         weights = self.layers[number]
         mixer = weights["layer"].mixer
@@ -233,9 +215,9 @@ class Engine:
         y = self.mix(number, each(weights["in"], x, runs), x, starts, lengths)
         return self.mlp(weights, each(weights["out"], y, runs), runs)
 
-    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
+    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list) -> Tensor:
         """The mixer between its projections, (T, D), from p (T, 3D) and u (T, D)."""
-        (weight, bias), y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
+        short, y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
         sizes = [self.fft(length) for length in lengths]
         spectra = {n: self.spectra(number, n) for n in set(sizes)}
         group = min(count for _, count in spectra.values())
@@ -243,61 +225,47 @@ class Engine:
             channels = slice(c, min(c + group, D))
             tables = {n: compute(channels) for n, (compute, _) in spectra.items()}
             if self.native:
-                texts = [tables[n] for n in sizes]
-                cpu.mix(p, u, starts, weight, bias, texts, y=y, channels=channels)
+                cpu.mix(p, u, starts, *short, [tables[n] for n in sizes], y=y, channels=channels)
                 continue
-            for start, length, n in zip(starts.tolist(), lengths, sizes):
-                text = slice(start, start + length)
-                part = u[text, channels]
-                result = in_torch(p[text], part, channels, weight, bias, tables[n].values, n)
-                y[text, channels] = result.to(y.dtype)
+            for *text, out, n in zip(p.split(lengths), u.split(lengths), y.split(lengths), sizes):
+                out[:, channels] = in_torch(*text, channels, *short, tables[n], n)
         return y
 
     def mlp(self, weights: dict, h: Tensor, runs: list) -> Tensor:
         """LayerNorm(h + MLP(h)), (T, D)."""
-        mlp = weights["layer"].mlp
-        if weights["gated"] is None:
+        mlp, gated = weights["layer"].mlp, weights.get("gated")
+        if gated is None:
             gate, value = mlp.gated_layers(h.float()).chunk(2, dim=-1)
             return mlp.layernorm(h.float() + mlp.wo(F.gelu(gate) * value)).to(self.dtype)
-        norm = mlp.layernorm
-        scale, shift = norm.weight.float(), norm.bias.float()
-        y, width = torch.empty_like(h), h.shape[1] // len(weights["gated"])
+        y = torch.empty_like(h)
         for run, long in runs:
-            mean = h[run].mean(dim=0, dtype=torch.float32) if long else None
-            biases = [
-                product.restoring(mean[k * width : (k + 1) * width]) if long else None
-                for k, product in enumerate(weights["gated"])
-            ]
+            biases = [None] * len(gated)
+            if long:
+                means = h[run].mean(dim=0, dtype=torch.float32).chunk(len(gated))
+                biases = [product.restoring(mean) for product, mean in zip(gated, means)]
             for start in range(run.start, run.stop, TILE):
                 tile = slice(start, min(start + TILE, run.stop))
                 total = self.blocks(weights, h[tile], biases, long)
-                total = total.add_(h[tile].float()).add_(mlp.wo.bias)
-                y[tile] = F.layer_norm(total, (h.shape[1],), scale, shift, norm.eps)
+                y[tile] = mlp.layernorm(total.add_(h[tile].float()).add_(mlp.wo.bias))
         return y
 
     def blocks(self, weights: dict, h: Tensor, biases: list, long: bool) -> Tensor:
-        """W_o(GELU(a) b), (a, b) = W_g h + biases, of one tile of tokens; float32 (t, D)."""
-        K = len(weights["gated"])
-        width, hidden = h.shape[1] // K, weights["layer"].mlp.wo.d_in // K
-        inputs = [h[:, k * width : (k + 1) * width].contiguous() for k in range(K)]
-        outputs = []
+        """W_o(GELU(a) · b), (a, b) = W_g h + biases, of one tile of t tokens; float32 (t, D)."""
+        gated, wo, K, outputs = weights["gated"], weights["wo"], len(weights["wo"]), []
+        inputs = [block.contiguous() for block in h.chunk(K, dim=1)]
         for k in range(K // 2):  # block k is the gate of the values of block k + K/2
-            gate, value = (
-                weights["gated"][block](inputs[block], biases[block]) for block in (k, k + K // 2)
-            )
+            gate, value = (gated[b](inputs[b], biases[b]) for b in (k, k + K // 2))
             if self.native and gate.shape[1] % 16 == 0:
                 m = cpu.glu(gate, value, gate)
             else:
                 m = F.gelu(gate) * value
-            for side, product in enumerate(weights["wo"][2 * k : 2 * k + 2]):
-                half = m[:, side * hidden : (side + 1) * hidden].contiguous()
-                mean = half.mean(dim=0, dtype=torch.float32) if long else None
-                outputs.append(product(half, product.restoring(mean) if long else None))
+            for half, product in zip(m.chunk(2, dim=1), wo[2 * k : 2 * k + 2]):
+                outputs.append(each(product, half.contiguous(), [(slice(None), long)]))
         return torch.cat(outputs, dim=1).float()
 
 
 class Product:
-    """W x + b with W in a compute dtype, laid out once for the processor."""
+    """W x + b with W rounded to a compute dtype and, for oneDNN, reordered once."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.exact, self.weight = weight.detach(), weight.detach().to(dtype).contiguous()
@@ -331,88 +299,62 @@ def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# ------------------------------------------------------------------ spectra
-
-
-class Complex(NamedTuple):
-    """Spectra in the layout of torch.fft, (S, d, n/2 + 1): gated and residual filter, or gated."""
-
-    values: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-    def channels(self, part: slice) -> "Complex":
-        return Complex(self.values[:, part])
-
-
 def native_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
     """The function slice of channels -> cpu.Table, for FFTs of size n and up to `longest` taps."""
-    L, gated = min(max(1, n // 2), longest), mixer.gated_filter
-    group = CHANNELS * torch.get_num_threads()
-    filters = [
-        None if filter is None else (filter, filter.hidden(L))
-        for filter in (gated, mixer.residual_filter)
-    ]
-
-    def floats(filter, hidden: tuple, channels: slice) -> tuple:
-        taps = (*filter.before_decay(hidden, channels), filter.bias[channels])
-        return tuple(None if part is None else part.float() for part in taps)
+    L, gated, residual = min(max(1, n // 2), longest), mixer.gated_filter, mixer.residual_filter
+    filters = [(filter, filter.hidden(L)) for filter in (gated, residual) if filter is not None]
+    time, deltas = gated.time(L), gated.deltas()
 
     def table(channels: slice) -> cpu.Table:
-        pair = [None if filter is None else floats(*filter, channels) for filter in filters]
-        delta = gated.deltas()[channels].float()
-        return cpu.spectra(*pair, gated.time(L).float(), delta, n, dtype)
+        taps = []
+        for filter, hidden in filters:
+            taps += [*filter.before_decay(hidden, channels), filter.bias[channels]]
+        return cpu.spectra(taps + [None] * (6 - len(taps)), time, deltas[channels], n, dtype)
 
-    def compute(channels: slice) -> cpu.Table:
-        starts = range(channels.start, channels.stop, group)
-        tables = [table(slice(c, min(c + group, channels.stop))) for c in starts]
-        if len(tables) == 1:
-            return tables[0]
-        fields = zip(*tables)  # values, scales
-        return cpu.Table(*(None if parts[0] is None else torch.cat(parts) for parts in fields))
-
-    return compute
+    return table
 
 
 def torch_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
-    """The function slice of channels -> Complex, for FFTs of size n and up to `longest` taps."""
-    L = min((n + 1) // 2, longest)
-    filters = [
-        (filter, filter.hidden(L))
-        for filter in (mixer.gated_filter, mixer.residual_filter)
-        if filter is not None
-    ]
+    """The function slice of channels -> spectra, for FFTs of size n and up to `longest` taps.
 
-    def spectra(channels: slice) -> Tensor:
+    The spectra are complex64 (S, d, n/2 + 1), as torch.fft lays them out: of the gated filter, and
+    of the residual filter if there is one.
+    """
+    L, filters = min((n + 1) // 2, longest), (mixer.gated_filter, mixer.residual_filter)
+    filters = [(filter, filter.hidden(L)) for filter in filters if filter is not None]
+
+    def table(channels: slice) -> Tensor:
         kernels = (
-            circular_kernel(*filter.taps(hidden, channels), filter.bias[channels], n).float()
+            circular_kernel(*filter.taps(hidden, channels), filter.bias[channels], n)
             for filter, hidden in filters
         )
         return torch.stack([torch.fft.rfft(kernel) for kernel in kernels])
 
-    def compute(channels: slice) -> Complex:
-        starts = range(channels.start, channels.stop, CHANNELS)
-        parts = [spectra(slice(c, min(c + CHANNELS, channels.stop))) for c in starts]
-        return Complex(torch.cat(parts, dim=1))
+    return table
 
-    return compute
+
+def joined(tables: list):
+    """The spectra of neighbouring groups of channels as one."""
+    if len(tables) == 1:
+        return tables[0]
+    if isinstance(tables[0], Tensor):
+        return torch.cat(tables, dim=1)
+    values, scales = zip(*tables)
+    return cpu.Table(torch.cat(values), None if scales[0] is None else torch.cat(scales))
 
 
 def in_torch(
     p: Tensor, u: Tensor, channels: slice, weight: Tensor, bias: Tensor, table: Tensor, n: int
 ) -> Tensor:
-    """Some channels of one text's mixer, (L, d), from p (L, 3D) and these channels' u (L, d)."""
-    L, D = len(p), p.shape[1] // 3
-    thirds = [slice(i * D + channels.start, i * D + channels.stop) for i in range(3)]  # x1, x2, v
-    q = torch.cat([p[:, third] for third in thirds], dim=1).t().float()  # (3d, L)
-    x1, x2, v = short_conv(
-        q[None],
-        torch.cat([weight[:, third] for third in thirds], dim=1).t()[:, None],
-        torch.cat([bias[third] for third in thirds]),
-    )[0].chunk(3)
+    """Some channels of one text's mixer, (L, d), from p (L, 3D) and u (L, D)."""
+
+    def thirds(x: Tensor) -> Tensor:  # (…, 3D) -> (…, 3d), the channels of x1, x2 and v
+        return x.unflatten(-1, (3, -1))[..., channels].flatten(-2)
+
+    L, q = len(p), thirds(p).t().float()  # (3d, L)
+    x1, x2, v = short_conv(q[None], thirds(weight).t()[:, None], thirds(bias))[0].chunk(3)
+    u = u[:, channels].t().float()
     y = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0], n=n)[:, :L] * x2
     if len(table) > 1:
-        y = y + torch.fft.irfft(torch.fft.rfft(u.t().float(), n=n) * table[1], n=n)[:, :L]
+        y = y + torch.fft.irfft(torch.fft.rfft(u, n=n) * table[1], n=n)[:, :L]
     return y.t()

@@ -5,11 +5,9 @@ The kernels (triton_kernels.py) read a text of up to 4,096 tokens once and write
 compute its Fourier transform as two matrix multiplications with small DFT matrices, a Monarch
 decomposition as in FlashFFTConv. Longer texts take three passes.
 
-    mix(p, u, …)          x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p), with
-                          gradients
+    mix(p, u, …)          x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p)
     mix_direct(p, u, …)   the same in torch, by lib/operators/long_conv.py
-    spectra(gated, …)     the spectra of both convolutions' kernels, which `mix` reads; with
-                          gradients
+    spectra(gated, …)     the spectra of both convolutions' kernels, which `mix` reads
     is_supported(…)       whether the kernels compile here and agree with torch; tested once for
                           each shape class
 
@@ -17,19 +15,18 @@ The transform has odd frequencies. A text x of at most H tokens has the spectrum
 
     X[k] = Σ_n x[n] e^{-2πi n (k + ½) / N},    N = 2H,    X[N-1-k] = conj X[k]
 
-The spectrum of a real signal is therefore exactly H complex numbers, no bin is special, and no
-multiplication reads the zeros that keep a convolution from wrapping around. A tap that wraps
-around changes its sign, so the taps that look ahead are stored negated. In bfloat16 a matrix
+The spectrum of a real signal is therefore exactly H complex numbers, no bin is special, and the
+zeros that keep a convolution from wrapping around cost no multiplication. A tap that wraps around
+changes its sign, so the taps that look ahead are stored negated. In bfloat16 a matrix
 multiplication rounds its operands to bfloat16 and sums in float32: the output's cosine with
 float64 is at least 0.99998 from 4,096 to 131,072 tokens (random texts, Triton's interpreter).
 
-Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix products; the
-        arrangement is ours.
+Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix multiplications;
+        the arrangement is ours.
 Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual). All
         activations are (B, D, L).
 """
 
-import logging
 import math
 from functools import cache, lru_cache
 from weakref import WeakKeyDictionary
@@ -43,17 +40,16 @@ from lib.kernels import support
 from lib.kernels.tiles import TILE, in_groups
 from lib.operators.long_conv import circular_kernel, long_conv, short_conv
 
-# Tokens that one program holds in its registers. Before compute capability 9 it is half of that:
-# there a matrix multiplication reads both operands from registers.
+# Tokens that one program holds in its registers; half as many before compute capability 9, where a
+# matrix multiplication reads both operands from registers.
 ONE_PASS = 4096
 LONGEST = 128 * ONE_PASS  # stage 1 has M at most 128
 TYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
 SHARE = 4  # spectra may fill 1/SHARE of a GPU's memory
 _kept = WeakKeyDictionary()  # layer -> (length and versions, spectra, weights)
-# A fused optimizer leaves the version of a weight as it was.
+# A fused optimizer does not change the version of a weight.
 register_optimizer_step_post_hook(lambda *_: _kept.clear())
-log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------ back end of lib/kernels
@@ -61,13 +57,14 @@ log = logging.getLogger(__name__)
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     """y (B, L, D) of u (B, L, D); None without a GPU, or if the kernels are not supported here."""
-    L, gradients = u.shape[1], torch.is_grad_enabled()
-    if not fits(u.transpose(1, 2), layer.in_linear.weight):
+    L, gradients, dtype = u.shape[1], torch.is_grad_enabled(), support.compute_dtype(u)
+    same_dtype = torch.is_autocast_enabled(u.device.type) or layer.in_linear.weight.dtype == dtype
+    if not (support.runs_triton(u) and L <= LONGEST and dtype in TYPES and same_dtype):
         return None
     real = None if mask is None else support.real_tokens(mask)
     if mask is not None and real is None:
         return None
-    dtype, residual = support.compute_dtype(u), layer.residual_filter is not None
+    residual = layer.residual_filter is not None
     if not is_supported(shape_class(L, u.device), dtype, u.device, residual, gradients):
         return None
     u = u.transpose(1, 2).to(dtype).contiguous()  # (B, D, L)
@@ -86,8 +83,7 @@ def layer_spectra(layer, length: int) -> Tensor:
     filters = [layer.gated_filter, layer.residual_filter]
     filters = [filter for filter in filters if filter is not None]
     if torch.is_grad_enabled():
-        gated, *residual = ((*filter(length), filter.bias) for filter in filters)
-        return spectra(gated, residual[0] if residual else None, length)
+        return torch.stack([spectrum(*f(length), f.bias, length) for f in filters])
     weights = [weight for filter in filters for weight in filter.parameters()]
     versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
     now = length, versions
@@ -97,21 +93,20 @@ def layer_spectra(layer, length: int) -> Tensor:
     hidden = [(filter, filter.hidden(length)) for filter in filters]
 
     def channels_of(channels: slice) -> Tensor:
-        tables = [
-            spectrum(*filter.taps(shared, channels), filter.bias[channels], length)
-            for filter, shared in hidden
-        ]
-        return torch.stack(tables)
+        return torch.stack(
+            [spectrum(*f.taps(h, channels), f.bias[channels], length) for f, h in hidden]
+        )
 
     D = len(layer.gated_filter.bias)
     table = in_groups(channels_of, D, max(1, TILE // (4 * length)), dim=1)
     if not layer.training and room_for(table):
-        _kept[layer] = now, table, weights  # holding the weights keeps their addresses theirs
+        # An entry holds the weights, so that no other tensor can take their addresses.
+        _kept[layer] = now, table, weights
     return table
 
 
 def room_for(table: Tensor) -> bool:
-    """Whether the kept spectra and this table fill at most a quarter of the device's memory."""
+    """Whether the kept spectra and this table fill at most a quarter of the GPU's memory."""
     if table.device.type != "cuda":
         return True
     kept = sum(entry[1].nbytes for entry in _kept.values() if entry[1].device == table.device)
@@ -119,28 +114,12 @@ def room_for(table: Tensor) -> bool:
     return SHARE * (kept + table.nbytes) <= total
 
 
-# ------------------------------------------------------------------ where it can be used
-
-
-def fits(u: Tensor, weight: Tensor) -> bool:
-    """Whether `mix` can be tried: Triton runs on u's device, and u is float32 or bfloat16."""
-    mixed = torch.is_autocast_enabled(u.device.type)
-    dtype = support.compute_dtype(u)
-    return (
-        support.runs_triton(u)
-        and u.shape[-1] <= LONGEST
-        and dtype in TYPES
-        and (mixed or weight.dtype == dtype)
-    )
-
-
 @cache
 def is_supported(
     L: int, dtype: torch.dtype, device: torch.device, residual: bool, gradients: bool
 ) -> bool:
     """Whether the kernels agree with torch here, tested on two random texts of four channels."""
-    generator = torch.Generator().manual_seed(0)
-    D = 4
+    generator, D = torch.Generator().manual_seed(0), 4
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -151,11 +130,11 @@ def is_supported(
     real = torch.tensor([L, max(1, L // 2)], device=device)
     kernels = taps(), taps() if residual else None
     signals = [draw(2, 3 * D, L).to(dtype), draw(2, D, L).to(dtype)]
-    short, shift = [draw(3 * D, 1, 3), draw(3 * D)], draw(3 * D)
+    parameters = [draw(3 * D, 1, 3), draw(3 * D), draw(3 * D)]  # weight, bias, shift
     slope = draw(2, D, L)
 
     def results(function, table, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [signal.to(dtype) for signal in signals] + [*short, shift]
+        inputs = [*(signal.to(dtype) for signal in signals), *parameters]
         with torch.set_grad_enabled(gradients):
             leaves = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
             y = function(*leaves[:4], table, real, leaves[4])
@@ -187,13 +166,9 @@ def factors(L: int, device: torch.device = CPU) -> tuple[int, int, int]:
     """(M, R1, R2): the powers of two with M · R1 · R2 ≥ L and the fewest operations.
 
     A token costs 8 M + 16 (R1 + R2) operations. R1 is 1 if one pass suffices. A GPU multiplies
-    matrices of at least 16 rows and columns, so H is at least 256.
-
-    Raises:
-        ValueError: L exceeds the tokens that the kernels can hold.
+    matrices of at least 16 rows and columns, so H is at least 256. L is at most LONGEST.
     """
-    if not 1 <= L <= LONGEST:
-        raise ValueError(f"{L} tokens: from 1 to {LONGEST}")
+    assert 1 <= L <= LONGEST
     H = max(256, 1 << (L - 1).bit_length())
     powers = [1 << bits for bits in range(4, 8)]
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
@@ -212,8 +187,8 @@ def factors(L: int, device: torch.device = CPU) -> tuple[int, int, int]:
 def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """cos and -sin of the angles of each step, (2, rows, columns).
 
-    DFT matrices are in `dtype`, twiddle factors ("turn", "between") in float32. "stage", (4, M, M),
-    holds its two matrices and their transposes.
+    The DFT matrices are in `dtype`, the twiddle factors ("turn", "between") in float32. "stage",
+    (4, M, M), holds both matrices and their transposes.
     """
     M, R1, R2 = factors(L, device)
     R = R1 * R2
@@ -244,15 +219,13 @@ def spectra(gated: tuple, residual: tuple | None, L: int) -> Tensor:
     """2/N times the odd-frequency spectra of the long kernels, for texts of L tokens.
 
     Args:
-        gated, residual: (taps back, taps ahead or None, gain) of each; taps (D, L) or longer, gain
-            (D,).
+        gated, residual: (taps back, taps ahead or None, gain) of a filter; taps (D, L) or longer,
+            gain (D,).
 
     Returns:
         float32 (S, D, 2, H): real and imaginary parts, bins in the order of the Triton kernels.
     """
-    return torch.stack(
-        [spectrum(*kernels, L) for kernels in (gated, residual) if kernels is not None]
-    )
+    return torch.stack([spectrum(*filter, L) for filter in (gated, residual) if filter is not None])
 
 
 def spectrum(back: Tensor, ahead: Tensor | None, gain: Tensor, L: int) -> Tensor:
@@ -291,50 +264,31 @@ def mix(
     real: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """y = x2 · conv(x1 · v) + conv(u), (B, D, L), of u's type; (x1, x2, v) = short_conv(p + shift).
+    """y = x2 · conv(x1 · v) + conv(u), (B, D, L), where (x1, x2, v) = short_conv(p + shift).
 
     Args:
         p: (B, 3D, L), float32 or bfloat16.
-        u: (B, D, L), of p's dtype.
+        u: (B, D, L), of p's dtype, which y has too.
         weight, bias: of the short convolution, (3D, 1, 3) and (3D,).
         table: `spectra` for L, (S, D, 2, H). S = 1: no residual convolution.
         real: the number of tokens of each text, int64 (B,). The positions behind them are padding:
             p + shift, x1 · v and u are 0 there. None: no padding.
-        shift: (3D,), added to p: the projection's bias, which needs no pass of its own then. None:
-            no bias.
-
-    Raises:
-        TypeError, ValueError: dtypes or shapes do not fit together.
+        shift: the projection's bias, (3D,), which saves a pass over p. None: no bias.
     """
     B, D, L = u.shape
-    if p.dtype != u.dtype or u.dtype not in TYPES:
-        raise TypeError(f"p is {p.dtype}, u {u.dtype}: both float32 or both bfloat16")
-    H = math.prod(factors(L, u.device))
-    if p.shape != (B, 3 * D, L) or table.shape[1:] != (D, 2, H) or table.dtype != torch.float32:
-        raise ValueError(
-            f"u is {tuple(u.shape)}, so p is {(B, 3 * D, L)} and the spectra float32 "
-            f"{('S', D, 2, H)}: got {tuple(p.shape)} and {table.dtype} {tuple(table.shape)}"
-        )
+    assert p.dtype == u.dtype and u.dtype in TYPES and table.dtype == torch.float32
+    assert p.shape == (B, 3 * D, L)
+    assert table.shape[1:] == (D, 2, math.prod(factors(L, u.device)))
     real = torch.full((B,), L, device=u.device) if real is None else real
     shift = torch.zeros(3 * D, device=u.device) if shift is None else shift
     return Mix.apply(p, u, weight, bias, table, real, shift)
 
 
-def mix_direct(
-    p: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernels: tuple,
-    real: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def mix_direct(p, u, weight, bias, kernels: tuple, real=None, shift=None) -> Tensor:
     """`mix` in torch. `kernels` is (gated, residual or None), each as `spectra` takes it."""
-    mask = (
-        torch.ones_like(u[:, :1])
-        if real is None
-        else (torch.arange(u.shape[-1], device=u.device) < real[:, None])[:, None].to(u.dtype)
-    )
+    mask = torch.ones_like(u[:, :1])
+    if real is not None:
+        mask = (torch.arange(u.shape[-1], device=u.device) < real[:, None])[:, None].to(u.dtype)
     p, u = (p if shift is None else p + shift[:, None]) * mask, u * mask
     x1, x2, v = short_conv(p, weight, bias).chunk(3, dim=1)
     y = x2 * long_conv(x1 * v * mask, *kernels[0])
@@ -345,7 +299,7 @@ class Mix(torch.autograd.Function):
     """`mix` with gradients.
 
     The backward pass keeps the inputs and c1 = conv(x1 v), (B, D, L). In bfloat16 keeping c1 costs
-    4 bytes of traffic for each number; computing it again would add a fourth transform to three.
+    4 bytes of traffic for each number; computing c1 again would add a fourth transform to three.
     """
 
     @staticmethod
@@ -413,7 +367,7 @@ class Mix(torch.autograd.Function):
 
 
 def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> Tensor:
-    """A signal after stage 1, (2, B, D, M, R), in u's dtype: the next step rounds it anyway."""
+    """A signal after stage 1, (2, B, D, M, R), in u's dtype, to which the next step rounds it."""
     (B, D, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
     dft, width = tables(L, u.dtype, u.device), columns(M)
     planes = torch.empty(2, B, D, M, R1 * R2, dtype=u.dtype, device=u.device)
@@ -424,19 +378,14 @@ def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> T
 
 
 def columns(M: int) -> int:
-    """Columns per program in the first and the last of three passes; at least 64 for M ≥ 64.
-
-    `factors` gives the reason.
-    """
+    """Columns per program in the first and last of three passes; `factors` says why 64."""
     return 64 if M >= 64 else 32
 
 
 def launch(kernel: str, grid: tuple, tile: int, pointers: tuple, sizes: tuple) -> None:
     """Run a kernel of triton_kernels.py; each of its programs holds `tile` numbers."""
-    options = products(pointers[0].dtype)
-    if not options["EMULATED"]:
-        # One stage: loads that run ahead would fill the shared memory.
-        options |= {"num_warps": warps(tile, pointers[0]), "num_stages": 1}
+    # One stage: prefetched loads would fill the shared memory.
+    options = products(pointers[0].dtype, num_warps=warps(tile, pointers[0]), num_stages=1)
     getattr(triton_kernels(), kernel)[grid](*pointers, *sizes, **options)
 
 
@@ -444,28 +393,28 @@ def warps(tile: int, signal: Tensor) -> int:
     """Warps per program, if a program holds `tile` numbers of a signal (…, L).
 
     Measured on an H200 in bfloat16: at 128 tokens one warp is 2.4 times as fast as four forward and
-    2.1 times backward, at 1,024 two are 1.4 times as fast forward. If 16 does not divide L, Triton
-    3.6 miscompiles two warps at 300 and 1,000 tokens.
+    2.1 times backward; at 1,024 tokens two warps are 1.4 times as fast forward. If 16 does not
+    divide L, Triton 3.6 miscompiles two warps at 300 and 1,000 tokens.
     """
     if signal.dtype == torch.float32 or signal.shape[-1] % 16:
         return 8 if tile > 1024 else 4
     return next((count for most, count in ((256, 1), (1024, 2), (2048, 4)) if tile <= most), 8)
 
 
-def products(dtype: torch.dtype) -> dict:
-    """The constants of a Triton kernel's matrix multiplications for operands of this dtype.
+def products(dtype: torch.dtype, **compiler: int) -> dict:
+    """A Triton kernel's options: matrix multiplications of this dtype, and the compiler's options.
 
     A float32 multiplication is three in tf32: matrix units have no exact float32, and at 4,096
-    tokens exact multiplications keep the compiler busy for two minutes.
+    tokens the compiler takes two minutes for exact multiplications.
     """
     import triton.language as tl
 
     narrow, emulated = dtype == torch.bfloat16, support.interpreted()
-    precision = "tf32" if narrow else "tf32x3"
     return {
         "DOT": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": precision,
+        "PRECISION": "tf32" if narrow else "tf32x3",
         "EMULATED": emulated,
+        **({} if emulated else compiler),
     }
 
 
@@ -477,5 +426,5 @@ def triton_kernels():
 
 
 def on(device: torch.device):
-    """Make `device` the current GPU, on which Triton launches."""
+    """A context in which `device` is the current GPU, on which Triton launches."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

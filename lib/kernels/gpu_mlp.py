@@ -1,10 +1,9 @@
-"""The gated MLP on a GPU: both block-diagonal products, GELU, gate, skip, LayerNorm in one kernel.
+"""The gated MLP on a GPU: both block-diagonal layers, GELU, gate, skip, LayerNorm in one kernel.
 
-Step by step, an MLP moves 3 D + 6 I numbers more for each token, up to two thirds of an encoder's
-memory traffic: at the published sizes the activations between its two products are 8 times as wide
-as a token. In this kernel they never leave the registers. Each token is read from memory once and
-written once; the cache serves what a program reads again, and the weights, which every program
-reads.
+Step by step, an MLP moves 3 D + 6 I more numbers for each token, up to two thirds of an encoder's
+memory traffic: at the published sizes its activations are 8 times as wide as a token. In this
+kernel they never leave the registers. It reads each token from memory once and writes it once; the
+weights, which every program reads, come from the cache.
 
     mlp(h, …)             LayerNorm(h + W_o(GELU(a) · b)), (a, b) = W_g h, without gradients
     mlp_direct(h, …)      the same in torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.kernels import gpu, support
-from lib.operators.monarch import BlockDiagonalLinear, block_diagonal, paired
+from lib.operators.monarch import block_diagonal, paired
 
 TOKENS = (64, 128)  # choices for the tokens per program
 STEP = 32  # numbers of a gate that a program holds at a time
@@ -35,30 +34,24 @@ log = logging.getLogger(__name__)
 
 
 def gated_mlp(layer, h: Tensor) -> Tensor | None:
-    """y (B, L, D) of an MLP for h (B, L, D); None in training, or without a `program` for it."""
-    tokens, norm = h.flatten(0, 1), layer.layernorm
-    tile = None if layer.training else fits(tokens, layer.gated_layers, layer.wo)
-    if tile is None:
-        return None
-    weights = layer.gated_layers.weight, layer.wo.weight, layer.wo.bias, norm.weight, norm.bias
-    return mlp(tokens, *weights, norm.eps, tile).view_as(h)
+    """y (B, L, D) of an MLP for h (B, L, D), or None if torch has to compute it.
 
-
-def fits(h: Tensor, gated: BlockDiagonalLinear, wo: BlockDiagonalLinear) -> int | None:
-    """The tokens per program for h, or None if torch has to compute it.
-
-    The kernel needs Triton, blocks that pair, bfloat16 (float32 does not fit into the registers)
-    and no gradients.
+    The kernel needs Triton, blocks that pair, bfloat16 (float32 does not fit into the registers),
+    no gradients and a `program`.
     """
+    gated, wo, norm = layer.gated_layers, layer.wo, layer.layernorm
     usable = (
-        not torch.is_grad_enabled()
+        not (layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type))
         and support.runs_triton(h)
         and paired(gated, wo)
         and wo.d_out // len(wo.weight) <= WIDEST
         and h.dtype == gated.weight.dtype == torch.bfloat16
-        and not torch.is_autocast_enabled(h.device.type)
     )
-    return program(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device) if usable else None
+    tile = program(wo.d_out, wo.d_in, len(wo.weight), h.dtype, h.device) if usable else None
+    if tile is None:
+        return None
+    weights = gated.weight, wo.weight, wo.bias, norm.weight, norm.bias
+    return mlp(h.flatten(0, 1), *weights, norm.eps, tile).view_as(h)
 
 
 @cache
@@ -71,33 +64,21 @@ def program(
     reports the times. The interpreter takes the first choice that agrees with torch.
     """
     generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (max(TOKENS) + 1, width),
-        (blocks, 2 * inner // blocks, width // blocks),
-        (blocks, width // blocks, inner // blocks),
-        (width,),
-        (width,),
-        (width,),
-    )
+    gated = blocks, 2 * inner // blocks, width // blocks
+    wo = blocks, width // blocks, inner // blocks
 
     def draw(shape: tuple) -> Tensor:
         numbers = torch.randn(shape, generator=generator)
         return (numbers / shape[-1] ** (0.5 * (len(shape) == 3))).to(device, dtype)
 
-    h, *weights = map(draw, shapes)
+    h, *weights = map(draw, ((max(TOKENS) + 1, width), gated, wo, *[(width,)] * 3))
     with torch.inference_mode():
         exact = mlp_direct(*(tensor.float() for tensor in (h, *weights)), EPS)
 
         def agrees(tokens: int) -> bool:
-            return support.verify(
-                f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens per "
-                "program",
-                dtype,
-                device,
-                lambda: [mlp(h, *weights, EPS, tokens)],
-                lambda: [exact],
-                ("y",),
-            )
+            what = f"an MLP of width {width}, {inner} inside and {blocks} blocks, {tokens} tokens"
+            ways = lambda: [mlp(h, *weights, EPS, tokens)], lambda: [exact]
+            return support.verify(f"{what} per program", dtype, device, *ways, ("y",))
 
         choices = [tokens for tokens in TOKENS if agrees(tokens)]
         if device.type != "cuda" or not choices:
@@ -118,14 +99,9 @@ def fastest(h: Tensor, weights: list[Tensor], choices: list[int]) -> int | None:
             torch.cuda.synchronize()
             times[tokens].append(start.elapsed_time(end))
     medians = {tokens: statistics.median(rounds[2:]) for tokens, rounds in times.items()}
-    log.info(
-        "an MLP of width %d takes, in ms for 16,384 tokens: %s",
-        h.shape[1],
-        ", ".join(
-            f"{'torch' if tokens is None else f'{tokens} tokens per program'} {milliseconds:.3f}"
-            for tokens, milliseconds in medians.items()
-        ),
-    )
+    names = {tokens: f"{tokens} tokens per program" for tokens in choices} | {None: "torch"}
+    text = ", ".join(f"{names[tokens]} {ms:.3f}" for tokens, ms in medians.items())
+    log.info("an MLP of width %d takes, in ms for 16,384 tokens: %s", h.shape[1], text)
     return min(medians, key=medians.get)
 
 
@@ -147,37 +123,17 @@ def mlp(
         bias: (D,).
         scale, shift, eps: of the LayerNorm, (D,).
         tokens: tokens per program, a power of two, at least 16.
-
-    Raises:
-        TypeError, ValueError: dtypes or shapes do not fit together.
     """
-    (T, D), K = h.shape, len(wo)
+    (T, D), K, inner = h.shape, len(wo), wo.shape[-1] * len(wo)
     parameters = gated, wo, bias, scale, shift
-    dtypes = {str(tensor.dtype) for tensor in parameters}
-    if dtypes != {str(h.dtype)} or h.dtype not in gpu.TYPES:
-        raise TypeError(
-            f"all of float32 or all of bfloat16: h is {h.dtype}, the weights "
-            f"{', '.join(sorted(dtypes))}"
-        )
-    inner = wo.shape[-1] * K
-    if (
-        K % 2
-        or D % K
-        or wo.shape != (K, D // K, inner // K)
-        or gated.shape != (K, 2 * inner // K, D // K)
-        or any(tensor.shape != (D,) for tensor in parameters[2:])
-        or D // K > WIDEST
-    ):
-        raise ValueError(
-            f"for h {(T, D)}, an even number K of blocks and D/K at most {WIDEST}: got "
-            f"{[tuple(tensor.shape) for tensor in parameters]}"
-        )
-    options = gpu.products(h.dtype)
-    if not options["EMULATED"]:
-        options |= {"num_warps": 8, "num_stages": 2}
+    assert {x.dtype for x in parameters} == {h.dtype} and h.dtype in gpu.TYPES
+    assert K % 2 == D % K == 0 and D // K <= WIDEST
+    assert wo.shape == (K, D // K, inner // K) and gated.shape == (K, 2 * inner // K, D // K)
+    assert {x.shape for x in (bias, scale, shift)} == {(D,)}
     h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
     weights = [tensor.contiguous() for tensor in parameters]
     sizes = D, inner, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP
+    options = gpu.products(h.dtype, num_warps=8, num_stages=2)
     with gpu.on(h.device):
         if T:
             kernel = gpu.triton_kernels().gated_mlp[(-(-T // tokens),)]
@@ -185,11 +141,8 @@ def mlp(
     return out
 
 
-def mlp_direct(
-    h: Tensor, gated: Tensor, wo: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> Tensor:
+def mlp_direct(h, gated, wo, bias, scale, shift, eps: float) -> Tensor:
     """`mlp` in torch, step by step."""
     a, b = block_diagonal(h, gated).chunk(2, dim=-1)
-    return F.layer_norm(
-        h + block_diagonal(F.gelu(a) * b, wo) + bias, scale.shape, scale, shift, eps
-    )
+    y = h + block_diagonal(F.gelu(a) * b, wo) + bias
+    return F.layer_norm(y, scale.shape, scale, shift, eps)

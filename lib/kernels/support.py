@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 BACK_ENDS = ("auto", "torch", "definition")
 # Relative. Sums over a whole text are off by up to 0.03 in bfloat16; torch itself may use tf32.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 0.005}
+HAS_TRITON = find_spec("triton") is not None
 log = logging.getLogger(__name__)
 _state = {"back_end": "auto"}
 _real_tokens = WeakTensorKeyDictionary()
@@ -29,7 +30,7 @@ _real_tokens = WeakTensorKeyDictionary()
 
 @contextmanager
 def use(back_end: str):
-    """A context in which the whole process computes by this back end.
+    """A context in which the whole process uses a back end.
 
     Args:
         back_end: "auto": the fastest kernel that fits. "torch": no compiled code. "definition": the
@@ -54,9 +55,6 @@ def back_end() -> str:
     return "torch" if name == "auto" and os.environ.get("LOCO_NATIVE", "1") == "0" else name
 
 
-# ------------------------------------------------------------------ number types
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix multiplication of x: autocast's if autocast is on, else x's."""
     device = x.device.type
@@ -67,7 +65,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def takes_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices here, natively or emulated with AVX-512.
 
-    The environment variable ONEDNN_MAX_CPU_ISA counts.
+    The environment variable ONEDNN_MAX_CPU_ISA can forbid it.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -78,13 +76,10 @@ def multiplies_bfloat16() -> bool:
 
     If torch cannot tell, oneDNN's answer counts.
     """
-    if not takes_bfloat16():
-        return False
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     questions = [getattr(torch.cpu, name, None) for name in names]
-    if platform.machine().lower() not in ("x86_64", "amd64") or None in questions:
-        return True
-    return any(question() for question in questions)
+    unknown = platform.machine().lower() not in ("x86_64", "amd64") or None in questions
+    return takes_bfloat16() and (unknown or any(question() for question in questions))
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -94,27 +89,15 @@ def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if dtype != torch.bfloat16:
         return dtype
-    if device.type == "cpu":
-        supported = multiplies_bfloat16()
-    else:
-        supported = device.type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-    if supported:
+    if device.type == "cpu" and multiplies_bfloat16():
+        return dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return dtype
     log.warning(
         "this processor has no bfloat16 products: float32 instead, which is faster here and more "
         "exact"
     )
     return torch.float32
-
-
-# ------------------------------------------------------------------ GPU
-
-
-@cache
-def triton_is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -125,14 +108,14 @@ def interpreted() -> bool:
 def runs_triton(u: Tensor) -> bool:
     """Whether Triton's kernels can read u: on a GPU, or on a CPU in the interpreter."""
     reachable = u.device.type == "cuda" or u.device.type == "cpu" and interpreted()
-    return reachable and back_end() == "auto" and triton_is_installed()
+    return reachable and back_end() == "auto" and HAS_TRITON
 
 
 def real_tokens(mask: Tensor) -> Tensor | None:
     """The number of tokens of each text, int64 (B,), from a mask (B, 1, L) of 0 and 1.
 
-    None if a text has a hole, that is a one behind a zero. The result is kept with the mask, so
-    that the process waits for the GPU once for each mask, not once for each layer.
+    None if a text has a hole, that is, a one after a zero. The result is kept with the mask, so
+    the process waits for the GPU once for each mask, not once for each layer.
     """
     version = 0 if mask.is_inference() else mask._version
     if mask not in _real_tokens or _real_tokens[mask][0] != version:
@@ -163,11 +146,7 @@ def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_wa
         log.warning(
             "lib/kernels/triton_kernels.py is not used for %s in %s on %s (%s: %s): torch does it, "
             "with the same results",
-            what,
-            dtype,
-            device,
-            type(error).__name__,
-            " ".join(str(error).split())[:300],
+            *(what, dtype, device, type(error).__name__, " ".join(str(error).split())[:300]),
         )
         return False
     log.info("lib/kernels/triton_kernels.py is used for %s in %s on %s", what, dtype, device)

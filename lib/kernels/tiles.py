@@ -4,6 +4,8 @@ Between its two projections a sequence mixer computes each channel by itself, an
 each token by itself. So the buffers hold TILE numbers, whatever the length of a text.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,7 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     filters = [filter for filter in (layer.gated_filter, layer.residual_filter) if filter]
     hidden = [(filter, filter.hidden(L)) for filter in filters]
 
-    def mix(channels: slice) -> Tensor:
-        return mix_channels(layer, u, mask, hidden, channels)
-
+    mix = partial(mix_channels, layer, u, mask, hidden)
     return layer.out_linear(in_groups(mix, D, group, dim=1).transpose(1, 2))
 
 
@@ -39,8 +39,7 @@ def mix_channels(layer, u: Tensor, mask: Tensor | None, filters: list, channels:
 
     linear, short = layer.in_linear, layer.short_filter
     p = torch.matmul(rows(linear.weight), u) + rows(linear.bias)[:, None]  # (B, 3d, L)
-    if mask is not None:
-        p = p * mask
+    p = p if mask is None else p * mask
     x1, x2, v = short_conv(p, rows(short.weight), rows(short.bias)).chunk(3, dim=1)
     gate = v * x1 if mask is None else v * x1 * mask
     gated, *residual = (

@@ -189,7 +189,8 @@ def test_what_is_kept_of_the_spectra_is_bounded_and_changes_nothing(monkeypatch,
     fast = Engine(built)
     for some in (ids, ids[:3], ids[4:]):
         torch.testing.assert_close(fast(some), one_by_one(built, some), rtol=0, atol=2e-6)
-        assert sum(table.nbytes for kept in fast.tables.values() for table in kept.values()) <= room
+        tables = [table for kept in fast.tables.values() for table in kept.values()]
+        assert sum(part.nbytes for table in tables for part in table if part is not None) <= room
     made = []
     for name in ("native_spectra", "torch_spectra"):
         own = getattr(engine, name)
@@ -318,65 +319,39 @@ def test_under_autocast_embeddings_and_gradients_point_the_same_way(
 
 @compiled
 def test_the_kernel_reads_nothing_it_was_not_made_for():
-    p, u, starts, weight, bias = (
-        torch.zeros(4, 96),
-        torch.zeros(4, 32),
-        torch.tensor([0, 4]),
-        torch.zeros(3, 96),
-        torch.zeros(96),
-    )
-    table = cpu.Table(torch.zeros(2, 5, 4, 16), None)
-    half = cpu.Table(table.values.half(), torch.ones(32))
-    for q, v, wrong in (
-        (p.bfloat16(), u, table),
-        (p, u.bfloat16(), table),
-        (p.half(), u.half(), table),
-        (p, u, half),
-        (p.bfloat16(), u, half),
-    ):
-        with pytest.raises(
-            TypeError, match="all of them float32, or bfloat16 and tables of float16 or float32"
-        ):
-            cpu.mix(q, v, starts, weight, bias, [wrong])
-    for place in ("y", "c1"):
-        with pytest.raises(TypeError, match="all of them float32, or bfloat16"):
-            cpu.mix(p, u, starts, weight, bias, [table], **{place: u.double()})
-    with pytest.raises(ValueError, match="do not fit texts of"):
-        cpu.mix(p.bfloat16(), u.bfloat16(), starts, weight, bias, [cpu.Table(half.values, None)])
-    with pytest.raises(ValueError, match="contiguous"):
-        cpu.mix(torch.zeros(96, 4).t(), u, starts, weight, bias, [table])
-    for wrong in (dict(p=u), dict(bias=bias[:5]), dict(channels=slice(0, 16))):
-        with pytest.raises(ValueError, match="in steps of 32: got p"):
-            cpu.mix(
-                **(dict(p=p, u=u, starts=starts, weight=weight, bias=bias, tables=[table]) | wrong)
-            )
-    for wrong in (dict(weight=weight.double()), dict(starts=starts.int())):
-        with pytest.raises(TypeError, match="are float32, starts and real int64"):
-            cpu.mix(
-                **(dict(p=p, u=u, starts=starts, weight=weight, bias=bias, tables=[table]) | wrong)
-            )
+    """C++ does not see the sizes of its inputs, and would read beyond them."""
+    p, u, table = torch.zeros(4, 96), torch.zeros(4, 32), torch.zeros(2, 5, 4, 16)
+    right = dict(p=p, u=u, starts=torch.tensor([0, 4]), weight=torch.zeros(3, 96))
+    right |= dict(bias=torch.zeros(96), tables=[cpu.Table(table, None)])
+    half = [cpu.Table(table.half(), torch.ones(32))]
+    assert torch.equal(cpu.mix(**right), u)
     for wrong in (
+        dict(p=p.bfloat16()),
+        dict(u=u.bfloat16()),
+        dict(p=p.half(), u=u.half()),
+        dict(tables=half),
+        dict(y=u.double()),
+        dict(c1=u.double()),
+        dict(p=p.bfloat16(), u=u.bfloat16(), tables=[cpu.Table(table.half(), None)]),
+        dict(p=torch.zeros(96, 4).t()),
+        dict(p=u),
+        dict(bias=torch.zeros(5)),
+        dict(channels=slice(0, 16)),
+        dict(weight=torch.zeros(3, 96).double()),
+        dict(starts=torch.tensor([0, 4]).int()),
         dict(starts=torch.tensor([0, 5])),
-        dict(real=torch.tensor([5])),
         dict(starts=torch.tensor([-1, 3])),
+        dict(real=torch.tensor([5])),
+        dict(tables=[cpu.Table(torch.zeros(2, 3, 4, 16), None)]),
     ):
-        with pytest.raises(ValueError, match="do not lie in 4"):
-            cpu.mix(
-                **(dict(p=p, u=u, starts=starts, weight=weight, bias=bias, tables=[table]) | wrong)
-            )
+        with pytest.raises((AssertionError, KeyError)):
+            cpu.mix(**(right | wrong))
     for a, b in ((u, u.double()), (u[:1, :8].contiguous(), u[:1, :8].contiguous()), (u.t(), u.t())):
-        with pytest.raises(TypeError, match="contiguous tensors of one type and shape"):
+        with pytest.raises(AssertionError):
             cpu.glu(a, b)
-    with pytest.raises(ValueError, match="do not fit texts of"):
-        cpu.mix(p, u, starts, weight, bias, [cpu.Table(torch.zeros(2, 3, 4, 16), None)])
-    with pytest.raises(TypeError, match="reads float32 as it lies"):
-        cpu.spectra(
-            (torch.zeros(4, 32).double(), None, torch.zeros(32)),
-            None,
-            torch.zeros(4),
-            torch.zeros(32),
-            8,
-        )
+    taps = torch.zeros(4, 32).double(), None, torch.zeros(32), None, None, None
+    with pytest.raises(AssertionError):
+        cpu.spectra(taps, torch.zeros(4), torch.zeros(32), 8)
 
 
 def test_odd_sizes_of_the_mlp_are_those_of_the_definition():
@@ -587,7 +562,7 @@ def test_float16_tables_lose_11_bits_and_nothing_of_the_range(n):
     )
     time, delta = torch.linspace(0, 1, L), torch.linspace(3, 15, 32)
     exact, half = (
-        cpu.spectra(gated, residual, time, delta, n, dtype)
+        cpu.spectra((*gated, *residual), time, delta, n, dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     found = half.values.float() * half.scale.view(2, 1, 1, 16)

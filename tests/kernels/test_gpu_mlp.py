@@ -121,9 +121,13 @@ def test_a_kernel_that_errs_leaves_torch_and_says_so_once(monkeypatch, caplog):
 def test_what_does_not_belong_together_is_refused():
     made, h = layer(32, 64), torch.randn(5, 32)
     gated, wo, *rest = given(made)
-    with pytest.raises(TypeError, match="all of float32 or all of bfloat16: h is torch.bfloat16"):
-        mlp(h.bfloat16(), gated, wo, *rest)
-    for wrong in ((gated[:3], wo), (gated, wo[:3]), (gated.mT, wo), (gated[:, :8], wo)):
-        with pytest.raises(ValueError, match=r"for h \(5, 32\), an even number K of blocks"):
-            mlp(h, *wrong, *rest)
+    for x, *wrong in (
+        (h.bfloat16(), gated, wo),
+        (h, gated[:3], wo),
+        (h, gated, wo[:3]),
+        (h, gated.mT, wo),
+        (h, gated[:, :8], wo),
+    ):
+        with pytest.raises(AssertionError):
+            mlp(x, *wrong, *rest)
     assert mlp(h[:0], gated, wo, *rest).shape == (0, 32)
