@@ -51,11 +51,7 @@ def ensure(condition, message: str) -> None:
 
 
 def save(
-    model: nn.Module,
-    tokenizer,
-    folder: str | Path,
-    about: dict | None = None,
-    readme: str | None = None,
+    model: nn.Module, tokenizer, folder: str | Path, about: dict | None = None, readme=None
 ) -> None:
     """Write the model to `folder`, replacing it whole: config, weights, tokenizer and record.
 
@@ -64,7 +60,7 @@ def save(
     Args:
         about: the model's origin, for training.json. The model's class and the sha256 of every file
             and of `about["settings"]` are added.
-        readme: the model card (lib/report/card.py makes one); None: no README.md.
+        readme: the text of the model card (lib/report/card.py makes one); None: no README.md.
 
     Raises:
         OSError: the disk is full or read-only. The old folder is unchanged.
@@ -119,12 +115,12 @@ def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
     library's Dense. Class and option names are those of versions 2 to 5; version 6 reads them too.
     """
     D, pooling = model.config.hidden_size, model.config.pooling
-    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
-    modules["3_Normalize"] = "Normalize"
+    paths, tanh = ("", "1_Pooling", "2_Dense", "3_Normalize"), "torch.nn.modules.activation.Tanh"
     contents = {
         "modules.json": [
             dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{module}")
-            for i, (path, module) in enumerate(modules.items())
+            for i, path in enumerate(paths)
+            for module in [path[2:] or "Transformer"]
         ],
         "sentence_bert_config.json": dict(
             max_seq_length=model.config.max_position_embeddings, do_lower_case=False
@@ -142,10 +138,7 @@ def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
             pooling_mode_max_tokens=False,
         ),
         "2_Dense/config.json": dict(
-            in_features=D,
-            out_features=D,
-            bias=True,
-            activation_function="torch.nn.modules.activation.Tanh",
+            in_features=D, out_features=D, bias=True, activation_function=tanh
         ),
         "3_Normalize/config.json": {},
     }
@@ -208,8 +201,7 @@ def read_record(folder: Path) -> tuple[type, dict[str, str]]:
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({problem}); {AGAIN}") from None
     classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
-    known = f"known are {', '.join(classes)}"
-    ensure(saved in classes, f"{path}: unknown architecture {saved!r}, {known}")
+    ensure(saved in classes, f"{path}: unknown architecture {saved!r}, known are {[*classes]}")
     complete(checksums)
     for name, checksum in checksums.items():
         message = f"{folder / name} is damaged: its sha256 is not the one in training.json; {AGAIN}"
@@ -247,12 +239,10 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source) -> None:
     """
     expected = model.state_dict()
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    for names, problem in (
-        (missing, "is missing"),
-        (unknown, "belongs to no part of the model"),
-    ):
-        message = f"{min(names, default='')} {problem} ({len(names)} keys in all)"
-        ensure(not names, f"{source}: {message}")
+    problems = {"is missing": missing, "belongs to no part of the model": unknown}
+    for problem, names in problems.items():
+        first = min(names, default="")
+        ensure(not names, f"{source}: {first} {problem} ({len(names)} keys in all)")
     for name, tensor in state.items():
         shapes = tuple(tensor.shape), tuple(expected[name].shape)
         message = f"{source}: {name} is {shapes[0]}, the model needs {shapes[1]}"

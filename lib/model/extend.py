@@ -24,8 +24,8 @@ def extend(model: PreTrainedModel, new_length: int, filters: str = "stretch") ->
                      text does not change, unless `pad_to_max_length` now pads the text to N'
 
     The authors' own code for 8k -> 32k cannot run: it makes 5 N positions and 16 N inputs z, the
-    first N of them zero. Its intention is `tile` for both, with t rescaled. `stretch` is the
-    default because it keeps the kernels' shape.
+    first N of them zero. Its intention is `tile`. `stretch` is the default because it keeps the
+    kernels' shape.
 
     Raises:
         ValueError: new_length is shorter than the model's length, or no whole number.

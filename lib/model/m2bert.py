@@ -43,29 +43,7 @@ from lib.pipeline.errors import require
 class M2BertConfig(PreTrainedConfig):
     """Sizes and switches of an M2-BERT; the defaults are the published 80M model at 128 tokens.
 
-    Names that BERT has too mean the same as there. The others:
-
-        mlp_blocks            K, the blocks of the block-diagonal MLP
-        filter_order          width of the filters' MLPs
-        filter_emb_dim        inputs of the filters' MLPs
-        filter_frequency      initial sine frequency of the filters' MLPs
-        filter_length         time unit of the filters, in tokens; None: max_position_embeddings
-                              (see `extend`)
-        bidirectional         a second kernel looks ahead
-        residual_long_conv    an ungated long convolution beside the gated one: the layer's skip
-                              path
-        mixer_layer_norm      LayerNorm (eps 1e-5) in front of the mixer; only the oldest published
-                              80M model has it
-        mask_padding          set padded positions to zero before every convolution and leave them
-                              out of the pooling, so that an embedding depends neither on its
-                              padding nor on its batch. Published models: False
-        pad_to_max_length     `forward` pads every input to max_position_embeddings with
-                              pad_token_id, and returns the positions of the given ids. Published
-                              models: True. Their training padded texts and masked nothing, so their
-                              published embeddings are those of padded texts
-        pooling               cls: token 0 (published); mean: the mean over real tokens
-        initialization        reference: as the authors do; identity: every layer starts close to
-                              x' = x
+    Names that BERT has too mean the same as there; the others are explained here.
     """
 
     model_type = "m2bert"
@@ -79,19 +57,25 @@ class M2BertConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-12
     hidden_dropout_prob: float | int = 0.0
     pad_token_id: int | None = 0
-    mlp_blocks: int = 4
-    filter_order: int = 128
-    filter_emb_dim: int = 5
-    filter_frequency: float | int = 10.0
-    filter_length: int | None = None
-    bidirectional: bool = True
-    residual_long_conv: bool = True
-    mixer_layer_norm: bool = False
-    mask_padding: bool = True
-    pad_to_max_length: bool = False
-    pooling: Literal["cls", "mean"] = "cls"
-    initialization: Literal["reference", "identity"] = "reference"
     tie_word_embeddings: bool = True
+    mlp_blocks: int = 4  # K, the blocks of the block-diagonal MLP
+    filter_order: int = 128  # width of the filters' MLPs
+    filter_emb_dim: int = 5  # inputs of the filters' MLPs
+    filter_frequency: float | int = 10.0  # initial sine frequency of the filters' MLPs
+    filter_length: int | None = None  # their time unit in tokens; None: max_position_embeddings
+    bidirectional: bool = True  # a second kernel looks ahead
+    residual_long_conv: bool = True  # an ungated one beside the gated one: the layer's skip path
+    mixer_layer_norm: bool = False  # in front of the mixer; only the oldest published model has it
+    # Set padded positions to zero before every convolution and leave them out of the pooling, so
+    # that an embedding depends neither on its padding nor on its batch. Published models: False.
+    mask_padding: bool = True
+    # `forward` pads every input to max_position_embeddings with pad_token_id, and returns the
+    # positions of the given ids. Published models: True. Their training padded texts and masked
+    # nothing, so their published embeddings are those of padded texts.
+    pad_to_max_length: bool = False
+    pooling: Literal["cls", "mean"] = "cls"  # token 0 (published), or the mean over real tokens
+    # As the authors do, or every layer starts close to x' = x.
+    initialization: Literal["reference", "identity"] = "reference"
 
 
 class Embeddings(nn.Module):
@@ -156,9 +140,9 @@ class SequenceMixer(nn.Module):
         x1, x2, v = s.chunk(3, dim=1)
         gate = masked(v * x1)  # the short convolution reaches into the padding
         y = long_conv(gate, *self.gated_filter(u.shape[-1]), self.gated_filter.bias) * x2
-        if self.residual_filter is not None:
-            filter = self.residual_filter
-            y = y + long_conv(u, *filter(u.shape[-1]), filter.bias)
+        residual = self.residual_filter
+        if residual is not None:
+            y = y + long_conv(u, *residual(u.shape[-1]), residual.bias)
         return self.out_linear(y.transpose(1, 2))  # (B, L, D)
 
 

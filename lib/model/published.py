@@ -64,7 +64,7 @@ UNUSED = re.compile(r"\.flashfft\.|^classifier\.")
 HEAD = tuple(
     f"{layer}.{name}" for layer in ("dense", "layernorm", "decoder") for name in ("weight", "bias")
 )
-# Constants that the authors store beside the weights, and tensors whose first axis has size 1.
+# Constants stored beside the weights, and tensors whose first axis has size 1.
 CONSTANTS = (".position_ids", ".pos_emb.t", ".modulation.deltas")
 ROWS = ("_filter.inputs", "_filter.freq", *CONSTANTS)
 
@@ -72,19 +72,17 @@ ROWS = ("_filter.inputs", "_filter.freq", *CONSTANTS)
 def load_published(path_or_id: str | Path, max_length: int | None = None):
     """The authors' weights as our model, in eval mode.
 
-    Reads a file or folder in the flat retrieval format (`bert.…`, with or without `module.`), the
-    Composer format (`['state']['model']`), or safetensors under either naming; or a hub id, from
-    the local hub cache or else the network. A torch file is converted once: the model is kept in
-    safetensors as a folder of ours under ~/.cache/loco-workbench (or XDG_CACHE_HOME), named by the
-    file's sha256.
+    Reads the flat retrieval format (`bert.…`, with or without `module.`), the Composer format
+    (`['state']['model']`), or safetensors under either naming. A torch file is converted once: the
+    model is kept in safetensors as a folder of ours under ~/.cache/loco-workbench (or
+    XDG_CACHE_HOME), named by the file's sha256.
 
     The authors' embedding of a text is that of the text padded to the model's length. So the config
-    sets `pad_to_max_length`, and every caller of `forward` gets this embedding; the shortest text
-    costs as much as the longest.
+    sets `pad_to_max_length`, and the shortest text costs as much as the longest.
 
     Args:
-        max_length: None: the length of the file's tables. A smaller length cuts the tables, and
-            texts are padded to it.
+        path_or_id: a file, a folder, or a hub id (from the local cache or else the network).
+        max_length: texts are padded to it and the tables are cut; None: the length of the tables.
 
     Returns:
         M2BertForRetrieval; M2BertForMaskedLM if the file has an MLM head and no pooler.
@@ -153,10 +151,8 @@ def table_of_tensors(content) -> dict[str, Tensor]:
 def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The authors' state dict under our names: (weights, constants).
 
-    The buffers of FlashFFTConv are left out; the six copies of each frequency vector become one.
-
-    Raises:
-        CheckpointError: copies differ, or a tensor has NaN or an unexpected shape.
+    The buffers of FlashFFTConv are left out; the six copies of each frequency vector, which have
+    to be equal, become one.
     """
     weights, constants = {}, {}
     for name, tensor in state.items():
@@ -178,10 +174,7 @@ def from_authors(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def constants(model: M2BertForRetrieval | M2BertForMaskedLM) -> dict[str, Tensor]:
-    """The constants that the authors store beside the weights, as our model computes them.
-
-    Each has the name of our module that it belongs to, and the authors' own suffix.
-    """
+    """The constants as our model computes them: {our module's name + the authors' suffix: …}."""
     computed = {"model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)}
     for name, module in model.named_modules():
         if isinstance(module, ImplicitFilter):
@@ -204,11 +197,7 @@ def check_constants(model: nn.Module, stored: dict[str, Tensor]) -> None:
 
 
 def infer_config(state: dict[str, Tensor], **changes) -> M2BertConfig:
-    """The configuration of a published model, from its tensors' names (already ours) and shapes.
-
-    Raises:
-        CheckpointError: a tensor is missing, or its shape makes no sense.
-    """
+    """The configuration of a published model, from its tensors' names (already ours) and shapes."""
     options = dict(mask_padding=False, pad_to_max_length=True, pooling="cls") | changes
     mixer, mlp, embeddings = "model.layers.0.mixer", "model.layers.0.mlp", "model.embeddings"
     # Layers are numbered from 0; of a number beyond a gap, load_strictly refuses the keys.
@@ -252,9 +241,6 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
     """The model with tables for `max_length` tokens only; None: all of them.
 
     The filters keep their time unit, so their taps do not change.
-
-    Raises:
-        CheckpointError: max_length is no length, or exceeds that of the model.
     """
     longest = model.config.max_position_embeddings
     length = longest if max_length is None else max_length
@@ -279,11 +265,7 @@ def cut(model: nn.Module, max_length: int | None) -> nn.Module:
 
 
 def find_weights(path_or_id: str | Path) -> Path:
-    """The weight file of a path, a folder or a hub id.
-
-    Raises:
-        CheckpointError: no such file, or the hub cannot be reached.
-    """
+    """The weight file of a path, a folder or a hub id."""
     path = Path(path_or_id)
     if path.is_file():
         return path
@@ -325,16 +307,11 @@ def weights_of_hub_id(name: str) -> Path:
 
 
 def fetch(profile: str, row: str) -> Path:
-    """Load the checkpoint of a row of `published` and save it as data/models/<row>.
-
-    Returns:
-        The folder.
+    """Save the checkpoint of a row of `published` as data/models/<row>; return the folder.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or trusted, is no retriever, or does not fit
-            its tokenizer.
-        CorpusError: the tokenizer cannot be read.
-        ParamsError: there is no such row.
+        CheckpointError, CorpusError, ParamsError: the checkpoint cannot be trusted, is no
+            retriever, or does not fit its tokenizer; the tokenizer cannot be read; no such row.
     """
     rows = params.rows(profile, "published")
     params.known(row, rows, f"row of published at {profile}")
@@ -356,16 +333,14 @@ def fetch(profile: str, row: str) -> Path:
 
 def check_tokenizer(checkpoint: str, model: nn.Module, tokenizer) -> None:
     """Raise a CheckpointError unless the model is a retriever and the tokenizer fits it."""
-    retriever = isinstance(model, M2BertForRetrieval)
     message = f"{checkpoint} has no pooler: a masked language model is no retriever"
-    ensure(retriever, message)
+    ensure(isinstance(model, M2BertForRetrieval), message)
     remedy = "name the right one as `tokenizer` of the row"
-    vocab, pad = model.config.vocab_size, model.config.pad_token_id
-    message = f"{checkpoint} has {vocab:,} words, its tokenizer {len(tokenizer):,}: {remedy}"
-    ensure(len(tokenizer) <= vocab, message)
-    theirs = tokenizer.pad_token_id
-    message = f"{checkpoint} pads with id {pad}, its tokenizer with {theirs}: {remedy}"
-    ensure(theirs == pad, message)
+    words, pad = len(tokenizer), tokenizer.pad_token_id
+    vocab, ours = model.config.vocab_size, model.config.pad_token_id
+    message = f"{checkpoint} has {vocab:,} words, its tokenizer {words:,}: {remedy}"
+    ensure(words <= vocab, message)
+    ensure(pad == ours, f"{checkpoint} pads with id {ours}, its tokenizer with {pad}: {remedy}")
 
 
 if __name__ == "__main__":
