@@ -7,6 +7,7 @@ Axes: n texts, M vectors, D width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,11 +100,6 @@ class Encoder:
         options = dict(truncate=True, precision=self.precision, engine=engine)
         return Encoder(self.model, self.tokenizer, length, **options)
 
-    @property
-    def truncated(self) -> int:
-        """How many texts of the last call exceeded `max_length` tokens."""
-        return sum(self.longer)
-
     def encode(
         self, texts: list[str], batch_size: int = 32, normalize=True, show_progress=True
     ) -> np.ndarray:
@@ -113,10 +109,10 @@ class Encoder:
         batch has at most 16,384 tokens; of padded texts, at most `batch_size`.
 
         Raises:
-            TypeError: an element is no string (its index is named), or `texts` is one string.
+            TypeError: an element is no string, or `texts` is one string.
             ValueError: a text is longer than `max_length` without `truncate` or `chunk` (TooLong),
                 an embedding is not finite, or a text has a vector for each window (chunk="best":
-                use `encode_documents`); the index is named.
+                use `encode_documents`).
         """
         vectors, _ = self.embedded(texts, batch_size, show_progress)
         if self.chunk == "best" and any(self.longer):
@@ -147,15 +143,13 @@ class Encoder:
         if any(self.longer) and not self.truncate and not self.chunk:
             index = self.longer.index(True)
             raise TooLong(
-                f"text {index} is longer than {self.max_length} tokens ({self.truncated} of "
+                f"text {index} is longer than {self.max_length} tokens ({sum(self.longer)} of "
                 f"{len(texts)} are): truncate=True reads their beginnings, chunk='mean', 'max' or "
                 "'best' all of them in windows, lib.model.extend lengthens the model",
                 index,
             )
 
-        def embed(rows: list[list[int]]) -> np.ndarray:
-            return self.embed(rows, batch_size, show_progress)
-
+        embed = partial(self.embed, batch_size=batch_size, show_progress=show_progress)
         vectors, owner = by_windows(ids, embed, self.chunk)
         bad = np.unique(owner[~np.isfinite(vectors).all(axis=1)])
         if len(bad):
@@ -192,8 +186,8 @@ class Encoder:
         if fast:
             return self.engine(ids).numpy()
         device = next(self.model.parameters()).device
-        input_ids, mask = pad(ids, self.tokenizer.pad_token_id)
-        return self.model(input_ids.to(device), mask.to(device)).pooler_output.float().cpu().numpy()
+        tensors = (tensor.to(device) for tensor in pad(ids, self.tokenizer.pad_token_id))
+        return self.model(*tensors).pooler_output.float().cpu().numpy()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """The windows of each text (one, unless `chunk`), [CLS] … [SEP] in each; sets `longer`."""
@@ -221,12 +215,10 @@ def by_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of texts that are read in windows, (M, D), and the text of each, (M,), ascending.
 
-    M = n unless chunk="best".
-
     Args:
         parts: the windows of each text, one at least.
         embed: all windows -> their vectors, (windows, D).
-        chunk: mean | max, of a text's windows dimension by dimension | best, all of them.
+        chunk: mean | max, of a text's windows dimension by dimension, so M = n | best, all of them.
     """
     owner = np.array([i for i, part in enumerate(parts) for _ in part], dtype=np.int64)
     vectors = embed([window for part in parts for window in part])

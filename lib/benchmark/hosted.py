@@ -5,11 +5,9 @@
     CachedEncoder(encoder, path)    any encoder, its vectors kept on disk: a run that stops goes on
                                     where it stopped
 
-An endpoint decides what it does with texts longer than its model: nothing is cut here. As a row of
-params.yaml, with first tokens or windows: lib/benchmark/rankers.py.
-
-The key is read from an environment variable; only the variable's name stands in params.yaml. What
-an endpoint answers is checked before it is believed, and so is what is read back from disk.
+An endpoint decides what it does with texts longer than its model: nothing is cut here (rankers.py
+sends first tokens or windows). The key is read from an environment variable; only the variable's
+name stands in params.yaml. Answers and what is read back from disk are checked.
 """
 
 import hashlib
@@ -68,10 +66,9 @@ def needed(module: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise HostedError(
-            f"an endpoint needs the package {module.partition('.')[0]} ({error}): `make interop` "
-            "installs it, or `pip install 'loco-workbench[interop]'`"
-        ) from None
+        way = "`make interop` installs it, or `pip install 'loco-workbench[interop]'`"
+        name = module.partition(".")[0]
+        raise HostedError(f"an endpoint needs the package {name} ({error}): {way}") from None
 
 
 class EmbeddingAPI:
@@ -160,12 +157,9 @@ class EmbeddingAPI:
             if self.width is None:
                 self.request([WORD])  # refused as well: no text is at fault
             if len(indices) == 1:
-                text = texts[indices[0]]
-                raise RefusedText(
-                    f"{error}: text {text[:60]!r} …, {len(text)} characters; `first_tokens` or "
-                    "`chunk` send less of it",
-                    indices[0],
-                ) from None
+                text, way = texts[indices[0]], "`first_tokens` or `chunk` send less of it"
+                message = f"{error}: text {text[:60]!r} …, {len(text)} characters; {way}"
+                raise RefusedText(message, indices[0]) from None
         half = len(indices) // 2
         return np.concatenate([self.ask(texts, indices[:half]), self.ask(texts, indices[half:])])
 
@@ -191,15 +185,13 @@ class EmbeddingAPI:
     def failure(self, error) -> HostedError:
         """The client's error as ours: to try later, to send less, or to give up."""
         code, cause = getattr(error, "status_code", None), error.__cause__ or error
-        if code is None:
-            reason = f"{type(cause).__name__}: {cause}"
-        else:
+        reason = f"{type(cause).__name__}: {cause}"
+        if code is not None:
             reason = f"HTTP {code}: {own_words(error.response.text)}"
         if code is None or code >= 500 or code in AWAY:
-            return HostedError(
-                self.line("does not answer for", reason) + f" in up to {self.tries} tries: run it "
-                "again later; what `CachedEncoder` holds is not asked for again"
-            )
+            way = "run it again later; what `CachedEncoder` holds is not asked for again"
+            line = self.line("does not answer for", reason)
+            return HostedError(f"{line} in up to {self.tries} tries: {way}")
         return (Refused if code in REFUSED else HostedError)(self.line("refuses", reason))
 
     def line(self, verb: str, reason: str) -> str:
@@ -222,18 +214,12 @@ def own_words(answer: str) -> str:
 def in_order(data: list[dict], n: int) -> np.ndarray:
     """The vectors of an answer by their index, (n, D), or the reason not to believe them."""
     indices = [item.get("index", 0) for item in data]  # JSON made from proto3 leaves zeros out
-    require(
-        sorted(indices) == list(range(n)),
-        f"{n} texts came back numbered {sorted(indices)[:9]}, not 0 to {n - 1}, each once",
-        ValueError,
-    )
+    odd = f"{n} texts came back numbered {sorted(indices)[:9]}, not 0 to {n - 1}, each once"
+    require(sorted(indices) == list(range(n)), odd, ValueError)
     vectors = np.zeros((n, len(data[0]["embedding"])), dtype=np.float32)
     vectors[indices] = [item["embedding"] for item in data]
-    require(
-        vectors.size and np.isfinite(vectors).all(),
-        f"{n} texts came back as an array of shape {vectors.shape}, or with values not finite",
-        ValueError,
-    )
+    odd = f"{n} texts came back as an array of shape {vectors.shape}, or with values not finite"
+    require(vectors.size and np.isfinite(vectors).all(), odd, ValueError)
     return vectors
 
 
@@ -257,7 +243,6 @@ class CachedEncoder:
     def __init__(self, encoder, path: str | Path, name: str, step: int = 256):
         self.encoder, self.path, self.name, self.step = encoder, Path(path), name, step
         self.lmdb, verifier = needed("lmdb"), needed("lmdb.verify")
-        self.asked = 0  # texts that the encoder had to embed
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.file(write=True):  # while nobody else writes; 2 s for 50,000 texts
             problems = verifier.verify(str(self.path), subdir=False)
@@ -292,32 +277,25 @@ class CachedEncoder:
             batch = [texts[i] for i in indices]
             with renumbered(indices.__getitem__):
                 vectors = self.encoder.encode(batch, batch_size, normalize, show_progress)
-            self.asked += len(indices)
             vectors = np.ascontiguousarray(vectors, dtype="<f4")
             fetched = {keys[i]: vector for i, vector in zip(indices, vectors)}
             with self.file(write=True) as file:
                 for key, vector in fetched.items():
                     file.put(key, checksum(key, vector.tobytes()) + vector.tobytes())
             known |= fetched
-        widths = sorted({len(known[key]) for key in keys})
-        require(
-            len(widths) < 2,
-            f"{self.path} holds vectors of {' and '.join(map(str, widths))} numbers under the name "
-            f"{self.name!r}: the model has changed, give it another name",
-            HostedError,
-        )
+        widths = " and ".join(map(str, sorted({len(known[key]) for key in keys})))
+        way = f"under the name {self.name!r}: the model has changed, give it another name"
+        message = f"{self.path} holds vectors of {widths} numbers {way}"
+        require("and" not in widths, message, HostedError)
         vectors = np.array([known[key] for key in keys], dtype=np.float32)
         return vectors.reshape(len(texts), -1 if texts else 0)
 
     def read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         """The vectors of these keys that are kept and undamaged."""
         with self.file() as file:
-            kept = {key: file.get(key, b"") for key in set(keys)}
-        return {
-            key: np.frombuffer(value, dtype="<f4", offset=8)
-            for key, value in kept.items()
-            if value and value[:8] == checksum(key, value[8:])
-        }
+            kept = {key: value for key in set(keys) if (value := file.get(key))}
+        whole = (key for key, value in kept.items() if value[:8] == checksum(key, value[8:]))
+        return {key: np.frombuffer(kept[key], dtype="<f4", offset=8) for key in whole}
 
 
 def checksum(key: bytes, vector: bytes) -> bytes:

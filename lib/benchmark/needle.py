@@ -33,25 +33,20 @@ def haystacks(
         Tasks named `needle_<place>`; none if the tasks know too few passages: one for each needle
         and 39 others.
     """
-    passages: dict[str, str] = {}
+    query_of: dict[str, str] = {}
     for task in sorted(tasks, key=lambda task: task.name):
         for qid, (pid, start, end) in sorted(task.evidence.items()):
             text = task.documents[pid]
-            passage = " ".join(
-                first_words(
-                    text[round(start * len(text)) : round(end * len(text))],
-                    passage_tokens,
-                    tokenizer,
-                ).split()
-            )
+            span = text[round(start * len(text)) : round(end * len(text))]
+            passage = " ".join(first_words(span, passage_tokens, tokenizer).split())
             if passage:
-                passages.setdefault(passage, task.queries[qid])
-    order = np.random.default_rng(seed).permutation(len(passages))
-    texts = [list(passages)[i] for i in order]
+                query_of.setdefault(passage, task.queries[qid])
+    order = np.random.default_rng(seed).permutation(len(query_of))
+    texts = [list(query_of)[i] for i in order]
     asked: dict[str, str] = {}  # one passage a query
     for text in texts:
-        if len(asked) < needles and passages[text] not in asked.values():
-            asked[text] = passages[text]
+        if len(asked) < needles and query_of[text] not in asked.values():
+            asked[text] = query_of[text]
     hay = [text for text in texts if text not in asked]
     if not needles or len(asked) < needles or len(hay) < PASSAGES - 1:
         return {}
@@ -63,11 +58,9 @@ def haystacks(
     qrels = {f"needle_{i}": {f"hay_{i}": 1} for i in range(needles)}
     by_place = {}
     for place in PLACES:
-        documents = {
-            f"hay_{i}": "\n".join(
-                [*(hay[j] for j in draw[:place]), needle, *(hay[j] for j in draw[place:])]
-            )
-            for i, (needle, draw) in enumerate(zip(asked, draws))
-        }
+        documents = {}
+        for i, (needle, draw) in enumerate(zip(asked, draws)):
+            passages = [hay[j] for j in draw]
+            documents[f"hay_{i}"] = "\n".join([*passages[:place], needle, *passages[place:]])
         by_place[place] = Task(f"needle_{place}", "test", documents, queries, qrels)
     return by_place

