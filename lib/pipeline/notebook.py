@@ -206,14 +206,9 @@ def run(
     """Run data/source/<notebook>.ipynb in the root folder, as a stage or as one row of a stage.
 
     It is written, scrubbed, to data/executed/<stage>-<row>.ipynb, whole or not at all, and its cost
-    to stages/<stage>-<row>.json of the profile's timings.
-
-    Args:
-        measured: the notebook shows what it measured, which differs from run to run: it goes to
-            the timings too.
-
-    Returns:
-        The cost: {"stage", "seconds", "peak_gib": the largest resident memory of the kernel}.
+    to stages/<stage>-<row>.json of the profile's timings: {"stage", "seconds", "peak_gib": the
+    kernel's largest resident memory}. A notebook that shows what it `measured` differs from run to
+    run, so it goes to the timings too.
 
     Raises:
         NotebookError: one line; the notebook as far as it came is `<stage>-<row>.failed.ipynb`.
@@ -366,7 +361,7 @@ class Stopped(KeyboardInterrupt):
 
 def stop_with(kernels: list[int], folder: Path) -> None:
     """End the kernels at a signal, and when our parent is gone (kill -9 of DVC sends no signal)."""
-    before = elders()
+    before = parents()
 
     def end() -> None:
         for pid in kernels:
@@ -380,7 +375,7 @@ def stop_with(kernels: list[int], folder: Path) -> None:
         raise Stopped(signal.Signals(number).name)
 
     def watch() -> None:
-        while elders() == before:
+        while parents() == before:
             time.sleep(0.5)
         end()
         shutil.rmtree(folder, ignore_errors=True)
@@ -391,7 +386,7 @@ def stop_with(kernels: list[int], folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def elders() -> tuple[int, ...]:
+def parents() -> tuple[int, ...]:
     """Our parent and, if it can be read, its parent: DVC may put a shell in between."""
     parent = os.getppid()
     try:

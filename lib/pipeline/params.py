@@ -17,16 +17,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from lib.pipeline.errors import require
-from lib.pipeline.settings import (
-    PAPER_LENGTHS,  # noqa: F401  (asked for as params.PAPER_LENGTHS)
-    ROWS,
-    SECTIONS,
-    TABLES,
-    Design,
-    ParamsError,
-    nearest,
-    validate,
-)
+from lib.pipeline.settings import PAPER_LENGTHS as PAPER_LENGTHS
+from lib.pipeline.settings import ROWS, SECTIONS, TABLES, Design, ParamsError, nearest, validate
 
 STAGES = tuple(SECTIONS)
 MODELS = TABLES[:4]  # each of their rows is a model trained here

@@ -32,7 +32,9 @@ from lib.pipeline.params import ParamsError
 
 SOURCES = ("embedded", "hub", "longembed")
 WANTED = {"data": "a folder, hub, longembed", "text": "a folder, hub", "set": "section.key=value"}
-COPIED = "lib notebooks data/paper dvc.yaml .dvcignore .dvc/config requirements.lock".split()
+COPIED = (
+    "lib notebooks data/paper dvc.yaml .dvcignore .dvc/config .dvc/config.local requirements.lock"
+).split()
 
 
 def repro(arguments: list[str]) -> int:
@@ -77,19 +79,15 @@ def repro(arguments: list[str]) -> int:
 
 
 def options(arguments: list[str]) -> tuple[dict, list[str]]:
-    """({data, text, set: what was given}, the rest); folders as absolute paths.
-
-    Raises:
-        ParamsError: a folder that is none, or an option without its value.
-    """
+    """({data, text, set: what was given}, the rest); folders as absolute paths."""
     reader = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in WANTED:
         reader.add_argument(f"--{name}", nargs="?", const="", action="append")
     known, rest = reader.parse_known_args(arguments)
     given: dict = {name: values for name, values in vars(known).items() if values}
     for name, values in given.items():
-        message = f"--{name}: says nothing; it wants {WANTED[name]}"
-        require(all(map(str.strip, values)), message, ParamsError)
+        empty = f"--{name}: says nothing; it wants {WANTED[name]}"
+        require(all(map(str.strip, values)), empty, ParamsError)
         given[name] = " ".join(values).split() if name == "set" else collection(name, values[-1])
     return given, rest
 
@@ -119,11 +117,7 @@ def folder(root: Path, profile: str, given: dict) -> Path:
 
 
 def changed(design: dict, profile: str, given: dict) -> dict:
-    """The design with what was given, checked as a whole.
-
-    Raises:
-        ParamsError: no such section or key, or a value that it cannot have.
-    """
+    """The design with what was given, checked as a whole."""
     design = copying.deepcopy(design)
     for name, key in (("data", "source"), ("text", "pretraining")):
         if name in given:
@@ -214,26 +208,25 @@ def copy(root: Path, home: Path, design: dict, profile: str) -> None:
 
 def configure(root: Path, home: Path) -> None:
     """Tell DVC, in the untracked config.local of `home`, to do without git; for a work folder also
-    what holds in the root: its cache, and its remotes, whose relative paths are meant from there.
-
-    Raises:
-        ParamsError: the configuration cannot be read.
-    """
-    from dvc.config import Config, ConfigError, merge
+    where the root's cache is, and its relative remotes, which are meant from the root."""
+    from configobj import ConfigObj
+    from dvc.config import Config, ConfigError
+    from dvc.config_schema import RelPath
 
     try:
-        theirs = Config(root / ".dvc")
-        if home != root:
-            (home / ".dvc" / "config.local").unlink(missing_ok=True)
-        with Config(home / ".dvc").edit("local") as local:
-            if home != root:
-                merge(local, theirs.read("repo"))
-                merge(local, theirs.read("local"))
-                local["cache"]["dir"] = theirs["cache"].get("dir", str(root / ".dvc" / "cache"))
-            local["core"]["no_scm"] = True
+        shared = Config(root / ".dvc")
     except ConfigError as error:
         reason = " ".join(str(error).split())[:200]
         raise ParamsError(f".dvc/config or .dvc/config.local cannot be read: {reason}") from None
+    local = ConfigObj(str(home / ".dvc" / "config.local"), encoding="utf-8", interpolation=False)
+    local.setdefault("core", {})["no_scm"] = "true"
+    if home != root:
+        cache = shared["cache"].get("dir", str(root / ".dvc" / "cache"))
+        local.setdefault("cache", {})["dir"] = cache
+        for name, remote in shared["remote"].items():
+            if isinstance(remote["url"], RelPath):  # as DVC has read it: absolute
+                local.setdefault(f'remote "{name}"', {})["url"] = remote["url"]
+    local.write()  # by DVC's own writer only ASCII would do
 
 
 # ------------------------------------------------------------------ DVC
@@ -282,11 +275,7 @@ def summary(report: Path, root: Path) -> str:
 
 
 def report(arguments: list[str]) -> int:
-    """Open the report of a profile, or of its run on --data, in a browser; print where it is.
-
-    Raises:
-        ParamsError: there is no such profile, or it has not been run.
-    """
+    """Open the report of a profile, or of its run on --data, in a browser; print where it is."""
     root, design = params.root(), params.load()
     given, rest = options(arguments)
     require(len(rest) < 2, f"report: takes one profile, got {' '.join(rest)}", ParamsError)
@@ -295,9 +284,9 @@ def report(arguments: list[str]) -> int:
     home = folder(root, profile, given)
     name = profile if home == root else home.name
     page = root / "data" / "report" / name / "index.html"
-    said = [f"PROFILE={profile}"] * (profile != design["profile"])
-    said += [f"{key.upper()}={given[key]}" for key in ("data", "text") if key in given]
-    message = f"no report at {name} yet: {' '.join(['make repro', *said])}"
+    words = [f"PROFILE={profile}"] * (profile != design["profile"])
+    words += [f"{key.upper()}={given[key]}" for key in ("data", "text") if key in given]
+    message = f"no report at {name} yet: {' '.join(['make repro', *words])}"
     require(page.is_file(), message, ParamsError)
     print(page)
     webbrowser.open(page.as_uri())

@@ -9,14 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic.functional_validators import AfterValidator
 
 from lib.pipeline.errors import WorkbenchError, require
 
@@ -160,8 +154,8 @@ SECTIONS = {
 
 # ------------------------------------------------------------------ rows
 
-
-NEEDED = (  # keys of a baseline that say nothing without another
+# The keys of a baseline that say nothing without another key.
+NEEDED = (
     dict.fromkeys("revision chunk query_prompt document_prompt batch url".split(), "model")
     | dict.fromkeys(("window", "stride"), "chunk")
     | dict.fromkeys(("key", "query_options", "document_options"), "url")
@@ -188,8 +182,8 @@ class Baseline(Settings):
     @model_validator(mode="before")
     @classmethod
     def has_no_form(cls, values):
-        way_out = "Cohere's address for that is https://api.cohere.ai/compatibility/v1"
-        message = f"form: endpoints are asked in OpenAI's form, leave the key out; {way_out}"
+        cohere = "Cohere's address for that is https://api.cohere.ai/compatibility/v1"
+        message = f"form: endpoints are asked in OpenAI's form, leave the key out; {cohere}"
         require("form" not in values, message, ValueError)
         return values
 
@@ -270,11 +264,7 @@ WANTED = {
 
 
 def validate(where: str, schema: type[Settings], values: dict) -> None:
-    """Check values against their schema.
-
-    Raises:
-        ParamsError: one line that names the key, the value and what is allowed.
-    """
+    """Refuse values in one line that names the key, the value and what is allowed."""
     try:
         schema.model_validate(values)
     except ValidationError as error:
