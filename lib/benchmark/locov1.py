@@ -123,10 +123,8 @@ def every(
     """The tasks of a source, then those of other sources, named `<source>/<task>`.
 
     <source> is the last part of the other source's path. A name proves nothing (a source may call
-    a task `BeIR/scifact`): the field `source` of a task says where it is from.
-
-    Raises:
-        CorpusError: as `load`, or two sources, or two tasks, of one name.
+    a task `BeIR/scifact`): the field `source` of a task says where it is from. Two sources, or two
+    tasks, of one name are a CorpusError.
     """
     loaded = [load(name, source, split) for name in tasks(source, split)]
     names: dict[str, str | Path] = {}
@@ -139,11 +137,9 @@ def every(
         for name in tasks(other, split):
             task = replace(load(name, other, split), name=f"{prefix}/{name}", source=prefix)
             loaded.append(task)
-        require(
-            task.queries,
-            f"{other} has texts and no queries, so nothing in it can be scored: take it out "
-            "(notebook 00 ends by searching such a folder)",
-        )
+        way = "take it out (notebook 00 ends by searching such a folder)"
+        unscored = f"{other} has texts and no queries, so nothing in it can be scored: {way}"
+        require(task.queries, unscored)
     name, times = Counter(task.name for task in loaded).most_common(1)[0]
     twice = f"two tasks are called {name!r}, one of {source} and one of evaluate.also: rename one"
     require(times == 1, twice)
@@ -155,11 +151,7 @@ def training_split(
 ) -> str:
     """The split to fine-tune on: train; of a source without one, test if that is allowed.
 
-    Args:
-        there: the splits of the source, if they are known already.
-
-    Raises:
-        CorpusError: there is no train split, and no permission.
+    `there`: the splits of the source, if they are known already.
     """
     there = splits(source) if there is None else there
     if "train" in there:
@@ -193,9 +185,8 @@ def assemble(
 
     Args:
         files: that the rows are of, for messages.
-        drop_null: leave documents with a null passage out.
-        drop_absent: leave judgements of documents that are not there out. Queries that only such
-            documents answer are left out too.
+        drop_null, drop_absent: leave out documents with a null passage, and judgements of documents
+            that are not there; queries that only such documents answer are left out too.
         searched: the task may do without queries, and its ids need not fit into a run file.
     """
     texts, null = read_documents(name, documents, files[0], drop_null, searched)
@@ -206,9 +197,7 @@ def assemble(
     return Task(name, split, texts, asked, qrels, spans, len(null | absent))
 
 
-def read_documents(
-    name: str, rows: Iterable[dict], where, drop_null: bool, searched: bool
-) -> tuple[dict[str, str], set[str]]:
+def read_documents(name, rows, where, drop_null, searched) -> tuple[dict[str, str], set[str]]:
     """({pid: text}, documents left out because their passage is null)."""
     texts: dict[str, str] = {}
     null: set[str] = set()
@@ -231,9 +220,7 @@ def read_documents(
     return texts, null
 
 
-def read_queries(
-    name: str, rows: Iterable[dict], where, texts: dict, null: set[str], drop_absent: bool
-) -> tuple[dict[str, str], dict[str, dict[str, int]], set[str]]:
+def read_queries(name, rows, where, texts, null, drop_absent) -> tuple[dict, dict, set[str]]:
     """(queries, qrels, documents that are judged and not there)."""
     asked: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
@@ -247,21 +234,17 @@ def read_queries(
         gains = judgements(row, query)
         missing = [pid for pid in gains if pid not in texts and pid not in null]
         absent.update(missing)
-        require(
-            drop_absent or not missing,
-            f"{query} is answered by document {(missing or [''])[0]!r}, which is not there "
-            f"({len(missing)} of {len(gains)} answers): complete the documents, or take the "
-            "judgement out",
-        )
+        share = f"{len(missing)} of {len(gains)} answers"
+        lost = f"{(missing or [''])[0]!r}, which is not there ({share})"
+        way = "complete the documents, or take the judgement out"
+        require(drop_absent or not missing, f"{query} is answered by document {lost}: {way}")
         gains = {pid: gain for pid, gain in gains.items() if pid in texts}
         if gains:
             asked[qid], qrels[qid] = text, gains
     return asked, qrels, absent
 
 
-def read_evidence(
-    name: str, rows: Iterable[dict], where, qrels: dict, null: set[str]
-) -> dict[str, tuple[str, float, float]]:
+def read_evidence(name, rows, where, qrels, null) -> dict[str, tuple[str, float, float]]:
     """{qid: (pid, start, end)} of the queries whose evidence is known."""
     spans = {}
     for row in rows:
@@ -270,11 +253,10 @@ def read_evidence(
         start, end = row["start_frac"], row["end_frac"]
         if qid not in qrels or start is None or pid in null:
             continue
-        require(
-            pid in qrels[qid] and end is not None and 0 <= start <= end <= 1,
-            f"{where}: the evidence of query {qid!r} of {name} does not lie inside document "
-            f"{pid!r}, or that is no answer: correct or delete the evidence file",
-        )
+        inside = pid in qrels[qid] and end is not None and 0 <= start <= end <= 1
+        odd = f"does not lie inside document {pid!r}, or that is no answer"
+        way = "correct or delete the evidence file"
+        require(inside, f"{where}: the evidence of query {qid!r} of {name} {odd}: {way}")
         spans[qid] = (pid, float(start), float(end))
     return spans
 
@@ -288,11 +270,8 @@ def identifier(value, where: str, searched: bool = False) -> str:
     whole = isinstance(value, (str, int)) or name != str(value)
     odd = f"{where} is {value!r}: an id is a text or a whole number"
     require(whole and not isinstance(value, bool), odd)
-    require(
-        searched or runs.unwritable([name]) is None,
-        f"{where} is {name!r}: a run file has one word for it, so it needs a character and takes "
-        "no white space and no half character; rename it",
-    )
+    way = "a run file has one word for it: no white space, no half character; rename it"
+    require(searched or runs.unwritable([name]) is None, f"{where} is {name!r}: {way}")
     return name
 
 

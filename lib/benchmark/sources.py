@@ -321,12 +321,11 @@ def read_jsonl(path: Path, names: tuple[str, ...]) -> Iterator[dict]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            absent = [name for name in names if not isinstance(row, dict) or name not in row]
-            require(
-                not absent,
-                f"{path}:{number}: no JSON object with {', '.join(absent)} (a line needs "
-                f"{', '.join(names)}), or the file is cut off: delete it and fetch it again",
-            )
+            row = row if isinstance(row, dict) else {}
+            lacks = ", ".join(name for name in names if name not in row)
+            way = "or the file is cut off: delete it and fetch it again"
+            form = f"no JSON object with {lacks} (a line needs {', '.join(names)}), {way}"
+            require(not lacks, f"{path}:{number}: {form}")
             yield row
 
 
@@ -349,14 +348,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def read_text(path: Path) -> str:
-    with (
-        readable(path, way="convert it, or move it out of the folder"),
-        open(path, encoding="utf-8-sig", newline="") as file,
-    ):
-        return file.read()
-
-
-# ------------------------------------------------------------------ the hub
+    with readable(path, way="convert it, or move it out of the folder"):
+        return path.read_bytes().decode("utf-8-sig")
 
 
 def from_hub(load: Callable, name: str, *configuration: str, **options):
@@ -375,10 +368,9 @@ def from_hub(load: Callable, name: str, *configuration: str, **options):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         part = ", ".join([*configuration, *options.values()])
         what = f"{name} ({part})" if part else name
-        raise CorpusError(
-            f"{what} cannot be loaded from the hub ({reason}): without a network, give a folder "
-            "with documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl as source"
-        ) from None
+        form = "documents/<task>_<split>.jsonl and queries/<task>_<split>.jsonl"
+        way = f"without a network, give a folder with {form} as source"
+        raise CorpusError(f"{what} cannot be loaded from the hub ({reason}): {way}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
