@@ -1,8 +1,8 @@
 """The cost of encoding a text, counted on paper.
 
 A clock measures one implementation on one machine (lib/efficiency/race.py); a count says what every
-implementation has to compute. This module counts for M2-BERT and for its Transformer twin, a BERT
-of the same width, depth and intermediate size.
+implementation has to compute. The Transformer twin of an M2-BERT is a BERT of the same width, depth
+and intermediate size.
 
     twin(config)                     the twin's configuration
     m2bert_flops(config, length)     operations of one forward pass, part by part
@@ -12,9 +12,9 @@ of the same width, depth and intermediate size.
     cost(config, length, …)          matrix multiplications, all operations, bytes: for a roofline
     encoder_costs(config, L, batch)  the same per token for lib/kernels on a GPU, part by part
 
-Conventions: a multiply-add is 2 operations; a real FFT of n points is
-2.5 n log₂ n (half of the textbook 5 n log₂ n of a complex one); norms,
-activations, gates and look-ups are left out: they are small and linear in the length.
+Conventions: a multiply-add is 2 operations; a real FFT of n points is 2.5 n log₂ n (half of the
+textbook 5 n log₂ n of a complex one); norms, activations, gates and look-ups are left out: they are
+small and linear in the length.
 Axes: B texts, L tokens, D width, I intermediate width (`inner`), K blocks, O filter width
       (`order`), E filter inputs.
 """
@@ -31,13 +31,10 @@ from lib.operators.long_conv import fft_length
 
 def twin(config: M2BertConfig) -> BertConfig:
     """The Transformer of the same sizes, vocabulary and length, with heads of 64 channels."""
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     return BertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
+        **{name: getattr(config, name) for name in (*same, "max_position_embeddings")},
         num_attention_heads=max(1, config.hidden_size // 64),
-        max_position_embeddings=config.max_position_embeddings,
         attention_probs_dropout_prob=0.0,
         hidden_dropout_prob=0.0,
     )
@@ -83,8 +80,7 @@ def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str,
     pooler        2 D²
     """
     L, D, inner, K = length, config.hidden_size, config.intermediate_size, config.mlp_blocks
-    filters = 2 if config.residual_long_conv else 1
-    directions = 2 if config.bidirectional else 1
+    filters, directions = 1 + config.residual_long_conv, 1 + config.bidirectional
     order, E, n = config.filter_order, config.filter_emb_dim, fft_length(2 * length - 1)
     taps = 2 * L * (E * order + 2 * order**2 + order * D)
     layer = {
@@ -106,12 +102,8 @@ def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
     pooler        2 D²
     """
     L, D, inner = length, config.hidden_size, config.intermediate_size
-    layer = {
-        "projections": 8 * L * D**2,
-        "attention": D * attention_flops(L),
-        "mlp": 4 * L * D * inner,
-    }
-    return of_layers(config, layer)
+    attention, mlp = D * attention_flops(L), 4 * L * D * inner
+    return of_layers(config, {"projections": 8 * L * D**2, "attention": attention, "mlp": mlp})
 
 
 def of_layers(config, layer: dict[str, float]) -> dict[str, float]:
@@ -121,30 +113,29 @@ def of_layers(config, layer: dict[str, float]) -> dict[str, float]:
 
 
 def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> float:
-    """Numbers that one layer keeps for its backward pass, per text.
+    """Numbers that autograd keeps of one layer in torch, per text; lib/kernels/mixer.cpp: fewer.
 
     Per token and channel: the mixer's input, three projections before and after the short
     convolution, each convolution's input as a spectrum (n/L ≈ 2 real numbers), the gated one's
     output at its full FFT size, and the inputs of the output projection, of the MLP and of its
-    norm. Per token: 4 I in the gated MLP. The batch shares the filters and their MLPs. Autograd
-    keeps these numbers in torch; lib/kernels/mixer.cpp keeps fewer.
+    norm. Per token: 4 I in the gated MLP. The batch shares the filters and their MLPs.
     """
-    L, D, inner = length, config.hidden_size, config.intermediate_size
-    filters = 2 if config.residual_long_conv else 1
-    directions = 2 if config.bidirectional else 1
-    n = fft_length(2 * L - 1)
+    L, D, inner, n = (
+        length,
+        config.hidden_size,
+        config.intermediate_size,
+        fft_length(2 * length - 1),
+    )
+    filters, directions = 1 + config.residual_long_conv, 1 + config.bidirectional
     per_text = L * (10 * D + 4 * inner) + n * D * (filters + 1)
     shared = filters * (directions * L * (9 * config.filter_order + D) + L * D + n * D)
     return float(per_text + shared / batch)
 
 
 def transformer_activations(config: BertConfig, length: int, flash: bool = False) -> float:
-    """Numbers that one layer keeps for its backward pass, per text.
+    """Numbers that one layer keeps for its backward pass, per text: L (9 D + 2 I) + heads · L².
 
-        L (9 D + 2 I) + heads · L²
-
-    Flash attention recomputes the heads · L² attention weights instead of keeping them: its L² is
-    time, not memory.
+    Flash attention recomputes the heads · L² attention weights: its L² is time, not memory.
     """
     L, D, inner = length, config.hidden_size, config.intermediate_size
     return float(L * (9 * D + 2 * inner) + (0 if flash else config.num_attention_heads * L**2))
@@ -161,11 +152,9 @@ def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: 
     """
     D, inner, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
     n = 1 << max(0, 2 * length - 2).bit_length()
-    return float(
-        itemsize
-        * config.num_hidden_layers
-        * (13 * length * D + (4 * D**2 + 3 * D * inner / K) / batch + 4 * D * (n // 2 + 1))
-    )
+    weights = (4 * D**2 + 3 * D * inner / K) / batch
+    numbers = 13 * length * D + weights + 4 * D * (n // 2 + 1)
+    return float(itemsize * config.num_hidden_layers * numbers)
 
 
 def transformer_traffic(
@@ -177,11 +166,8 @@ def transformer_traffic(
     B texts       weights: 4 D² + 2 D I
     """
     D, inner = config.hidden_size, config.intermediate_size
-    return float(
-        itemsize
-        * config.num_hidden_layers
-        * (length * (12 * D + 2 * inner) + (4 * D**2 + 2 * D * inner) / batch)
-    )
+    numbers = length * (12 * D + 2 * inner) + (4 * D**2 + 2 * D * inner) / batch
+    return float(itemsize * config.num_hidden_layers * numbers)
 
 
 def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, float, float]:
@@ -191,11 +177,9 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
     """
     if isinstance(config, M2BertConfig):
         parts = m2bert_flops(config, length, batch)
-        return (
-            parts["projections"] + parts["mlp"],
-            sum(parts.values()) - parts["kernels"],
-            m2bert_traffic(config, length, itemsize, batch),
-        )
+        products, total = parts["projections"] + parts["mlp"], sum(parts.values())
+        moved = m2bert_traffic(config, length, itemsize, batch)
+        return products, total - parts["kernels"], moved
     total = sum(transformer_flops(config, length).values())
     return total, total, transformer_traffic(config, length, itemsize, batch)
 
@@ -203,13 +187,11 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
 # ------------------------------------------------------------------ lib/kernels on a GPU
 
 
-def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> dict[str, float]:
-    """Operations per token of one layer's `gpu.mix`. A text of L tokens fills H = M R1 R2.
+def flops(L: int, channels: int, signals: int = 2) -> dict[str, float]:
+    """Operations per token of one layer's `gpu.mix` forward. A text of L tokens fills H = M R1 R2.
 
-    products     S D (H/L) (4 M + 8 (R1 + R2)) per transform: two transforms forward, three backward
-    pointwise    S D (H/L) 6 per twiddle and spectrum; the short convolution and the gates: 21 D
-                 forward and 74 D backward (x2, and x1 and v twice 30, gates 5, the short
-                 convolution's adjoint 39)
+    products     S D (H/L) 2 (4 M + 8 (R1 + R2)): two transforms
+    pointwise    S D (H/L) 6 per twiddle and spectrum; 21 D for the short convolution and the gates
 
     Args:
         channels: D. signals: S, 2 with the residual convolution, else 1.
@@ -217,48 +199,32 @@ def flops(L: int, channels: int, signals: int = 2, backward: bool = False) -> di
     M, R1, R2 = gpu.factors(L)
     fill = M * R1 * R2 / L
     second, twiddles = (R2, 1) if R1 == 1 else (R1 + R2, 2)
-    transforms, spectra_read = (3, 2) if backward else (2, 1)
-    short = 74 if backward else 21
     return {
-        "products": signals * channels * fill * transforms * (4 * M + 8 * second),
-        "pointwise": signals * channels * fill * 6 * (transforms * twiddles + spectra_read)
-        + short * channels,
+        "products": signals * channels * fill * 2 * (4 * M + 8 * second),
+        "pointwise": signals * channels * fill * 6 * (2 * twiddles + 1) + 21 * channels,
     }
 
 
 def traffic(
-    L: int,
-    channels: int,
-    signals: int = 2,
-    batch: int = 1,
-    size: int = 2,
-    gradients: bool = False,
-    backward: bool = False,
+    L: int, channels: int, signals: int = 2, batch: int = 1, size: int = 2
 ) -> dict[str, float]:
-    """Bytes per token of one layer's `gpu.mix` to and from memory.
+    """Bytes per token of one layer's `gpu.mix` forward to and from memory.
 
     If a program reads a number twice, the cache serves the second read.
 
-    texts      forward p 3, u 1, y 1 (and c1 1); backward p 3, u 1, dy 2, c1 1, ds 3, du 1, and
-               p, ds, dp 9 in the short convolution; times D
-    planes     for three passes only: 8 per signal forward, 12 backward, and 2 more rows of p
-               backward; times D H/L
-    spectra    8 S D H/L, read once for all texts of a batch; backward writes them once more
+    texts      D numbers of p (3), y (1), and u with the residual convolution (1)
+    planes     8 S D H/L numbers, for three passes only
+    spectra    8 S D H/L bytes, read once for all texts of a batch
 
     Args:
         size: bytes of a number, 2 in bfloat16.
-        gradients: whether conv(x1 v) is written too.
     """
     M, R1, R2 = gpu.factors(L)
-    fill, residual = M * R1 * R2 / L, signals - 1
-    if backward:
-        numbers = 3 + 1 + 1 + 3 + residual * 3 + 9 + (2 if R1 > 1 else 0)
-    else:
-        numbers = 3 + residual + 1 + (1 if gradients else 0)
+    fill = M * R1 * R2 / L
     return {
-        "texts": size * channels * numbers,
-        "planes": 0.0 if R1 == 1 else size * channels * fill * signals * (12 if backward else 8),
-        "spectra": 8 * signals * channels * fill * (2 if backward else 1) / batch,
+        "texts": size * channels * (3 + signals),
+        "planes": 0.0 if R1 == 1 else size * channels * fill * signals * 8,
+        "spectra": 8 * signals * channels * fill / batch,
     }
 
 

@@ -15,6 +15,7 @@ Weights are random: speed does not depend on them.
 Axes: B texts, L tokens, D width.
 """
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -38,11 +39,18 @@ from lib.kernels.engine import Engine
 from lib.model.device import use
 from lib.model.m2bert import M2BertConfig
 
-WAYS = ("forward", "definition", "torch", "engine", "compiled")
+# The back end of lib/kernels that each way of encoding uses.
+BACK_ENDS = {
+    "definition": "definition",
+    "forward": "auto",
+    "engine": "auto",
+    "torch": "torch",
+    "compiled": "torch",
+}
 LIMITS = "limits"
-RATES = ("gflops_float32", "gflops_bfloat16", "gb_s")
-log = logging.getLogger(__name__)
+RATES = ["gflops_float32", "gflops_bfloat16", "gb_s"]
 NOT_RUN = "not run: no GPU"
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------ contenders
@@ -53,10 +61,10 @@ def contenders(
 ) -> dict[str, dict]:
     """The contenders beside an M2-BERT of this configuration, by name.
 
-    An entry is {"config", "way", "dtype", "shallow_from"}, with or without "until":
+    An entry is {"config", "way", "dtype", "shallow_from", "until"}:
 
         shallow_from    from this length on, one layer is timed and counted for all, because deep
-                        models would take too long; None: at no length
+                        models would take too long; infinite: at no length
         until           the contender leaves out longer texts
         way             definition: the equations of lib/model/m2bert.py, under
                         `kernels.use("definition")`; forward: the model with its kernels; torch: on
@@ -65,58 +73,41 @@ def contenders(
     """
 
     def entry(way: str, dtype: str, config=config, shallow: int | None = None) -> dict:
-        return {"config": config, "way": way, "dtype": dtype, "shallow_from": shallow}
+        deep = shallow is None or config.num_hidden_layers == 1
+        start = math.inf if deep else shallow
+        options = {"shallow_from": start, "until": math.inf}
+        return {"config": config, "way": way, "dtype": dtype, **options}
 
-    bert = counts.twin(config)
+    def bert(width: int, layers: int, inner: int, heads: int) -> BertConfig:
+        return BertConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            max_position_embeddings=config.max_position_embeddings,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+
+    twin = counts.twin(config)
     if device == "cpu":
         return {
             "definition, float32": entry("definition", "float32", shallow=shallow_from),
             "model, float32": entry("forward", "float32", shallow=shallow_from),
             "engine, float32": entry("engine", "float32"),
             "engine, bfloat16": entry("engine", "bfloat16"),
-            "Transformer twin, bfloat16": entry("forward", "bfloat16", bert, shallow_from),
+            "Transformer twin, bfloat16": entry("forward", "bfloat16", twin, shallow_from),
         }
-    large = dict(
-        vocab_size=30522,
-        max_position_embeddings=config.max_position_embeddings,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    large, giant = bert(1024, 24, 4096, 16), bert(4096, 32, 18432, 32)
     return {
         "definition, float32": entry("definition", "float32"),
         "torch.fft, bfloat16": entry("torch", "bfloat16"),
         "torch.compile, bfloat16": entry("compiled", "bfloat16"),
         "Monarch convolution, bfloat16": entry("forward", "bfloat16"),
-        "Transformer twin, bfloat16": entry("forward", "bfloat16", bert),
-        "BGE-large's shape, bfloat16": entry(
-            "forward",
-            "bfloat16",
-            BertConfig(
-                hidden_size=1024,
-                num_hidden_layers=24,
-                intermediate_size=4096,
-                num_attention_heads=16,
-                **large,
-            ),
-        ),
-        "a 7B shape, bfloat16": entry(
-            "forward",
-            "bfloat16",
-            BertConfig(
-                hidden_size=4096,
-                num_hidden_layers=32,
-                intermediate_size=18432,
-                num_attention_heads=32,
-                **large,
-            ),
-            0,
-        ),
+        "Transformer twin, bfloat16": entry("forward", "bfloat16", twin),
+        "BGE-large's shape, bfloat16": entry("forward", "bfloat16", large),
+        "a 7B shape, bfloat16": entry("forward", "bfloat16", giant, 0),
     }
-
-
-def shallow_from(entry: dict, layers: int) -> float:
-    """The length from which on one layer is timed for all; infinite for a model of one layer."""
-    return math.inf if entry["shallow_from"] is None or layers == 1 else entry["shallow_from"]
 
 
 # ------------------------------------------------------------------ the benchmark
@@ -129,8 +120,7 @@ def benchmark(
     repeats: int = 3,
     threads: int = 2,
     device: str = "cpu",
-    seed: int = 0,
-    budget_s: float | None = None,
+    budget_s: float = math.inf,
     limits: bool = True,
 ) -> list[dict]:
     """Let the contenders encode the same random tokens in interleaved rounds.
@@ -157,25 +147,24 @@ def benchmark(
 
     Raises:
         RuntimeError: a process died; the message says at which length, and what to lower.
-        ValueError: a way that is not in WAYS.
     """
-    check_ways(entries)
     entries = (entries | {LIMITS: None}) if limits else entries
     processes = {name: start_runner() for name in entries}
     measurements = []
     try:
         for name, entry in entries.items():
             compute = {"threads": threads, "device": device}
-            say(processes[name], {"entry": as_json(entry), "compute": compute, "seed": seed})
+            line = entry and entry | {"config": entry["config"].to_dict()}
+            say(processes[name], {"entry": line, "compute": compute})
         for length in sorted(lengths):
             started = time.monotonic()
             for turn in range(repeats + 1):
-                if budget_s and turn > 1 and time.monotonic() - started > budget_s:
+                if turn > 1 and time.monotonic() - started > budget_s:
                     break
                 message = {"length_tokens": length, "batch": batch}
                 warm_up = turn == 0 and length > min(lengths)
                 for name, entry in entries.items():
-                    if is_left_out(entry, length, warm_up):
+                    if entry and is_left_out(entry, length, warm_up):
                         continue
                     answer = say(processes[name], message)
                     if turn:
@@ -188,42 +177,18 @@ def benchmark(
     return measurements
 
 
-def check_ways(entries: dict[str, dict]) -> None:
-    """Raise a ValueError for a way that is not in WAYS."""
-    for name, entry in entries.items():
-        if entry["way"] not in WAYS:
-            raise ValueError(f"{name} goes the way {entry['way']!r}: one of {', '.join(WAYS)}")
-
-
 def start_runner() -> subprocess.Popen:
-    """A process that runs `runner`."""
     # Waiting threads sleep. Spinning ones would count as work, and on a busy machine they would
     # keep the processor from the thread that they wait for.
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lib.efficiency.race"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-m", "lib.efficiency.race"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
-def as_json(entry: dict | None) -> dict | None:
-    """An entry as a line of JSON can hold it; None, the machine's limits, stays None."""
-    if entry is None:
-        return None
-    kind = "m2bert" if isinstance(entry["config"], M2BertConfig) else "bert"
-    return entry | {"kind": kind, "config": entry["config"].to_dict()}
-
-
-def is_left_out(entry: dict | None, length: int, warm_up: bool) -> bool:
+def is_left_out(entry: dict, length: int, warm_up: bool) -> bool:
     """Whether a contender skips a round: the text is too long for it, or it is shallow and warm."""
-    if not entry:
-        return False
-    if length > (entry.get("until") or length):
-        return True
-    return warm_up and 0 < shallow_from(entry, entry["config"].num_hidden_layers) <= length
+    return length > entry["until"] or warm_up and 0 < entry["shallow_from"] <= length
 
 
 def say(process: subprocess.Popen, message: dict) -> dict:
@@ -247,52 +212,50 @@ def say(process: subprocess.Popen, message: dict) -> dict:
 
 def runner() -> None:
     """The process of a contender: build the model of the first line, then encode once per line."""
-    die_with_parent()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 15)  # Linux ends this process when its parent dies
     task = json.loads(sys.stdin.readline())
     device = use(task["compute"])
-    torch.manual_seed(task["seed"])
-    encode = None if task["entry"] is None else encoding(task["entry"], device)
+    torch.manual_seed(0)
+    encode = encoding(task["entry"], device) if task["entry"] else lambda message: limits(device)
     print(json.dumps({}), flush=True)
     for line in sys.stdin:
-        message = json.loads(line)
         forget_peak(device)
         with torch.inference_mode():
-            answer = limits(device) if encode is None else encode(message, device)
+            answer = encode(json.loads(line))
         print(json.dumps(answer), flush=True)
 
 
 def encoding(entry: dict, device: torch.device):
     """A function that encodes random tokens once and returns its cost."""
-    m2bert = entry["kind"] == "m2bert"
+    m2bert = entry["config"]["model_type"] == M2BertConfig.model_type
     config = (M2BertConfig if m2bert else BertConfig).from_dict(entry["config"])
-    layers = config.num_hidden_layers
-    if shallow_from(entry, layers) == 0:
+    layers, dtype = config.num_hidden_layers, getattr(torch, entry["dtype"])
+    back_end = BACK_ENDS[entry["way"]]
+    if entry["shallow_from"] == 0:
         config.num_hidden_layers = 1
     model = counts.build(config).to(device)
-    if entry["way"] != "engine":
-        model = model.to(getattr(torch, entry["dtype"]))
+    if entry["way"] == "engine":
+        forward = Engine(model, dtype)
+        dtype = forward.dtype  # float32 if the processor cannot multiply bfloat16 matrices
+    else:
+        forward = model.to(dtype)
+    if entry["way"] == "compiled":
+        forward = torch.compile(model, dynamic=False)
     stack, name = (model.model, "layers") if m2bert else (model.encoder, "layer")
     all_layers, first = getattr(stack, name), getattr(stack, name)[:1]
-    ways = {"definition": "definition", "torch": "torch", "compiled": "torch"}
-    back_end = ways.get(entry["way"], "auto")
-    engine = Engine(model, getattr(torch, entry["dtype"])) if entry["way"] == "engine" else None
-    forward = torch.compile(model, dynamic=False) if entry["way"] == "compiled" else model
-    # The engine computes in float32 if the processor cannot multiply bfloat16 matrices.
-    dtype = entry["dtype"] if engine is None else str(engine.dtype).removeprefix("torch.")
 
-    def encode(message: dict, device: torch.device) -> dict:
+    def encode(message: dict) -> dict:
         batch, length = message["batch"], message["length_tokens"]
-        shallow = length >= shallow_from(entry, layers)
+        shallow = length >= entry["shallow_from"]
         setattr(stack, name, first if shallow else all_layers)
         ids = torch.randint(5, config.vocab_size, (batch, length)).to(device)
-        rows = ids.tolist()
-        work = (lambda: forward(ids)) if engine is None else (lambda: engine(rows))
+        ids = ids.tolist() if entry["way"] == "engine" else ids
         with kernels.use(back_end):
-            seconds = timed(work, device)
-        factor = layers if shallow else 1
+            seconds = timed(lambda: forward(ids), device)
         return (
-            {"layers": len(getattr(stack, name)), "dtype": dtype}
-            | {clock: value * factor for clock, value in seconds.items()}
+            {"layers": len(getattr(stack, name)), "dtype": str(dtype).removeprefix("torch.")}
+            | {clock: value * (layers if shallow else 1) for clock, value in seconds.items()}
             | {"peak_gib": math.nan if shallow else peak_gib(device)}
         )
 
@@ -301,18 +264,19 @@ def encoding(entry: dict, device: torch.device):
 
 def timed(work, device: torch.device) -> dict:
     """Seconds of work(): wall time (on a GPU: device time) and processor time."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        cpu = time.process_time()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return {"encode_s": start.elapsed_time(end) / 1000, "cpu_s": time.process_time() - cpu}
+        begin.record()
     start, cpu = time.perf_counter(), time.process_time()
     work()
-    return {"encode_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+    seconds = time.perf_counter() - start
+    if on_gpu:
+        end.record()
+        torch.cuda.synchronize()
+        seconds = begin.elapsed_time(end) / 1000
+    return {"encode_s": seconds, "cpu_s": time.process_time() - cpu}
 
 
 def limits(device: torch.device) -> dict:
@@ -330,12 +294,9 @@ def limits(device: torch.device) -> dict:
         w = torch.randn(3072, 768, device=device).to(dtype)
         return 2 * 2048 * 768 * 3072 / median(lambda: F.linear(x, w)) / 1e9
 
-    rates = {
-        "gflops_float32": gflops(torch.float32),
-        "gflops_bfloat16": gflops(torch.bfloat16),
-    }
+    rates = [gflops(torch.float32), gflops(torch.bfloat16)]
     a, b = torch.zeros(2**26, device=device), torch.zeros(2**26, device=device)
-    return rates | {"gb_s": 2 * a.nbytes / median(lambda: b.copy_(a)) / 1e9}
+    return dict(zip(RATES, [*rates, 2 * a.nbytes / median(lambda: b.copy_(a)) / 1e9]))
 
 
 # ------------------------------------------------------------------ table and figure
@@ -343,39 +304,32 @@ def limits(device: torch.device) -> dict:
 
 def limit_medians(measurements: pd.DataFrame) -> pd.Series | None:
     """The medians of the machine's limits; None if they were not measured."""
-    if LIMITS not in set(measurements["model"]):
-        return None
-    return measurements[measurements["model"] == LIMITS][list(RATES)].median()
+    rows = measurements[measurements["model"] == LIMITS]
+    return None if rows.empty else rows[RATES].median()
 
 
 def table(measurements: list[dict], entries: dict[str, dict]) -> pd.DataFrame:
     """One line per contender and length, medians over the rounds.
 
-    Columns: length_tokens, model, layers (those timed), dtype, turns, encode_s, fastest_s,
-    slowest_s, cpu_s, tokens_s, peak_gib;
-    over_definition, over_twin: how many times as fast, median of the ratios of each round;
-    gflops, gflop_a_byte: operations and bytes as lib/efficiency/counts.py counts them, in that
-    time;
-    of_products, of_bandwidth: matrix multiplications and bytes in that time, as shares of the
-    machine's limits (medians of all rounds).
+    over_definition, over_twin    how many times as fast, median of the ratios of each round
+    gflops, gflop_a_byte          operations per second, and per byte, as counts.py counts them
+    of_products, of_bandwidth     matrix multiplications and bytes per second, as shares of the
+                                  machine's limits (medians of all rounds)
     """
     measurements = pd.DataFrame(measurements)
     rate = limit_medians(measurements)
     measurements = measurements[measurements["model"] != LIMITS]
-    lines = (
-        measurements.groupby(["length_tokens", "model"], sort=False)
-        .agg(
-            batch=("batch", "first"),
-            layers=("layers", "first"),
-            dtype=("dtype", "first"),
-            turns=("turn", "size"),
-            encode_s=("encode_s", "median"),
-            fastest_s=("encode_s", "min"),
-            slowest_s=("encode_s", "max"),
-            cpu_s=("cpu_s", "median"),
-            peak_gib=("peak_gib", "max"),
-        )
-        .reset_index()
+    groups = measurements.groupby(["length_tokens", "model"], sort=False, as_index=False)
+    lines = groups.agg(
+        batch=("batch", "first"),
+        layers=("layers", "first"),
+        dtype=("dtype", "first"),
+        turns=("turn", "size"),
+        encode_s=("encode_s", "median"),
+        fastest_s=("encode_s", "min"),
+        slowest_s=("encode_s", "max"),
+        cpu_s=("cpu_s", "median"),
+        peak_gib=("peak_gib", "max"),
     )
     lines["tokens_s"] = lines["length_tokens"] * lines["batch"] / lines["encode_s"]
     lines["over_definition"] = speed_ratios(measurements, lines, "definition, float32")
@@ -388,32 +342,23 @@ def speed_ratios(measurements: pd.DataFrame, lines: pd.DataFrame, reference: str
     """For each line, how many times as fast as `reference`: the median of the rounds' ratios."""
     index = ["length_tokens", "turn"]
     seconds = measurements.pivot(index=index, columns="model", values="encode_s")
-    known = reference in seconds
-    ratios = (seconds[[reference]].to_numpy() / seconds) if known else seconds * math.nan
-    return [
-        ratios.loc[length][name].median()
-        for length, name in zip(lines["length_tokens"], lines["model"])
-    ]
+    ratios = seconds.rdiv(seconds[reference] if reference in seconds else math.nan, axis=0)
+    medians = ratios.groupby("length_tokens").median()
+    return [medians.at[key] for key in zip(lines["length_tokens"], lines["model"])]
 
 
 def against_limits(line, entry: dict, rate: pd.Series | None) -> dict[str, float]:
     """A line's counted operations and bytes in its time, and their shares of the limits."""
-    itemsize = 4 if line.dtype == "float32" else 2
-    products, operations, moved = counts.cost(
-        entry["config"], line.length_tokens, itemsize, line.batch
-    )
-    shares = {"of_products": math.nan, "of_bandwidth": math.nan}
-    if rate is not None:
-        shares = {
-            "of_products": products
-            * line.batch
-            / line.encode_s
-            / 1e9
-            / rate[f"gflops_{line.dtype}"],
-            "of_bandwidth": moved * line.batch / line.encode_s / 1e9 / rate["gb_s"],
-        }
-    gflops = operations / line.encode_s / 1e9 * line.batch
-    return {"gflops": gflops, "gflop_a_byte": operations / moved} | shares
+    itemsize, batch = 4 if line.dtype == "float32" else 2, line.batch
+    costs = counts.cost(entry["config"], line.length_tokens, itemsize, batch)
+    products, operations, moved = costs
+    rate = dict.fromkeys(RATES, math.nan) if rate is None else rate
+    return {
+        "gflops": operations / line.encode_s / 1e9 * batch,
+        "gflop_a_byte": operations / moved,
+        "of_products": products * batch / line.encode_s / 1e9 / rate[f"gflops_{line.dtype}"],
+        "of_bandwidth": moved * batch / line.encode_s / 1e9 / rate["gb_s"],
+    }
 
 
 def figure(lines: pd.DataFrame, measurements: list[dict]):
@@ -423,41 +368,25 @@ def figure(lines: pd.DataFrame, measurements: list[dict]):
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
     for i, (model, rows) in enumerate(lines.groupby("model", sort=False)):
         style = dict(marker="o", ms=4, color=f"C{i}", label=model)
-        unit = 1e6 / rows["length_tokens"] / rows["batch"]
-        a.errorbar(
-            rows["length_tokens"],
-            rows["encode_s"] * unit,
-            [
-                (rows["encode_s"] - rows["fastest_s"]) * unit,
-                (rows["slowest_s"] - rows["encode_s"]) * unit,
-            ],
-            capsize=3,
-            **style,
-        )
-        b.plot(rows["length_tokens"], rows["peak_gib"], **style)
+        unit, tokens = 1e6 / rows["length_tokens"] / rows["batch"], rows["length_tokens"]
+        below, above = rows["encode_s"] - rows["fastest_s"], rows["slowest_s"] - rows["encode_s"]
+        errors = [below * unit, above * unit]
+        a.errorbar(tokens, rows["encode_s"] * unit, errors, capsize=3, **style)
+        b.plot(tokens, rows["peak_gib"], **style)
         c.plot(rows["gflop_a_byte"], rows["gflops"], ls="", **style)
-    rates = limit_medians(pd.DataFrame(measurements))
+    rates, intensity = limit_medians(pd.DataFrame(measurements)), lines["gflop_a_byte"]
     if rates is not None:
-        draw_limits(c, rates, [lines["gflop_a_byte"].min() / 2, lines["gflop_a_byte"].max() * 2])
-    lengths = sorted(set(lines["length_tokens"]))
-    for ax, title, label in (
-        (a, "time", "µs a token"),
-        (b, "peak memory of the process", "GiB"),
-        (c, "roofline", "GFLOP/s"),
-    ):
-        ax.set(title=title, ylabel=label)
-        if ax is not c:
-            ax.set(
-                xscale="log",
-                xlabel="tokens of a text",
-                xticks=lengths,
-                xticklabels=[f"{n:,}" for n in lengths],
-            )
-            ax.tick_params(axis="x", labelrotation=30)
-            ax.minorticks_off()
-    a.set(yscale="log")
-    b.set(ylim=(0, None))
-    c.set(xscale="log", yscale="log", xlabel="operations a byte, counted")
+        draw_limits(c, rates, [intensity.min() / 2, intensity.max() * 2])
+    ticks = sorted(set(lines["length_tokens"]))
+    for ax in (a, b):
+        ax.set(xscale="log", xlabel="tokens of a text", xticks=ticks)
+        ax.set_xticklabels([f"{n:,}" for n in ticks])
+        ax.tick_params(axis="x", labelrotation=30)
+        ax.minorticks_off()
+    a.set(title="time", ylabel="µs a token", yscale="log")
+    b.set(title="peak memory of the process", ylabel="GiB", ylim=(0, None))
+    c.set(title="roofline", ylabel="GFLOP/s", xlabel="operations a byte, counted")
+    c.set(xscale="log", yscale="log")
     a.legend(fontsize=7)
     c.legend(fontsize=7)
     fig.tight_layout()
@@ -480,32 +409,27 @@ def convolutions(
     tokens: int = 131_072,
     repeats: int = 20,
 ) -> pd.DataFrame:
-    """Milliseconds of one layer's gated long convolution, forward.
+    """Milliseconds of one layer's gated long convolution, forward; one line per length and batch.
 
-    The batch is 1 and as many texts as fill `tokens` tokens. The convolution runs by torch.fft, by
-    torch.fft under torch.compile, and by lib/kernels/gpu.py; one line per
-    length and batch. Without a GPU the cells say "not run: no GPU". `of_bandwidth` is the share of
-    the GPU's bandwidth (a copy of 256 MiB) that the counted bytes of lib/kernels/gpu.py take in its
-    time.
+    The batch is 1, and as many texts as fill `tokens` tokens. The convolution runs by torch.fft, by
+    torch.fft under torch.compile, and by lib/kernels/gpu.py. `of_bandwidth` is the share of the
+    GPU's bandwidth (a copy of 256 MiB) that the counted bytes of lib/kernels/gpu.py take in its
+    time. Without a GPU the cells say "not run: no GPU".
     """
     columns = "torch_fft_ms", "compiled_ms", "monarch_ms", "fft_over_monarch", "of_bandwidth"
-    lines, has_gpu = [], torch.cuda.is_available()
+    lines, cells = [], dict.fromkeys(columns, NOT_RUN)
     for length in lengths:
         for batch in sorted({1, max(1, tokens // length)}):
-            if has_gpu:
+            if torch.cuda.is_available():
                 cells = measured(length, batch, width, getattr(torch, dtype), repeats)
-            else:
-                cells = dict.fromkeys(columns, NOT_RUN)
             lines.append({"length_tokens": length, "batch": batch} | cells)
     return pd.DataFrame(lines)
 
 
 @torch.no_grad()
-def measured(
-    length: int, batch: int, width: int, dtype: torch.dtype, repeats: int, device: str = "cuda"
-) -> dict:
+def measured(length: int, batch: int, width: int, dtype: torch.dtype, repeats: int) -> dict:
     """The cells of one line of `convolutions`, medians over `repeats` interleaved rounds."""
-    device = torch.device(device)
+    device = torch.device("cuda")
     torch.manual_seed(0)
     torch._dynamo.reset()  # otherwise the ninth shape and all later ones would run uncompiled
 
@@ -522,13 +446,11 @@ def measured(
         "compiled_ms": lambda: compiled(p, u, weight, bias, filters),
         "monarch_ms": lambda: gpu.mix(p, u, weight, bias, spectra),
     }
-    times: dict[str, list] = {name: [] for name in ways}
-    for number in range(repeats + 3):
-        for name, way in ways.items():
-            milliseconds = timed(way, device)["encode_s"] * 1000
-            if number >= 3:
-                times[name].append(milliseconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    rounds = [
+        {name: timed(way, device)["encode_s"] * 1000 for name, way in ways.items()}
+        for _ in range(repeats + 3)
+    ]
+    medians = pd.DataFrame(rounds[3:]).median().to_dict()  # without three rounds to warm up
     per_token = sum(counts.traffic(length, width, batch=batch, size=dtype.itemsize).values())
     moved = per_token * length * batch
     return medians | {
@@ -540,39 +462,28 @@ def measured(
 # ------------------------------------------------------------------ memory
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies; elsewhere the closed pipe ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 15)
-
-
 def forget_peak(device: torch.device) -> None:
     """Reset the peak to the memory in use; if the system refuses, the old peak stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_gib(device: torch.device) -> float:
     """The largest resident memory since `forget_peak`; on a GPU, torch's largest allocation."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
+    with contextlib.suppress(OSError, IndexError):
         # Not getrusage: its peak starts at the parent's size.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-    except (OSError, IndexError):
-        pass
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return math.nan
 
 
 if __name__ == "__main__":

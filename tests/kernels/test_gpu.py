@@ -296,13 +296,10 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 def test_types_and_shapes_that_do_not_belong_together_are_refused():
     some = case(9)
     table = spectra(some.gated, some.residual, 9)
-    with pytest.raises(TypeError, match="both float32 or both bfloat16"):
-        mix(some.p.bfloat16(), some.u, some.weight, some.bias, table)
-    with pytest.raises(ValueError, match=r"\(2, 6, 9\)"):
-        mix(some.p[:, :3], some.u, some.weight, some.bias, table)
-    with pytest.raises(ValueError, match="spectra"):
-        mix(some.p, some.u, some.weight, some.bias, spectra(some.gated, some.residual, 9)[..., :-1])
-    with pytest.raises(ValueError, match="from 1 to 524288"):
+    for p, wrong in ((some.p.bfloat16(), table), (some.p[:, :3], table), (some.p, table[..., :-1])):
+        with pytest.raises(AssertionError):
+            mix(p, some.u, some.weight, some.bias, wrong)
+    with pytest.raises(AssertionError):
         gpu.factors(524_289)
 
 
@@ -498,20 +495,7 @@ def test_costs_by_hand():
         "products": 2 * 2 * (128 + 256),
         "pointwise": 2 * (6 * 4 + 6) + 21,
     }
-    assert counts.traffic(8192, 1, gradients=True) == {
-        "texts": 12,
-        "planes": 2 * 2 * 8,
-        "spectra": 16,
-    }
-    assert counts.flops(8192, 1, backward=True) == {
-        "products": 2 * 3 * (128 + 256),
-        "pointwise": 2 * (6 * 6 + 12) + 74,
-    }
-    assert counts.traffic(8192, 1, backward=True) == {
-        "texts": 2 * (20 + 2),
-        "planes": 2 * 2 * 12,
-        "spectra": 32,
-    }
+    assert counts.traffic(8192, 1) == {"texts": 10, "planes": 2 * 2 * 8, "spectra": 16}
     parts = counts.encoder_costs(M2BertConfig(), 4096)
     assert parts["projections"] == (
         12 * 8 * 768**2,
