@@ -1,7 +1,7 @@
 """BM25, the baseline that counts words: no training, no vectors, any language.
 
 Bm25(first_tokens, tokenizer)    ranks documents, reading all of each or its first tokens
-bm25(documents, queries)         the same in one call
+bm25(documents, queries)         their ranking in one call
 words(text)                      what counts as a word
 first_words(text, n)             the text up to its n-th token
 """
@@ -172,7 +172,10 @@ class Bm25:
 
         require(documents, "no documents to rank", ValueError)
         check_texts(documents, queries)
-        read = {pid: self.read(text) for pid, text in documents.items()}
+        read = documents
+        if self.context_length is not None:
+            limits = self.context_length, self.tokenizer
+            read = {pid: first_words(text, *limits) for pid, text in documents.items()}
         self.longer = [self.more(text, len(read[pid].rstrip())) for pid, text in documents.items()]
         columns = sorted(read, reverse=True)
         vocabulary: dict[str, int] = {}
@@ -190,11 +193,6 @@ class Bm25:
             best = np.argsort(-scores, kind="stable")[:k]
             run[qid] = {columns[i]: float(scores[i]) for i in best if scores[i] > 0}
         return run
-
-    def read(self, text: str) -> str:
-        if self.context_length is None:
-            return text
-        return first_words(text, self.context_length, self.tokenizer)
 
     def more(self, text: str, end: int) -> bool:
         """Whether a word (with a tokenizer: a character) stands after `end` characters."""

@@ -214,12 +214,12 @@ def own_words(answer: str) -> str:
 def in_order(data: list[dict], n: int) -> np.ndarray:
     """The vectors of an answer by their index, (n, D), or the reason not to believe them."""
     indices = [item.get("index", 0) for item in data]  # JSON made from proto3 leaves zeros out
-    odd = f"{n} texts came back numbered {sorted(indices)[:9]}, not 0 to {n - 1}, each once"
-    require(sorted(indices) == list(range(n)), odd, ValueError)
+    fault = f"{n} texts came back numbered {sorted(indices)[:9]}, not 0 to {n - 1}, each once"
+    require(sorted(indices) == list(range(n)), fault, ValueError)
     vectors = np.zeros((n, len(data[0]["embedding"])), dtype=np.float32)
     vectors[indices] = [item["embedding"] for item in data]
-    odd = f"{n} texts came back as an array of shape {vectors.shape}, or with values not finite"
-    require(vectors.size and np.isfinite(vectors).all(), odd, ValueError)
+    fault = f"{n} texts came back as an array of shape {vectors.shape}, or with values not finite"
+    require(vectors.size and np.isfinite(vectors).all(), fault, ValueError)
     return vectors
 
 

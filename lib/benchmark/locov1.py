@@ -111,8 +111,8 @@ def splits(source: str | Path = "embedded") -> list[str]:
 
 def named_tasks(layout, split: str) -> list[str]:
     names = layout.tasks(split)
-    there = "" if names else ", ".join(layout.splits())
-    way = f"it has {there}" if there else f"fetch it, or {BUILD}"
+    known = "" if names else ", ".join(layout.splits())
+    way = f"it has {known}" if known else f"fetch it, or {BUILD}"
     require(names, f"{layout} has no {split} split: {way}")
     return names
 
@@ -213,8 +213,8 @@ def read_documents(name, rows, where, drop_null, searched) -> tuple[dict[str, st
             require(drop_null, f"{document} has a null passage (row {number}): {way}")
             null.add(pid)
         else:
-            odd = f"{document} is {str(passage)[:40]} and no text (row {number}): give it one"
-            require(isinstance(passage, str), odd)
+            fault = f"{document} is {str(passage)[:40]} and no text (row {number}): give it one"
+            require(isinstance(passage, str), fault)
             texts[pid] = passage
     require(texts, f"{where}: task {name} has no documents: fetch the file again, or {BUILD}")
     return texts, null
@@ -254,9 +254,9 @@ def read_evidence(name, rows, where, qrels, null) -> dict[str, tuple[str, float,
         if qid not in qrels or start is None or pid in null:
             continue
         inside = pid in qrels[qid] and end is not None and 0 <= start <= end <= 1
-        odd = f"does not lie inside document {pid!r}, or that is no answer"
+        fault = f"does not lie inside document {pid!r}, or that is no answer"
         way = "correct or delete the evidence file"
-        require(inside, f"{where}: the evidence of query {qid!r} of {name} {odd}: {way}")
+        require(inside, f"{where}: the evidence of query {qid!r} of {name} {fault}: {way}")
         spans[qid] = (pid, float(start), float(end))
     return spans
 
@@ -268,8 +268,8 @@ def identifier(value, where: str, searched: bool = False) -> str:
     """
     name = plain(value)
     whole = isinstance(value, (str, int)) or name != str(value)
-    odd = f"{where} is {value!r}: an id is a text or a whole number"
-    require(whole and not isinstance(value, bool), odd)
+    fault = f"{where} is {value!r}: an id is a text or a whole number"
+    require(whole and not isinstance(value, bool), fault)
     way = "a run file has one word for it: no white space, no half character; rename it"
     require(searched or runs.unwritable([name]) is None, f"{where} is {name!r}: {way}")
     return name
@@ -291,8 +291,8 @@ def judgements(row: dict, where: str) -> dict[str, int]:
         if gain is None or gain != gain:  # null, or what a table of numbers makes of it
             continue
         number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
-        odd = f"{where} grades {pid!r} with {gain!r}: a grade is a whole number"
-        require(number and gain == int(gain), odd)
+        fault = f"{where} grades {pid!r} with {gain!r}: a grade is a whole number"
+        require(number and gain == int(gain), fault)
         first = gains.setdefault(plain(pid), int(gain))
         twice = f"{where} grades {pid!r} twice, with {first} and {gain}: keep one"
         require(first == int(gain), twice)
@@ -303,13 +303,12 @@ def judgements(row: dict, where: str) -> dict[str, int]:
 
 def judged_pairs(row: dict, where: str) -> list[tuple]:
     answers, gains = row["answer_pids"], row.get("answer_gains")
-    if isinstance(answers, dict):
-        return list(answers.items())
     if not isinstance(answers, list):
-        return []
+        return list(answers.items()) if isinstance(answers, dict) else []
     if gains is not None:
-        odd = f"{where}: answer_gains has {gains!r:.60} for {len(answers)} answer_pids"
-        require(isinstance(gains, list) and len(gains) == len(answers), f"{odd}: one gain for each")
+        paired = isinstance(gains, list) and len(gains) == len(answers)
+        fault = f"{gains!r:.60} for {len(answers)} answer_pids: one gain for each"
+        require(paired, f"{where}: answer_gains has {fault}")
         return list(zip(answers, gains))
     return [
         tuple(answer) if isinstance(answer, (tuple, list)) and len(answer) == 2 else (answer, 1)

@@ -95,7 +95,7 @@ class ExternalEncoder:
         prompt: what `documents` puts before each text; its tokens are taken off the room.
 
     Raises:
-        RankerError: a `chunk`, window or stride that is impossible.
+        RankerError: no room for a token, no window, or a stride that leaves tokens out.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class ExternalEncoder:
         return ExternalEncoder(*sides, self.tokenizer, length, prompt=self.prompt)
 
     def beginning(self, text: str) -> str:
-        """What is read of a text without windows."""
+        """The part of a text that is read without windows."""
         text = encodable(text)
         return text if self.room is None else first_words(text, self.room, self.tokenizer)
 
     def parts(self, text: str) -> list[str]:
-        """What is read of a text, window by window."""
+        """The parts of a text that are read, one per window."""
         if not self.chunk:
             return [self.beginning(text)]
         text = encodable(text)
@@ -157,8 +157,7 @@ class ExternalEncoder:
         """Unit vectors (M, D) and the text of each, (M,); M = n unless chunk="best".
 
         Raises:
-            RefusedText: an endpoint does not take a text; `index` says which of these. So do
-                queries.
+            RefusedText: an endpoint does not take text number `index`. So does `encode_queries`.
         """
         parts = [self.parts(text) for text in texts]
         self.longer = [

@@ -220,8 +220,7 @@ class Hub:
     def rows(self, task: str, split: str) -> Rows:
         def of_task(name: str) -> Iterator[dict]:
             table = self.table(name, split)
-            for i in (i for i, owner in enumerate(table["dataset"]) if owner == task):
-                yield table[i]
+            return (table[i] for i, owner in enumerate(table["dataset"]) if owner == task)
 
         return of_task(HUB_DOCUMENTS), of_task(HUB_QUERIES), []
 
