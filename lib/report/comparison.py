@@ -114,10 +114,8 @@ def against(values: pd.DataFrame, row: str, reference: str) -> tuple[tuple, floa
     pair = [seeds_mean(values, name).to_dict() for name in (row, reference)]
     if not all(pair):
         return NOT_MEASURED, math.nan, []
-    a, b = (
-        of_row(values, name).groupby("row", sort=False)["ndcg@10"].mean()
-        for name in (row, reference)
-    )
+    trainings = (of_row(values, name).groupby("row", sort=False) for name in (row, reference))
+    a, b = (queries["ndcg@10"].mean() for queries in trainings)
     by_seed = [float(x - y) for x in a for y in b]
     return statistics.paired(*pair), statistics.p_value(*pair), by_seed
 
@@ -171,11 +169,13 @@ def ablation(profile: str, key: str) -> pd.DataFrame:
 def compare(values: pd.DataFrame, row: str, reference: str) -> dict:
     """A row's score on these queries, and its difference to the reference unless it is that."""
     own = seeds_mean(values, row)
-    score = statistics.interval(own.to_numpy()) if len(own) else NOT_MEASURED
-    other = row != reference
-    gap, p, by_seed = against(values, row, reference) if other else (NOT_MEASURED, math.nan, [])
-    line = {"row": row, "queries": len(own), "seeds": seeds(values, row), "by_seed": by_seed}
-    return line | dict(zip(SCORE, score)) | dict(zip(DIFFERENCE, gap)) | {"p": p}
+    line = {"row": row, "queries": len(own), "seeds": seeds(values, row), "by_seed": []}
+    if len(own):
+        line |= zip(SCORE, statistics.interval(own.to_numpy()))
+    if row != reference:
+        gap, line["p"], line["by_seed"] = against(values, row, reference)
+        line |= zip(DIFFERENCE, gap)
+    return line
 
 
 def ablation_table(

@@ -15,6 +15,7 @@ from lib.benchmark import locov1, statistics
 from lib.model.tokens import load_tokenizer, tokenize_whole
 from lib.pipeline import params
 from lib.report import audit, claims, comparison, display, results
+from lib.report.comparison import SCORE
 
 BUCKETS = ["below 2k", "2k to 8k", "8k to 32k", "above 32k"]  # of the paper's Table 22
 PLACES = ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"]
@@ -26,8 +27,6 @@ OWN_TASKS = (
     " document that answers"
 )
 FEWEST = 10  # queries of a bin
-SCORE = ["ndcg@10", "low", "high"]
-STEP = ["reads_tokens", *SCORE]
 
 
 class Overview:
@@ -113,10 +112,9 @@ def rows_table(o: Overview) -> pd.DataFrame:
 
 def row_line(o: Overview, row: str) -> dict:
     start = params.own(row, "retrievers")["pretrained"]
-    tuned, trained = o.finetuning.loc[row], start
-    if start not in o.pretraining.index:
-        trained = params.rows(o.profile, "distilled")[start]["pretrained"]
-    learned = o.pretraining.loc[trained]
+    distilled = params.own(start, "distilled")
+    learned = o.pretraining.loc[distilled["pretrained"] if distilled else start]
+    tuned = o.finetuning.loc[row]
     tests = {f"test, {group}": pooled(o, row, tasks) for group, tasks in o.groups.items()}
     return {
         "row": results.marked(o.profile, row),
@@ -150,9 +148,9 @@ def where_read(o: Overview) -> pd.DataFrame:
     """
     lines = []
     for *names, values in bins(o):
-        if len(values) >= FEWEST:
-            interval = (100 * np.array(statistics.interval(values.to_numpy()))).round(1)
-            lines.append((*names, len(values), *interval))
+        if (n := len(values)) >= FEWEST:
+            interval = 100 * np.array(statistics.interval(values.to_numpy()))
+            lines.append((*names, n, *interval.round(1)))
     return pd.DataFrame(lines, columns=["source", "asked", "row", "bin", "n", *SCORE])
 
 
@@ -184,9 +182,9 @@ def ladder(o: Overview):
         for i, (label, scores) in enumerate(series.items()):
             ladder_line(ax, scores, o.ladder, label, f"C{i}")
         if not series:
-            reason = comparison.queries_where(o.tasks, "shallow").why
-            few = "no evidence is known" if reason.startswith("no") else "known of too few queries"
-            ax.text(0.5, 0.5, few, ha="center", transform=ax.transAxes)
+            unknown = comparison.queries_where(o.tasks, "shallow").why.startswith("no")
+            text = "no evidence is known" if unknown else "known of too few queries"
+            ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes)
             ax.set(xticks=[])
         elif o.ladder:
             ticks = [params.length(o.profile, params.paper_length(name)) for name in o.ladder]
@@ -251,15 +249,15 @@ def by_row(o: Overview, values: pd.DataFrame) -> pd.DataFrame:
         row: [tokens[row], *statistics.interval(part["ndcg@10"].to_numpy())]
         for row, part in values.groupby("row")
     }
-    return pd.DataFrame(lines, index=STEP).T
+    return pd.DataFrame(lines, index=["reads_tokens", *SCORE]).T
 
 
 def ladder_line(ax, scores: pd.DataFrame, rows: list[str], label: str, color: str) -> None:
     """One line of a ladder, and BM25 dotted."""
-    tokens, mean, low, high = (scores.loc[rows, column].to_numpy(float) for column in STEP)
-    mean, low, high = mean * 100, low * 100, high * 100
-    bars = [mean - low, high - mean]
-    ax.errorbar(tokens, mean, bars, marker="o", ms=4, capsize=2, color=color, label=label)
+    tokens = scores.loc[rows, "reads_tokens"].to_numpy(float)
+    mean, low, high = 100 * scores.loc[rows, SCORE].to_numpy(float).T
+    look = {"marker": "o", "ms": 4, "capsize": 2, "color": color, "label": label}
+    ax.errorbar(tokens, mean, [mean - low, high - mean], **look)
     if "bm25" in scores.index:
         ax.axhline(100 * scores.at["bm25", "ndcg@10"], color=color, ls=":", lw=1)
 
@@ -357,14 +355,14 @@ def printed_needle() -> pd.DataFrame:
 
 def heat_map(ax, scores: pd.DataFrame, title: str) -> None:
     ax.imshow(scores.to_numpy(float), cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for y, x in np.argwhere(scores.notna().to_numpy()):
-        value = scores.iat[y, x]
-        color = "black" if value > 60 else "white"
-        ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
-    ax.set(title=title, yticks=range(len(scores)), yticklabels=scores.index)
+    for (y, x), value in np.ndenumerate(scores.to_numpy(float)):
+        if not np.isnan(value):
+            look = {"ha": "center", "va": "center", "color": "black" if value > 60 else "white"}
+            ax.text(x, y, f"{value:.0f}", fontsize=7, **look)
+    ax.set(title=title)
     rotation = 0 if title.endswith(NEEDLE) else 45
     ax.set_xticks(range(scores.shape[1]), scores.columns, rotation=rotation)
-    ax.tick_params(axis="y", labelsize=7)
+    ax.set_yticks(range(len(scores)), scores.index, fontsize=7)
     ax.grid(False)
 
 
