@@ -10,7 +10,7 @@ Axes:   N documents and Q queries in a batch, D width.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of documents (N, D) and queries (Q,
 
 
 def budget(settings: Finetune) -> int:
-    """Documents to embed in a fine-tuning."""
+    """The number of documents that fine-tuning embeds."""
     return round(settings.share * settings.documents_seen)
 
 
 def rate(settings: Finetune) -> float:
-    """Share of the learning rates for steps of fewer documents than `lr_documents`."""
+    """The share of the learning rates for steps of fewer documents than `lr_documents`."""
     return min(1.0, (settings.documents / settings.lr_documents) ** 0.5)
 
 
@@ -154,7 +154,7 @@ def distillation(pairs: Pairs, s: Finetune, step: int, teach: Callable) -> tuple
 
 
 def prototypes(teacher: nn.Module, pairs: Pairs) -> Callable:
-    """A function from (documents, queries) to the teacher's embeddings of their beginnings."""
+    """A function from (documents, queries) to the teacher's embeddings of their first tokens."""
     most, tokenizer = teacher.config.max_position_embeddings, pairs.documents.tokenizer
     documents = TokenRows(pairs.documents.texts, tokenizer, most)
     queries = TokenRows(pairs.queries.texts, tokenizer, min(most, pairs.queries.max_length))
@@ -173,11 +173,7 @@ LOSSES = {"mnrl": ranking, "opl": projection, "prototype": distillation}
 
 
 def embed(
-    model: nn.Module,
-    rows: list[np.ndarray],
-    pad_id: int,
-    micro_batch: int | None = None,
-    context: AbstractContextManager = EXACT,
+    model: nn.Module, rows: list[np.ndarray], pad_id: int, micro_batch=None, context=EXACT
 ) -> Tensor:
     """Embeddings (n, D) of n rows of tokens, at most `micro_batch` per forward pass."""
     device = next(model.parameters()).device
@@ -192,20 +188,17 @@ def embed(
 
 
 def backward(
-    model: nn.Module,
-    texts: tuple[list[np.ndarray], list[np.ndarray]],
-    loss: Loss,
-    pad_id: int,
-    micro_batch: int | None = None,
-    context: AbstractContextManager = EXACT,
+    model: nn.Module, texts: tuple, loss: Loss, pad_id: int, micro_batch=None, context=EXACT
 ) -> float:
     """Add the gradient of loss(documents, queries) to the model; return the loss.
 
     With `micro_batch`, texts are embedded that many at a time and twice: without a graph, for the
     gradient of the loss with respect to each embedding; then with a graph, to carry it into the
     weights. The gradient is that of the whole batch for every loss, and memory that of a part.
-    Documents and queries, rows of tokens, go through the model separately: their lengths differ a
-    hundredfold.
+
+    Args:
+        texts: documents and queries, rows of tokens each, which go through the model separately:
+            their lengths differ a hundredfold.
     """
     if micro_batch is None or sum(map(len, texts)) <= micro_batch:
         value = loss(*(embed(model, rows, pad_id, context=context) for rows in texts))

@@ -28,12 +28,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def optimizer(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    embedding_lr: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
+    model: nn.Module, lr: float, weight_decay: float, embedding_lr: float | None = None, **adam
 ) -> torch.optim.AdamW:
     """AdamW without decay of vectors (biases, norms, gains) and of the filters' inputs.
 
@@ -50,7 +45,7 @@ def optimizer(
         dict(params=rest, weight_decay=0.0),
         dict(params=[embeddings], weight_decay=weight_decay, lr=embedding_lr or lr),
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, **adam)
 
 
 def warmup_then_linear(steps: int, warmup: float, final: float = 0.0) -> list[float]:

@@ -142,9 +142,7 @@ class Pairs:
                 row |= np.isin(documents, self.excluded[question])
         return positive
 
-    def in_batch_negatives(
-        self, batch: tuple[list[int], list[int], list[int]], count: int, rng: np.random.Generator
-    ) -> list[tuple[int, int]]:
+    def in_batch_negatives(self, batch: tuple, count: int, rng) -> list[tuple[int, int]]:
         """(row of a query, row of a document): `count` negatives for each query that has any."""
         documents, _, target = batch
         return [
@@ -168,9 +166,7 @@ class Pairs:
                     return draw_negative(answer, excluded, len(self.documents), rng), query
 
 
-def draw_negative(
-    answer: int, excluded: np.ndarray | list[int], n: int, rng: np.random.Generator
-) -> int:
+def draw_negative(answer: int, excluded, n: int, rng: np.random.Generator) -> int:
     """One of n documents that are not excluded, uniformly; the answer is always excluded.
 
     The draw counts answer + 1, answer + 2, … (mod n) without the excluded ones:

@@ -18,7 +18,7 @@ from lib.pipeline.settings import Pretrain
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
 from lib.training.text import PretrainingText
 
-BETAS, EPS = (0.9, 0.98), 1e-6  # of AdamW: appendix A.3
+ADAM = dict(betas=(0.9, 0.98), eps=1e-6)  # appendix A.3
 
 
 def pretrain(
@@ -61,7 +61,7 @@ def pretrain(
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 
-    optim = optimizer(model, s.lr, s.weight_decay, s.embedding_lr, BETAS, EPS)
+    optim = optimizer(model, s.lr, s.weight_decay, s.embedding_lr, **ADAM)
     shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
     return train(model, optim, shares, gradient, "pretraining", show_progress)
 

@@ -12,6 +12,7 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.2 (mixture); Dev
 Axes:   B examples in a batch, L tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,12 +83,7 @@ class PretrainingText:
 
     @classmethod
     def from_texts(
-        cls,
-        short: list[str],
-        long: list[str],
-        tokenizer,
-        length: int,
-        limit_tokens: float = float("inf"),
+        cls, short: list[str], long: list[str], tokenizer, length: int, limit_tokens=math.inf
     ) -> "PretrainingText":
         """Tokenise about `limit_tokens` of the short and of the long texts, in a random order."""
 
