@@ -46,6 +46,7 @@ SIGNATURES = {
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (dtype of the activations, dtype of the spectra) -> function
 MIXERS = {(F32, F32): "mix_f32_f32", (BF16, F16): "mix_bf16_f16", (BF16, F32): "mix_bf16_f32"}
+UNUSED = "lib/kernels/mixer.cpp is not used (%s): the encoder runs in torch, with the same results"
 log = logging.getLogger(__name__)
 
 
@@ -61,11 +62,7 @@ def compiled() -> ctypes.CDLL | None:
     try:
         library = load()
     except (OSError, RuntimeError) as error:
-        log.warning(
-            "lib/kernels/mixer.cpp is not used (%s): the encoder runs in torch, with the same "
-            "results",
-            " ".join(str(error).split())[:300],
-        )
+        log.warning(UNUSED, " ".join(str(error).split())[:300])
         return None
     log.info("lib/kernels/mixer.cpp is used: %s", library._name)
     return library
@@ -135,9 +132,6 @@ def call(name: str, *arguments) -> None:
     getattr(kernel(), name)(*plain, torch.get_num_threads())
 
 
-# ------------------------------------------------------------------ back end of lib/kernels
-
-
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     """y (B, L, D) of u (B, L, D); None for a mask with holes, or outside of training.
 
@@ -145,8 +139,7 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     """
     if not (torch.is_grad_enabled() or layer.training):
         return None
-    if mask is not None:
-        u = u * mask.transpose(1, 2)
+    u = u if mask is None else u * mask.transpose(1, 2)
     if not (trains(u, layer.in_linear.weight) and fits(u.shape[-1])):
         return None
     if mask is not None and not bool((mask[..., 1:] <= mask[..., :-1]).all()):
@@ -154,11 +147,8 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     B, L, _ = u.shape
     u = u.to(compute_dtype(u))
     p = layer.in_linear(u)  # (B, L, 3D)
-    if mask is None:
-        real = torch.full((B,), L, dtype=torch.int64, device="cpu")
-    else:
-        p = p * mask.transpose(1, 2).to(p.dtype)
-        real = mask[:, 0].sum(dim=1).long()
+    real = torch.full((B,), L, device="cpu") if mask is None else mask[:, 0].sum(dim=1).long()
+    p = p if mask is None else p * mask.transpose(1, 2).to(p.dtype)
     gated, short, taps = layer.gated_filter, layer.short_filter, []
     for filter in (gated, layer.residual_filter):
         if filter is not None:
@@ -170,11 +160,9 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
 
 def gated_mlp(mlp, h: Tensor) -> Tensor | None:
     """y (B, L, D) of h (B, L, D); None outside of training, or with dropout."""
-    dropout = mlp.training and mlp.dropout.p
-    if not (torch.is_grad_enabled() or mlp.training) or dropout:
-        return None
-    x = h.flatten(0, 1)
-    if not GatedBlocks.fits(x, mlp.gated_layers, mlp.wo):
+    trained = torch.is_grad_enabled() or mlp.training
+    x, dropout = h.flatten(0, 1), mlp.training and mlp.dropout.p
+    if not trained or dropout or not GatedBlocks.fits(x, mlp.gated_layers, mlp.wo):
         return None
     product = GatedBlocks.apply(x, mlp.gated_layers.weight, mlp.wo.weight)
     return mlp.layernorm(product + (x + mlp.wo.bias)).view_as(h)
@@ -228,9 +216,7 @@ class Table(NamedTuple):
         return Table(values, None if self.scale is None else self.scale[part])
 
 
-def spectra(
-    filters: tuple | list, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = F32
-) -> Table:
+def spectra(filters, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = F32) -> Table:
     """The spectra for FFTs of size n that `mix` reads beside activations of `dtype`.
 
     They are not in bfloat16: an error in a filter is the same at every position, and the errors of
@@ -268,10 +254,8 @@ class Spectra(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         time, delta = ctx.saved_tensors
         grad = grad.contiguous()
-        grads = [
-            None if shape is None else torch.empty(shape, dtype=F32, device="cpu")
-            for shape in ctx.shapes
-        ]
+        options = dict(dtype=F32, device="cpu")
+        grads = [None if shape is None else torch.empty(shape, **options) for shape in ctx.shapes]
         sizes = len(time), len(delta)
         call("spectra_gradient", *filter_pointers(grads), time, delta, *sizes, grad, plan(ctx.n))
         return None, None, None, *grads
@@ -292,30 +276,19 @@ def pointers(tensors):
 # ------------------------------------------------------------------ the mixer
 
 
-def mix(
-    p: Tensor,
-    u: Tensor,
-    starts: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tables: list[Table],
-    real: Tensor | None = None,
-    c1: Tensor | None = None,
-    y: Tensor | None = None,
-    channels: slice | None = None,
-) -> Tensor:
+def mix(p, u, starts, weight, bias, tables, real=None, c1=None, y=None, channels=None) -> Tensor:
     """x2 · conv(x1 · v) + conv(u) of each text, (T, D), in u's dtype.
 
     Args:
         p: (T, 3D), float32 or bfloat16; u: (T, D), of p's dtype.
         starts: the first token of each text, then T; int64, (texts + 1,).
         weight: of the short convolution, (3, 3D), float32; bias: (3D,).
-        tables: `spectra` for each text; float16 only beside bfloat16.
+        tables: the `Table` of each text; float16 only beside bfloat16.
         real: the number of tokens of each text, int64. The positions behind them are padding:
             x1 · v and u are 0 there. None: no padding.
         c1: receives conv(x1 · v), (T, D), in u's dtype.
         y: receives the result.
-        channels: the channels to compute, in steps of 32; the tables hold only these.
+        channels: the slice of channels to compute, in steps of 32; the tables hold only these.
     """
     y = torch.empty_like(u) if y is None else y
     channels = channels or slice(0, u.shape[-1])
@@ -389,9 +362,6 @@ class Mix(torch.autograd.Function):
         return dp, du, dweight, dbias, dtable, None
 
 
-# ------------------------------------------------------------------ the MLP
-
-
 def glu(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """GELU(a) · b; a, b and out have one dtype and one shape. `out` may be a."""
     out = torch.empty_like(a) if out is None else out
@@ -419,9 +389,8 @@ class GatedBlocks(torch.autograd.Function):
     """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, without copies.
 
     x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the compiled library.
-    All tensors are float32. Under autocast y and all matrix multiplications are bfloat16, also
-    those that compute the weights' gradients, which are then converted to float32. The backward
-    pass keeps x, a and b.
+    All tensors are float32. Under autocast y and all matrix multiplications are bfloat16, also for
+    the weights' gradients, which become float32 afterwards. The backward pass keeps x, a and b.
     """
 
     @staticmethod

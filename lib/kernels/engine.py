@@ -75,10 +75,8 @@ class Engine:
             return torch.zeros(0, config.hidden_size)
         real = [len(row) for row in ids]
         if min(real) < 1 or max(real) > config.max_position_embeddings:
-            raise ValueError(
-                f"texts of {min(real)} to {max(real)} tokens: from 1 to the "
-                f"{config.max_position_embeddings} that the model reads"
-            )
+            limits = f"from 1 to the {config.max_position_embeddings} that the model reads"
+            raise ValueError(f"texts of {min(real)} to {max(real)} tokens: {limits}")
         if config.pad_to_max_length and not config.mask_padding:  # masked padding changes nothing
             longest = config.max_position_embeddings
             ids = [row + [config.pad_token_id] * (longest - len(row)) for row in ids]
@@ -106,10 +104,7 @@ class Engine:
             return
         dtypes = sorted({str(weight.dtype) for weight in weights})
         if dtypes != ["torch.float32"]:
-            raise ValueError(
-                f"a model of {', '.join(dtypes)}: the engine reads weights of float32, `dtype` is "
-                "the dtype of its activations"
-            )
+            raise ValueError(f"a model of {', '.join(dtypes)}: the engine reads weights of float32")
         self.layers = [self.prepared(layer) for layer in self.model.layers]
         pooler = self.model.pooler
         self.pooler = pooler.weight.float(), pooler.bias.float()
@@ -135,11 +130,8 @@ class Engine:
         """The spectra of a layer's filters for FFTs of size n.
 
         Spectra are kept if `make_room` found room for those of all layers; otherwise each batch
-        computes them again.
-
-        Returns:
-            A function from a slice of channels to their spectra, and the largest number of channels
-            of a slice.
+        computes them again. Returns a function from a slice of channels to their spectra, and the
+        largest number of channels of a slice.
         """
         mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
         kept = self.tables.get(n)
@@ -188,13 +180,10 @@ class Engine:
         return cpu.size(length) if self.native else fft_length(2 * length - 1)
 
     def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
-        """Divide the tokens into runs, each with one matrix multiplication.
+        """Divide the tokens into runs, one matrix multiplication each: (tokens, is one long text).
 
         A long text in bfloat16 is a run of its own, since its mean token enters its result. The
         result of a text therefore does not depend on its neighbours.
-
-        Returns:
-            (the run's tokens, whether the run is one long text) for each run.
         """
         runs, start = [], 0
         for length in lengths:
@@ -343,9 +332,7 @@ def joined(tables: list):
     return cpu.Table(torch.cat(values), None if scales[0] is None else torch.cat(scales))
 
 
-def in_torch(
-    p: Tensor, u: Tensor, channels: slice, weight: Tensor, bias: Tensor, table: Tensor, n: int
-) -> Tensor:
+def in_torch(p, u, channels: slice, weight: Tensor, bias: Tensor, table, n: int) -> Tensor:
     """Some channels of one text's mixer, (L, d), from p (L, 3D) and u (L, D)."""
 
     def thirds(x: Tensor) -> Tensor:  # (…, 3D) -> (…, 3d), the channels of x1, x2 and v

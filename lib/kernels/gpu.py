@@ -8,8 +8,7 @@ decomposition as in FlashFFTConv. Longer texts take three passes.
     mix(p, u, …)          x2 · conv(x1 v; k1) + conv(u; k2), (x1, x2, v) = short_conv(p)
     mix_direct(p, u, …)   the same in torch, by lib/operators/long_conv.py
     spectra(gated, …)     the spectra of both convolutions' kernels, which `mix` reads
-    is_supported(…)       whether the kernels compile here and agree with torch; tested once for
-                          each shape class
+    is_supported(…)       whether the kernels compile and agree with torch; tested per shape class
 
 The transform has odd frequencies. A text x of at most H tokens has the spectrum
 
@@ -50,9 +49,6 @@ SHARE = 4  # spectra may fill 1/SHARE of a GPU's memory
 _kept = WeakKeyDictionary()  # layer -> (length and versions, spectra, weights)
 # A fused optimizer does not change the version of a weight.
 register_optimizer_step_post_hook(lambda *_: _kept.clear())
-
-
-# ------------------------------------------------------------------ back end of lib/kernels
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -115,9 +111,7 @@ def room_for(table: Tensor) -> bool:
 
 
 @cache
-def is_supported(
-    L: int, dtype: torch.dtype, device: torch.device, residual: bool, gradients: bool
-) -> bool:
+def is_supported(L: int, dtype: torch.dtype, device, residual: bool, gradients: bool) -> bool:
     """Whether the kernels agree with torch here, tested on two random texts of four channels."""
     generator, D = torch.Generator().manual_seed(0), 4
 
@@ -158,9 +152,6 @@ def shape_class(L: int, device: torch.device) -> int:
     return math.prod(factors(L, device)) - (0 if L % 16 == 0 else 1)
 
 
-# ------------------------------------------------------------------ sizes and tables
-
-
 @cache
 def factors(L: int, device: torch.device = CPU) -> tuple[int, int, int]:
     """(M, R1, R2): the powers of two with M · R1 · R2 ≥ L and the fewest operations.
@@ -187,7 +178,7 @@ def factors(L: int, device: torch.device = CPU) -> tuple[int, int, int]:
 def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """cos and -sin of the angles of each step, (2, rows, columns).
 
-    The DFT matrices are in `dtype`, the twiddle factors ("turn", "between") in float32. "stage",
+    The DFT matrices are in `dtype`, the twiddle factors ("twiddle", "between") in float32. "stage",
     (4, M, M), holds both matrices and their transposes.
     """
     M, R1, R2 = factors(L, device)
@@ -200,15 +191,13 @@ def tables(L: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor
 
     matrices = {
         "stage": table(M, M, lambda k1, n1: n1 * (2 * k1 + 1), 4 * M, dtype),
-        "turn": table(M, R, lambda k1, n2: n2 * (2 * k1 + 1), 4 * M * R, torch.float32),
+        "twiddle": table(M, R, lambda k1, n2: n2 * (2 * k1 + 1), 4 * M * R, torch.float32),
         "last": table(R2, R2, lambda n2, k2: n2 * k2, R2, dtype),
     }
     matrices["stage"] = torch.cat([matrices["stage"], matrices["stage"].mT])
     if R1 > 1:
-        matrices |= {
-            "first": table(R1, R1, lambda m1, q1: m1 * q1, R1, dtype),
-            "between": table(R1, R2, lambda q1, m2: m2 * q1, R, torch.float32),
-        }
+        matrices["first"] = table(R1, R1, lambda m1, q1: m1 * q1, R1, dtype)
+        matrices["between"] = table(R1, R2, lambda q1, m2: m2 * q1, R, torch.float32)
     return matrices
 
 
@@ -242,9 +231,9 @@ def spectrum(back: Tensor, ahead: Tensor | None, gain: Tensor, L: int) -> Tensor
     )
     first, second = taps.chunk(2, dim=1)  # the second half looks ahead, and changes its sign
     angle = torch.arange(H, device=taps.device, dtype=torch.float64) * (-math.pi / (2 * H))
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    twiddle = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
     # k = k1 + 2M k2. The FFT gives the bins of even k1, at j = k1/2 + M k2.
-    even = torch.fft.fft(torch.complex(first, second) * turn).view(D, R1 * R2, M) / H
+    even = torch.fft.fft(torch.complex(first, second) * twiddle).view(D, R1 * R2, M) / H
     odd = even.flip(1, 2)[..., : M // 2].conj()  # N-1-k is even if k is odd
     bins = torch.stack([even[..., : M // 2], odd], dim=-1).flatten(2)  # (D, k2, k1)
     # k2 = q1 + R1 q2 -> (D, k1, q1, q2)
@@ -255,15 +244,7 @@ def spectrum(back: Tensor, ahead: Tensor | None, gain: Tensor, L: int) -> Tensor
 # ------------------------------------------------------------------ the mixer
 
 
-def mix(
-    p: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    table: Tensor,
-    real: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def mix(p, u, weight, bias, table, real=None, shift=None) -> Tensor:
     """y = x2 · conv(x1 · v) + conv(u), (B, D, L), where (x1, x2, v) = short_conv(p + shift).
 
     Args:
@@ -312,7 +293,7 @@ class Mix(torch.autograd.Function):
         short, dft = (real, weight, bias, shift), tables(L, u.dtype, u.device)
         with on(u.device):
             if R1 == 1:
-                matrices = dft["stage"], dft["turn"], dft["last"]
+                matrices = dft["stage"], dft["twiddle"], dft["last"]
                 sizes = D, L, residual, keep, M, R2
                 launch("mix", (B, D), M * R2, (p, u, y, c1, *short, table, *matrices), sizes)
             else:
@@ -326,7 +307,7 @@ class Mix(torch.autograd.Function):
                 pointers = planes[0], planes[-1], planes[0][0].numel(), p, y, c1, *short
                 sizes = D, L, residual, keep, M, R1 * R2, width
                 grid = R1 * R2 // width, D, B
-                launch("finish", grid, M * width, (*pointers, dft["stage"], dft["turn"]), sizes)
+                launch("finish", grid, M * width, (*pointers, dft["stage"], dft["twiddle"]), sizes)
         if keep:
             ctx.save_for_backward(*inputs, c1)
         return y
@@ -343,7 +324,7 @@ class Mix(torch.autograd.Function):
         with on(u.device):
             for gated, half, dhalf in zip((True, False), table, dtable):
                 if R1 == 1:
-                    matrices = dft["stage"], dft["turn"], dft["last"]
+                    matrices = dft["stage"], dft["twiddle"], dft["last"]
                     pointers = p, u, dy, c1, ds, du, *short, half, dhalf, *matrices
                     launch("mix_gradient", (D,), M * R2, pointers, (B, D, L, gated, M, R2))
                     continue
@@ -354,7 +335,7 @@ class Mix(torch.autograd.Function):
                 launch("rows_gradient", (M, D), R1 * R2, pointers, (B, D, M, R1, R2))
                 pointers = gradient, gradient[0].numel(), p, dy, c1, ds, du, *short
                 sizes = D, L, gated, M, R1 * R2, width
-                matrices = dft["stage"], dft["turn"]
+                matrices = dft["stage"], dft["twiddle"]
                 grid = R1 * R2 // width, D, B
                 launch("finish_gradient", grid, M * width, (*pointers, *matrices), sizes)
             block = min(1024, max(16, 1 << (L - 1).bit_length()))
@@ -371,7 +352,7 @@ def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> T
     (B, D, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
     dft, width = tables(L, u.dtype, u.device), columns(M)
     planes = torch.empty(2, B, D, M, R1 * R2, dtype=u.dtype, device=u.device)
-    pointers = p, u, dy, planes, planes[0].numel(), *short, dft["stage"], dft["turn"]
+    pointers = p, u, dy, planes, planes[0].numel(), *short, dft["stage"], dft["twiddle"]
     sizes = D, L, kind, M, R1 * R2, width
     launch("columns", (R1 * R2 // width, D, B), M * width, pointers, sizes)
     return planes
@@ -385,7 +366,7 @@ def columns(M: int) -> int:
 def launch(kernel: str, grid: tuple, tile: int, pointers: tuple, sizes: tuple) -> None:
     """Run a kernel of triton_kernels.py; each of its programs holds `tile` numbers."""
     # One stage: prefetched loads would fill the shared memory.
-    options = products(pointers[0].dtype, num_warps=warps(tile, pointers[0]), num_stages=1)
+    options = matmul_options(pointers[0].dtype, num_warps=warps(tile, pointers[0]), num_stages=1)
     getattr(triton_kernels(), kernel)[grid](*pointers, *sizes, **options)
 
 
@@ -401,7 +382,7 @@ def warps(tile: int, signal: Tensor) -> int:
     return next((count for most, count in ((256, 1), (1024, 2), (2048, 4)) if tile <= most), 8)
 
 
-def products(dtype: torch.dtype, **compiler: int) -> dict:
+def matmul_options(dtype: torch.dtype, **compiler: int) -> dict:
     """A Triton kernel's options: matrix multiplications of this dtype, and the compiler's options.
 
     A float32 multiplication is three in tf32: matrix units have no exact float32, and at 4,096

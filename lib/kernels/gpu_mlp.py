@@ -55,9 +55,7 @@ def gated_mlp(layer, h: Tensor) -> Tensor | None:
 
 
 @cache
-def program(
-    width: int, inner: int, blocks: int, dtype: torch.dtype, device: torch.device
-) -> int | None:
+def program(width: int, inner: int, blocks: int, dtype: torch.dtype, device) -> int | None:
     """The tokens per program; None: the kernel does not compile, is wrong, or is slower than torch.
 
     On a GPU the choices and torch are timed at 16,384 tokens in interleaved rounds, and the log
@@ -105,16 +103,7 @@ def fastest(h: Tensor, weights: list[Tensor], choices: list[int]) -> int | None:
     return min(medians, key=medians.get)
 
 
-def mlp(
-    h: Tensor,
-    gated: Tensor,
-    wo: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    tokens: int = TOKENS[0],
-) -> Tensor:
+def mlp(h, gated, wo, bias, scale, shift, eps: float, tokens: int = TOKENS[0]) -> Tensor:
     """LayerNorm(h + W_o(GELU(a) · b) + bias), (a, b) = W_g h, (T, D), in h's dtype.
 
     Args:
@@ -133,7 +122,7 @@ def mlp(
     h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
     weights = [tensor.contiguous() for tensor in parameters]
     sizes = D, inner, K, max(16, 1 << (D // K - 1).bit_length()), tokens, STEP
-    options = gpu.products(h.dtype, num_warps=8, num_stages=2)
+    options = gpu.matmul_options(h.dtype, num_warps=8, num_stages=2)
     with gpu.on(h.device):
         if T:
             kernel = gpu.triton_kernels().gated_mlp[(-(-T // tokens),)]

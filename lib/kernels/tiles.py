@@ -15,10 +15,7 @@ TILE = 2**23  # numbers in a buffer: 32 MiB, few enough for a processor's cache
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
-    """y (B, L, D) of u (B, L, D), in groups of channels.
-
-    None with gradients, or if all channels are one group.
-    """
+    """y (B, L, D) of u (B, L, D) in groups of channels; None with gradients or for one group."""
     B, L, D = u.shape
     group = max(1, TILE // (3 * B * L))
     if torch.is_grad_enabled() or group >= D:
@@ -26,7 +23,6 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     u = u.transpose(1, 2) if mask is None else u.transpose(1, 2) * mask  # (B, D, L)
     filters = [filter for filter in (layer.gated_filter, layer.residual_filter) if filter]
     hidden = [(filter, filter.hidden(L)) for filter in filters]
-
     mix = partial(mix_channels, layer, u, mask, hidden)
     return layer.out_linear(in_groups(mix, D, group, dim=1).transpose(1, 2))
 
@@ -52,10 +48,7 @@ def mix_channels(layer, u: Tensor, mask: Tensor | None, filters: list, channels:
 
 
 def gated_mlp(mlp, h: Tensor) -> Tensor | None:
-    """y (B, L, D) of h (B, L, D), in groups of tokens.
-
-    None in training or with gradients, or if all tokens are one group.
-    """
+    """y (B, L, D) of h in groups of tokens; None in training, with gradients or for one group."""
     tokens = h.flatten(0, 1)
     group = max(1, TILE // (2 * mlp.wo.d_in))
     if torch.is_grad_enabled() or mlp.training or group >= len(tokens):
