@@ -126,9 +126,6 @@ def embedded(packages: int | Iterable[str], files_per_package: int) -> Library:
     return library
 
 
-# ------------------------------------------------------------------ the folder
-
-
 def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Library) -> dict:
     """Everything into a draft beside `folder`, then the draft in its place."""
     try:

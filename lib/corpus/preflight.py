@@ -59,9 +59,6 @@ def check(profile: str, folder: str | Path, collection: str = "") -> dict[str, s
     }
 
 
-# ------------------------------------------------------------------ what is refused
-
-
 def trained(profile: str, stage: str) -> Iterator[tuple[str, dict]]:
     """(row, its settings) of all that a stage trains."""
     for table in params.TRAINED_BY[stage]:
@@ -147,9 +144,6 @@ def others(profile: str, folder: str | Path) -> Iterator[str]:
         locov1.every(folder, params.settings(profile, "evaluate")["also"])
     except CorpusError as error:
         yield f"evaluate.also: {error}"
-
-
-# ------------------------------------------------------------------ what is missing
 
 
 def splits(profile: str, tasks: dict[str, list[Task]]) -> dict[str, str]:

@@ -44,9 +44,8 @@ class Tables:
     """The rows of the corpus while it is made, by split."""
 
     def __init__(self):
-        self.documents: dict[str, list[tuple]] = {split: [] for split in SPLITS}
-        self.queries: dict[str, list[tuple]] = {split: [] for split in SPLITS}
-        self.evidence: dict[str, list[tuple]] = {split: [] for split in SPLITS}
+        tables = ({split: [] for split in SPLITS} for _ in range(3))
+        self.documents, self.queries, self.evidence = tables
         self.dropped: dict[str, int] = {}  # documents that a task judges and lacks, by its name
 
     def add(self, family: str, split: str, candidates: list[Candidate], most=(None, None)) -> None:
@@ -76,16 +75,13 @@ def answered_once(candidates: list[Candidate]) -> list[Candidate]:
     Such a document would answer the query as well.
     """
     words = "\n".join(f" {normal(candidate.document.text)} " for candidate in candidates)
-
-    def unanswered(candidate: Candidate, parts: list[int]) -> list[int]:
-        return [i for i in parts if f" {normal(candidate.queries[i])} " not in words]
-
-    return [
-        candidate._replace(
-            asked={task: unanswered(candidate, parts) for task, parts in candidate.asked.items()}
-        )
-        for candidate in candidates
-    ]
+    result = []
+    for candidate in candidates:
+        padded = [f" {normal(query)} " for query in candidate.queries]
+        asked = candidate.asked.items()
+        asked = {task: [i for i in parts if padded[i] not in words] for task, parts in asked}
+        result.append(candidate._replace(asked=asked))
+    return result
 
 
 def most_useful(candidates: list[Candidate], most: int | None) -> list[Candidate]:

@@ -51,9 +51,6 @@ def parameters(config) -> int:
         return sum(weight.numel() for weight in build(config).parameters())
 
 
-# ------------------------------------------------------------------ counts
-
-
 def convolution_flops(length: int, filters: int = 1) -> float:
     """One channel of one text: an FFT, times the filter's spectrum, and back; L² became L log L.
 
@@ -182,9 +179,6 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
         return products, total - parts["kernels"], moved
     total = sum(transformer_flops(config, length).values())
     return total, total, transformer_traffic(config, length, itemsize, batch)
-
-
-# ------------------------------------------------------------------ lib/kernels on a GPU
 
 
 def flops(L: int, channels: int, signals: int = 2) -> dict[str, float]:
