@@ -72,11 +72,11 @@ def read(path: str | Path):
 
 
 def identified(notebook: dict) -> dict:
-    """Ids for cells that were copied, or made before cells had ids: by place and text."""
+    """Give cells without an id, or with another cell's, the hash of their index and text."""
     seen: set[str] = set()
-    for place, cell in enumerate(notebook["cells"]):
+    for index, cell in enumerate(notebook["cells"]):
         if not cell.get("id") or cell["id"] in seen:
-            text = f"{place} {''.join(cell['source'])}"
+            text = f"{index} {''.join(cell['source'])}"
             cell["id"] = hashlib.sha256(text.encode()).hexdigest()[:8]
         seen.add(cell["id"])
     return notebook | {"nbformat_minor": max(5, notebook["nbformat_minor"])}
@@ -125,6 +125,7 @@ def bare(notebook):
 
 
 def without_metadata(notebook):
+    """The notebook with no metadata but the tags of its cells."""
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": list(tags)} if tags else {}
@@ -143,11 +144,8 @@ def scrub(notebook, keep_stderr: bool = False):
     are cut as the machine's speed has it. Figures, tables and printed text stay.
     """
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags", ())
-        if "injected-parameters" in tags:
+        if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.id = "injected-parameters"
-        elif "papermill-error-cell-tag" in tags:
-            cell.id = f"error-{hashlib.sha256(cell.source.encode()).hexdigest()[:8]}"
         if cell.cell_type == "code":
             kept = [o for o in cell.outputs if keep_stderr or o.get("name") != "stderr"]
             cell.outputs = merged(kept)
