@@ -5,6 +5,7 @@ DATA    ?=
 TEXT    ?=
 SET     ?=
 ARGS    ?=
+JOBS    ?= 2
 EXTRA   ?= cpu
 TORCH_INDEX ?=
 
@@ -30,7 +31,7 @@ help:
 	@echo '           SET="section.key=value …"   … with other settings than params.yaml, for this run alone'
 	@echo 'make report [PROFILE=smoke]     open the report (with DATA=…, that of your collection)'
 	@echo 'make lab                        the notebooks, in JupyterLab'
-	@echo 'make test [ARGS="-k losses"]    the tests'
+	@echo 'make test [ARGS="-k losses"]    the tests, in JOBS=2 processes (JOBS=0: in one, for a debugger)'
 	@echo 'make lint                       the form of the code (ruff)'
 	@echo 'make interop                    the tests with sentence-transformers, mteb, all-MiniLM-L6-v2 and endpoints, which it installs (450 MB)'
 	@echo 'make triton                     the tests of the kernels for a GPU, in the interpreter of Triton, which it installs (700 MB, Linux)'
@@ -48,8 +49,9 @@ COLLECTION = $(if $(DATA),"--data=$$DATA") $(if $(TEXT),"--text=$$TEXT") $(if $(
 repro: environment
 	@$(BIN)/python -m lib.pipeline repro $(PROFILE) $(COLLECTION) $(ARGS)
 
+# Two processes of one thread each: the longest tests wait for one thread.
 test: environment
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: environment
 	@$(BIN)/ruff format --check lib tests notebooks
@@ -57,11 +59,11 @@ lint: environment
 
 interop: environment
 	@$(PIP) install -q --no-deps --use-pep517 --require-hashes -r requirements-interop.lock
-	@$(BIN)/python -m pytest tests/model/test_interop.py tests/benchmark/test_hosted.py $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/model/test_interop.py tests/benchmark/test_hosted.py $(ARGS)
 
 triton: environment
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
-	@$(BIN)/python -m pytest tests/kernels $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kernels $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb

@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import json
+import os
 import socket
 import sys
 import time
@@ -22,6 +23,8 @@ from lib.kernels import gpu, gpu_mlp
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 
 ROOT = Path(__file__).parents[1]
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # several processes share the cores
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
     "red",
