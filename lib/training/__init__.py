@@ -1,7 +1,8 @@
 """Training: from random weights to an encoder, and from an encoder to a retriever.
 
 Start with `losses`, the equations. `text` and `pairs` hold what a step learns from
-(`duplicates` finds texts that must not be negatives), `optim` what every step does.
-`pretrain` and `finetune` put them together. A step depends on its seed and number
+(`duplicates` finds texts that must not be negatives), `optim` what every step does,
+`steps` and `gradients` what a fine-tuning step does. `pretrain` and `finetune` put
+them together. A step depends on its seed and number
 alone, and budgets are counts (tokens, documents), never seconds.
 """
