@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from toys import gradient, judged, task, tune, weights
 
 from lib.pipeline.errors import TrainingError
-from lib.training import finetune, gradients
+from lib.training import gradients as caching
 from lib.training import pairs as module
 from lib.training.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
 from lib.training.pairs import Pairs
@@ -36,7 +36,7 @@ def test_in_bfloat16_too_parts_give_the_gradient_of_the_whole_batch(pairs, tiny,
     for most in (None, micro):
         model = tiny().train()
         value, half = values("mnrl", torch.tensor(target)), torch.autocast("cpu", torch.bfloat16)
-        gradients.backward(model, texts, value, pairs.pad_id, most, half)
+        caching.backward(model, texts, value, pairs.pad_id, most, half)
         gradients.append(gradient(model))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
@@ -50,7 +50,7 @@ def test_embedding_in_parts_gives_the_gradient_of_the_whole_batch(pairs, tiny, l
     for most in (None, micro):
         model = tiny()
         value = values(loss, torch.tensor(target))
-        losses.append(gradients.backward(model, texts, value, pairs.pad_id, most))
+        losses.append(caching.backward(model, texts, value, pairs.pad_id, most))
         gradients.append(gradient(model))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=2e-6)
@@ -65,7 +65,7 @@ def test_opl_may_be_accumulated_pair_by_pair_and_mnrl_may_not(pairs, tiny):
         model = tiny()
         for group in groups:
             d, q = (
-                gradients.embed(model, [texts[i] for i in group], pairs.pad_id)
+                caching.embed(model, [texts[i] for i in group], pairs.pad_id)
                 for texts in (pairs.documents[docs], pairs.queries[queries])
             )
             value = (
@@ -91,7 +91,7 @@ def test_dropout_falls_on_the_same_units_in_both_passes(pairs, tiny):
         lambda module, inputs, output: seen.append(output.pooler_output.detach().clone())
     )
     torch.manual_seed(0)
-    gradients.backward(model, texts, values("mnrl", torch.tensor(target)), pairs.pad_id, 3)
+    caching.backward(model, texts, values("mnrl", torch.tensor(target)), pairs.pad_id, 3)
     half = len(seen) // 2
     assert half == 4 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
 
@@ -113,7 +113,7 @@ def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
     def mean_rank(model):
         with torch.no_grad():
             d, q = (
-                gradients.embed(model, rows[list(range(len(rows)))], pairs.pad_id)
+                caching.embed(model, rows[list(range(len(rows)))], pairs.pad_id)
                 for rows in (pairs.documents, pairs.queries)
             )
             cosine = (
