@@ -9,8 +9,10 @@ from pydantic import ValidationError
 from toys import gradient, judged, task, tune, weights
 
 from lib.pipeline.errors import TrainingError
+from lib.training import finetune
 from lib.training import gradients as caching
 from lib.training import pairs as module
+from lib.training import steps as losses_of_steps
 from lib.training.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
 from lib.training.pairs import Pairs
 
@@ -103,7 +105,7 @@ def test_opl_at_batch_one_takes_a_positive_then_its_negatives(pairs, tiny, monke
         steps.append((len(q), len(d), y.tolist()))
         return orthogonal_projection_loss(q, d, y)
 
-    monkeypatch.setattr(finetune, "orthogonal_projection_loss", spy)
+    monkeypatch.setattr(losses_of_steps, "orthogonal_projection_loss", spy)
     tune(tiny(), pairs, documents_seen=8, documents=1, lr=1e-4, loss="opl", negatives=3)
     assert steps == [(1, 1, [1.0]), (1, 1, [0.0]), (1, 1, [0.0]), (1, 1, [0.0])] * 2
 
@@ -215,8 +217,8 @@ def compared(tiny, tokenizer, monkeypatch):
 
         masked = run.masked = []
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "multiple_negatives_ranking_loss", mnrl)
-            patch.setattr(finetune, "orthogonal_projection_loss", opl)
+            patch.setattr(losses_of_steps, "multiple_negatives_ranking_loss", mnrl)
+            patch.setattr(losses_of_steps, "orthogonal_projection_loss", opl)
             patch.setattr(finetune, "backward", backward)
             tune(
                 tiny(),
