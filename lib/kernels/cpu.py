@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from lib.kernels.support import back_end, compute_dtype
 from lib.operators.monarch import BlockDiagonalLinear, paired
+from lib.operators.shared import active, once
 
 SOURCE = Path(__file__).with_name("mixer.cpp")
 # No -ffast-math: gcc would have the library change how the whole process treats small numbers.
@@ -149,13 +150,20 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     p = layer.in_linear(u)  # (B, L, 3D)
     real = torch.full((B,), L, device="cpu") if mask is None else mask[:, 0].sum(dim=1).long()
     p = p if mask is None else p * mask.transpose(1, 2).to(p.dtype)
-    gated, short, taps = layer.gated_filter, layer.short_filter, []
+    n, short = size(L), layer.short_filter
+    # In a step the taps reach to the end of the transform, so that texts of all lengths share them.
+    (table,) = once((layer, "spectra", n), lambda: (layer_spectra(layer, L, n),))
+    return layer.out_linear(Mix.apply(p, u, short.weight[:, 0].t(), short.bias, table, real))
+
+
+def layer_spectra(layer, L: int, n: int) -> Tensor:
+    """`spectra` of a layer's filters with gradients, for FFTs of size n and texts of L tokens."""
+    gated, taps = layer.gated_filter, []
     for filter in (gated, layer.residual_filter):
         if filter is not None:
-            taps += [*filter.before_decay(filter.hidden(L)), filter.bias]
+            taps += [*filter.kernels(n // 2 if active() and n > 1 else L), filter.bias]
     taps += [None] * (6 - len(taps))
-    table = Spectra.apply(gated.time(L), gated.deltas(), size(L), *taps)
-    return layer.out_linear(Mix.apply(p, u, short.weight[:, 0].t(), short.bias, table, real))
+    return Spectra.apply(gated.time(len(taps[0])), gated.deltas(), n, *taps)
 
 
 def gated_mlp(mlp, h: Tensor) -> Tensor | None:

@@ -37,6 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lib.kernels import support
 from lib.kernels.tiles import TILE, in_groups
+from lib.operators import shared
 from lib.operators.long_conv import circular_kernel, long_conv, short_conv
 
 # Tokens that one program holds in its registers; half as many before compute capability 9, where a
@@ -78,8 +79,16 @@ def layer_spectra(layer, length: int) -> Tensor:
     """
     filters = [layer.gated_filter, layer.residual_filter]
     filters = [filter for filter in filters if filter is not None]
-    if torch.is_grad_enabled():
-        return torch.stack([spectrum(*f(length), f.bias, length) for f in filters])
+    if torch.is_grad_enabled() or shared.active():
+        H = math.prod(
+            factors(length, layer.in_linear.weight.device)
+        )  # of all lengths that share it
+        taps = min(H, layer.gated_filter.max_length) if shared.active() else length
+
+        def compute() -> tuple[Tensor]:
+            return (torch.stack([spectrum(*f(taps), f.bias, H) for f in filters]),)
+
+        return shared.once((layer, "spectra", H), compute)[0]
     weights = [weight for filter in filters for weight in filter.parameters()]
     versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
     now = length, versions

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.operators.long_conv import long_conv, short_conv
+from lib.operators.shared import active
 
 TILE = 2**23  # numbers in a buffer: 32 MiB, few enough for a processor's cache
 
@@ -18,7 +19,7 @@ def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     """y (B, L, D) of u (B, L, D) in groups of channels; None with gradients or for one group."""
     B, L, D = u.shape
     group = max(1, TILE // (3 * B * L))
-    if torch.is_grad_enabled() or group >= D:
+    if torch.is_grad_enabled() or active() or group >= D:
         return None
     u = u.transpose(1, 2) if mask is None else u.transpose(1, 2) * mask  # (B, D, L)
     filters = [filter for filter in (layer.gated_filter, layer.residual_filter) if filter]

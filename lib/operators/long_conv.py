@@ -8,6 +8,7 @@ is bidirectional: one kernel looks back, another looks ahead.
     long_conv(u, k, k_rev, bias)           the same through the FFT
     short_conv(x, weight, bias)            depthwise and causal, width 3
     ImplicitFilter                         a small MLP that writes the kernels
+    filters_once(model, length)            a training step: all filters of a model in one product
 
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3); Poli et al. 2023 (Hyena,
         arXiv 2302.10866) for the implicit filter. Checked against tests/golden.
@@ -15,12 +16,16 @@ Axes:   B batch, D channels, L positions.
 """
 
 import math
-from functools import cache
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lib.operators import shared
 
 
 def long_conv_direct(
@@ -244,7 +249,58 @@ class ImplicitFilter(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The first `length` taps of both kernels, (D, L); the second is None in a causal model."""
-        return self.taps(self.hidden(length))
+        if not shared.active():
+            return self.taps(self.hidden(length))
+
+        def taps() -> tuple[Tensor, Tensor | None]:
+            kernels = self.kernels()
+            decay = self.decay(len(kernels[0]))
+            return tuple(None if kernel is None else (kernel * decay).t() for kernel in kernels)
+
+        both = shared.once((self, "taps"), taps)
+        return tuple(None if kernel is None else kernel[:, :length] for kernel in both)
+
+    def kernels(self, length: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The first `length` taps of both kernels without their decay, (L, D).
+
+        In a step they are those that `filters_once` computed; None: all that it computed.
+        """
+        both = shared.once((self, "kernels"), lambda: self.before_decay(self.hidden(length)))
+        return tuple(None if kernel is None else kernel[:length] for kernel in both)
+
+
+@contextmanager
+def filters_once(model: nn.Module, length: int):
+    """A training step of texts of at most `length` tokens, which computes each filter once.
+
+    The networks of all filters of one shape are one batched product. Passes add up the gradients of
+    the taps; the sum goes through the networks at the end of the block.
+    """
+    groups = defaultdict(list)
+    for filter in model.modules():
+        if isinstance(filter, ImplicitFilter):
+            groups[filter.channels, tuple(filter.back[0].weight.shape)].append(filter)
+    with shared.step():
+        for shape, filters in groups.items():
+            kernels = iter(shared.once(shape, partial(batched_kernels, filters, length)))
+            for filter in filters:
+                both = next(kernels), None if filter.ahead is None else next(kernels)
+                shared.put((filter, "kernels"), both)
+        yield
+
+
+def batched_kernels(filters: list[ImplicitFilter], length: int) -> tuple[Tensor, ...]:
+    """`before_decay` of each filter, back then ahead, (L, D) each, by batched products."""
+    both = [(f, mlp) for f in filters for mlp in (f.back, f.ahead) if mlp is not None]
+    with torch.autocast(filters[0].inputs.device.type, enabled=False), torch.enable_grad():
+        h = torch.stack([f.inputs[:length] for f, _ in both])  # (n, L, E)
+        frequency = torch.stack([f.freq for f, _ in both])[:, None]
+        for i in range(3):
+            weight = torch.stack([mlp[i].weight for _, mlp in both])
+            bias = torch.stack([mlp[i].bias for _, mlp in both])[:, None]
+            h = torch.sin(frequency * torch.baddbmm(bias, h, weight.mT))  # (n, L, O)
+        weight = torch.stack([mlp[3].weight for _, mlp in both])
+        return torch.bmm(h, weight.mT).unbind()
 
 
 def filter_inputs(length: int, emb_dim: int, filter_length: int | None = None) -> Tensor:

@@ -317,7 +317,7 @@ def explanation(error: BaseException, begun: list[str]) -> str:
     if kind == "DeadKernelError":
         return (
             f"the kernel was killed by the system {where}, often out of memory: "
-            "lower batch_tokens, documents, micro_batch or the profile's lengths"
+            "lower batch_tokens, micro_batch_tokens or the profile's lengths"
         )
     if kind == "PapermillExecutionError":
         kind, reason = error.ename, error.evalue

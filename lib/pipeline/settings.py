@@ -121,7 +121,7 @@ class Finetune(Settings):
     query_length: Count
     negatives: Amount  # per positive pair
     scale: Rate
-    micro_batch: Amount  # texts embedded at a time; 0: all
+    micro_batch_tokens: Count  # of a forward pass, with padding
     tasks: list[str]
     allow_test_training: bool
     lr: Rate

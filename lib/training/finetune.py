@@ -72,7 +72,7 @@ def finetune(
     def gradient(step: int) -> dict:
         batch, loss = LOSSES[s.loss](pairs, s, step, teach)
         texts = pairs.documents[batch[0]], pairs.queries[batch[1]]
-        value = backward(model, texts, loss, pairs.pad_id, s.micro_batch or None, context)
+        value = backward(model, texts, loss, pairs.pad_id, s.micro_batch_tokens, context)
         return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows))
 
     optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lib.benchmark import statistics
+from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
 from lib.training.text import PretrainingText
@@ -50,14 +51,15 @@ def pretrain(
         batch = list(text.masked(examples, s.mask_rate, s.seed, step))
         targets = sum(int((labels > 0).sum()) for _, labels, _ in batch)
         loss = correct = 0.0
-        for ids, labels, mask in batch:
-            n = int((labels > 0).sum())
-            if n:
-                with context:
-                    out = model(ids.to(device), mask.to(device), labels=labels.to(device))
-                (out.loss * n / targets).backward()  # the mean over the step, however bucketed
-                loss += out.loss.item() * n / targets
-                correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
+        with filters_once(model, max(ids.shape[1] for ids, _, _ in batch)):
+            for ids, labels, mask in batch:
+                n = int((labels > 0).sum())
+                if n:
+                    with context:
+                        out = model(ids.to(device), mask.to(device), labels=labels.to(device))
+                    (out.loss * n / targets).backward()  # the mean over the step, however bucketed
+                    loss += out.loss.item() * n / targets
+                    correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 

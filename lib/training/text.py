@@ -27,19 +27,22 @@ PASS_TOKENS = 32_768  # in one forward pass of pretraining; gradients of a large
 
 
 def bucket_by_length(
-    lengths: list[int], most: int | None = None, waste_tokens: int = 2048
+    lengths: list[int], most_tokens: int | None = None, waste_tokens: int = 2048
 ) -> list[list[int]]:
-    """Indices in buckets of similar length, longest first, at most `most` per bucket.
+    """Indices in buckets of similar length, longest first.
 
+    A bucket holds at most `most_tokens` tokens with padding; a longer text is a bucket of its own.
     A bucket of more than `waste_tokens` tokens, enough to be worth a forward pass, ends before a
-    text that is shorter than 0.8 of its longest.
+    text that is shorter than 0.8 of its longest: at most a fifth of what it holds beyond
+    `waste_tokens` is padding.
     """
     buckets: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         bucket = buckets[-1] if buckets else []
         longest = lengths[bucket[0]] if bucket else 0
         wasteful = lengths[i] < 0.8 * longest and len(bucket) * longest > waste_tokens
-        if not bucket or len(bucket) == most or wasteful:
+        full = most_tokens is not None and (len(bucket) + 1) * longest > most_tokens
+        if not bucket or full or wasteful:
             buckets.append([])
         buckets[-1].append(i)
     return buckets

@@ -6,96 +6,15 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from toys import gradient, judged, task, tune, weights
+from toys import judged, task, tune, weights
 
 from lib.pipeline.errors import TrainingError
 from lib.training import finetune
-from lib.training import gradients as caching
 from lib.training import pairs as module
 from lib.training import steps as losses_of_steps
-from lib.training.losses import multiple_negatives_ranking_loss, orthogonal_projection_loss
+from lib.training.gradients import embed
+from lib.training.losses import orthogonal_projection_loss
 from lib.training.pairs import Pairs
-
-
-def values(loss, target):
-    def value(d, q):
-        if loss == "mnrl":
-            return multiple_negatives_ranking_loss(q, d, targets=target)
-        wrong = (target + 1) % 6
-        return orthogonal_projection_loss(
-            torch.cat([q, q]),
-            torch.cat([d[target], d[wrong]]),
-            torch.cat([torch.ones(len(q)), torch.zeros(len(q))]),
-        )
-
-    return value
-
-
-@pytest.mark.parametrize("micro", [1, 4])
-def test_in_bfloat16_too_parts_give_the_gradient_of_the_whole_batch(pairs, tiny, micro):
-    docs, queries, target = pairs.batch(0, 0, 6, 2)
-    texts, gradients = (pairs.documents[docs], pairs.queries[queries]), []
-    for most in (None, micro):
-        model = tiny().train()
-        value, half = values("mnrl", torch.tensor(target)), torch.autocast("cpu", torch.bfloat16)
-        caching.backward(model, texts, value, pairs.pad_id, most, half)
-        gradients.append(gradient(model))
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
-
-
-@pytest.mark.parametrize("loss", ["mnrl", "opl"])
-@pytest.mark.parametrize("micro", [1, 4, 5])
-def test_embedding_in_parts_gives_the_gradient_of_the_whole_batch(pairs, tiny, loss, micro):
-    docs, queries, target = pairs.batch(0, 0, 6, 2)
-    texts = pairs.documents[docs], pairs.queries[queries]
-    gradients, losses = [], []
-    for most in (None, micro):
-        model = tiny()
-        value = values(loss, torch.tensor(target))
-        losses.append(caching.backward(model, texts, value, pairs.pad_id, most))
-        gradients.append(gradient(model))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=2e-6)
-
-
-def test_opl_may_be_accumulated_pair_by_pair_and_mnrl_may_not(pairs, tiny):
-    """The mean of single gradients is the batch's: the paper's OPL, batch 1, true batch 32."""
-    docs, queries, _ = pairs.batch(0, 0, 4, 1)
-    y = torch.tensor([1.0, 0.0, 0.0, 1.0])
-
-    def step(loss, groups):
-        model = tiny()
-        for group in groups:
-            d, q = (
-                caching.embed(model, [texts[i] for i in group], pairs.pad_id)
-                for texts in (pairs.documents[docs], pairs.queries[queries])
-            )
-            value = (
-                orthogonal_projection_loss(q, d, y[group])
-                if loss == "opl"
-                else multiple_negatives_ranking_loss(q, d)
-            )
-            (value * len(group) / 4).backward()
-        return gradient(model)
-
-    whole, single = [[0, 1, 2, 3]], [[0], [1], [2], [3]]
-    torch.testing.assert_close(step("opl", whole), step("opl", single), rtol=1e-4, atol=2e-6)
-    assert step("mnrl", single).abs().max() < 1e-6 < 1e-3 < step("mnrl", whole).abs().max()
-
-
-def test_dropout_falls_on_the_same_units_in_both_passes(pairs, tiny):
-    """Otherwise the gradient of the loss would be carried into another network."""
-    docs, queries, target = pairs.batch(0, 0, 6, 1)
-    texts = pairs.documents[docs], pairs.queries[queries]
-    seen = []
-    model = tiny(hidden_dropout_prob=0.5).train()
-    model.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.pooler_output.detach().clone())
-    )
-    torch.manual_seed(0)
-    caching.backward(model, texts, values("mnrl", torch.tensor(target)), pairs.pad_id, 3)
-    half = len(seen) // 2
-    assert half == 4 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
 
 
 def test_opl_at_batch_one_takes_a_positive_then_its_negatives(pairs, tiny, monkeypatch):
@@ -115,7 +34,7 @@ def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
     def mean_rank(model):
         with torch.no_grad():
             d, q = (
-                caching.embed(model, rows[list(range(len(rows)))], pairs.pad_id)
+                embed(model, rows[list(range(len(rows)))], pairs.pad_id)
                 for rows in (pairs.documents, pairs.queries)
             )
             cosine = (
@@ -165,7 +84,9 @@ def test_none_leaves_the_encoder_as_it_is_and_an_unknown_loss_is_named(pairs, ti
 def test_the_same_pairs_in_the_same_order_give_the_same_bits(pairs, tiny):
     def run(seed):
         model = tiny()
-        tune(model, pairs, documents_seen=24, documents=4, lr=1e-3, seed=seed, micro_batch=2)
+        tune(
+            model, pairs, documents_seen=24, documents=4, lr=1e-3, seed=seed, micro_batch_tokens=40
+        )
         return weights(model)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
@@ -477,7 +398,7 @@ def test_texts_are_compared_once_and_only_for_a_loss_that_has_negatives(
 @pytest.mark.parametrize("loss", ["mnrl", "opl"])
 def test_in_parts_too_the_other_answers_are_left_out(tokenizer, tiny, loss):
     found = []
-    for micro in (0, 1, 3):
+    for micro in (65_536, 1, 60):
         model = tiny()
         curve = tune(
             model,
@@ -487,7 +408,7 @@ def test_in_parts_too_the_other_answers_are_left_out(tokenizer, tiny, loss):
             lr=1e-4,
             loss=loss,
             queries_per_document=3,
-            micro_batch=micro,
+            micro_batch_tokens=micro,
         )
         found.append((weights(model), [line["loss"] for line in curve]))
     for moved, losses in found[1:]:

@@ -19,15 +19,20 @@ def test_texts_are_bucketed_if_padding_would_cost_more_than_another_pass():
     assert bucket_by_length([100, 10, 100], waste_tokens=1_000) == [
         [0, 2, 1]
     ]  # too little to be worth it
-    assert bucket_by_length([5, 5, 5, 5, 5], most=2) == [[0, 1], [2, 3], [4]]
+    assert bucket_by_length([5, 5, 5, 5, 5], most_tokens=14) == [[0, 1], [2, 3], [4]]
+    assert bucket_by_length([9, 5, 5], most_tokens=8) == [[0], [1], [2]]  # too long: alone
     assert bucket_by_length([]) == []
 
 
-@given(st.lists(st.integers(1, 5_000), max_size=60), st.one_of(st.none(), st.integers(1, 9)))
+@given(st.lists(st.integers(1, 5_000), max_size=60), st.none() | st.integers(1, 20_000))
 def test_every_text_is_in_one_bucket_and_none_is_too_large(lengths, most):
     groups = bucket_by_length(lengths, most)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    assert all(len(group) <= (most or len(lengths)) for group in groups)
+    if most:
+        assert all(len(g) == 1 or len(g) * lengths[g[0]] <= most for g in groups)
+    for group in groups:
+        padded = len(group) * lengths[group[0]]
+        assert padded - sum(lengths[i] for i in group) <= 2048 + 0.2 * padded
     assert all(lengths[group[0]] == max(lengths[i] for i in group) for group in groups)
 
 
