@@ -7,6 +7,7 @@ Source: Gao et al. 2021 (arXiv 2101.06983) for gradient caching.
 Axes:   N documents and Q queries in a batch, D width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.model.tokens import pad
 from lib.operators.long_conv import filters_once
+from lib.training import ranks
 from lib.training.text import bucket_by_length
 
 EXACT = nullcontext()  # float32
@@ -56,33 +58,47 @@ def backward(
 ) -> float:
     """Add the gradient of loss(documents, queries) to the model; return the loss.
 
-    If all passes hold more than `most_tokens` tokens, each text is embedded twice: without a graph,
-    for the gradient of the loss with respect to each embedding; then with a graph, to carry it into
-    the weights. The gradient is that of the whole batch for every loss, and memory that of a pass.
+    A step is cut into passes, and each process takes its share (lib/training/ranks.py). The loss
+    sees the embeddings of all passes, whose gradients then go into the weights pass by pass. If a
+    process's share holds more than `most_tokens` tokens, it embeds each text twice, first without
+    a graph: the gradient is that of the whole batch for every loss, and memory that of a pass.
 
     Args:
         texts: documents and queries, rows of tokens each, which go through the model separately:
             their lengths differ a hundredfold.
         most_tokens: of a pass, with padding; a longer text is a pass of its own. None: no limit.
     """
+    weights = model.get_input_embeddings().weight
+    plan = [(rows, bucket) for rows in texts for bucket in passes(rows, cut(texts, most_tokens))]
+    sizes = [len(bucket) * len(rows[bucket[0]]) for rows, bucket in plan]
+    mine = ranks.share(sizes)
+    twice = most_tokens is not None and sum(sizes[i] for i in mine) > most_tokens
+    state = torch.random.fork_rng([weights.device] if weights.is_cuda else [])
+
+    def embedded(i: int) -> Tensor:
+        return embed_pass(model, *plan[i], pad_id, context)
+
     with filters_once(model, max(len(row) for rows in texts for row in rows)):
-        if most_tokens is None or padded_tokens(texts) <= most_tokens:
-            value = loss(*(embed(model, rows, pad_id, context=context) for rows in texts))
-            value.backward()
-            return value.item()
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(list(devices)), torch.no_grad():
-            vectors = [embed(model, rows, pad_id, most_tokens, context) for rows in texts]
-        # The generators are where they were: the second pass draws the same dropout.
-        value = loss(*(part.requires_grad_() for part in vectors))
+        with state if twice else EXACT, torch.set_grad_enabled(not twice):
+            parts = {i: embedded(i) for i in mine}
+        vectors = []
+        for rows in texts:
+            own = [i for i in mine if plan[i][0] is rows]
+            places = [plan[i][1] for i in own]
+            whole = ranks.gather([parts[i] for i in own], places, len(rows), weights)
+            vectors.append(whole.requires_grad_())
+        value = loss(*vectors)
         value.backward()
-        for rows, part in zip(texts, vectors):
-            for bucket in passes(rows, most_tokens):
-                again = embed_pass(model, rows, bucket, pad_id, context)
-                again.backward(part.grad[bucket])
+        for i in mine:  # the generators are where they were: a second pass draws the same dropout
+            vector = vectors[0] if plan[i][0] is texts[0] else vectors[1]
+            (embedded(i) if twice else parts.pop(i)).backward(vector.grad[plan[i][1]])
+    ranks.add_up(model)
     return value.item()
 
 
-def padded_tokens(texts: tuple[Rows, Rows]) -> int:
-    """The number of tokens of a step, with padding."""
-    return sum(len(bucket) * len(rows[bucket[0]]) for rows in texts for bucket in passes(rows))
+def cut(texts: tuple[Rows, Rows], most_tokens: int | None) -> int | None:
+    """The most tokens of a pass: with several processes, at most a process's share of the step."""
+    if ranks.count() == 1:
+        return most_tokens
+    share = math.ceil(sum(len(row) for rows in texts for row in rows) / ranks.count())
+    return share if most_tokens is None else min(share, most_tokens)

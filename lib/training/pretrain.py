@@ -16,6 +16,7 @@ from torch import nn
 from lib.benchmark import statistics
 from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
+from lib.training import ranks
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
 from lib.training.text import PretrainingText
 
@@ -51,8 +52,9 @@ def pretrain(
         batch = list(text.masked(examples, s.mask_rate, s.seed, step))
         targets = sum(int((labels > 0).sum()) for _, labels, _ in batch)
         loss = correct = 0.0
+        mine = ranks.share([ids.numel() for ids, _, _ in batch])
         with filters_once(model, max(ids.shape[1] for ids, _, _ in batch)):
-            for ids, labels, mask in batch:
+            for ids, labels, mask in (batch[i] for i in mine):
                 n = int((labels > 0).sum())
                 if n:
                     with context:
@@ -60,6 +62,8 @@ def pretrain(
                     (out.loss * n / targets).backward()  # the mean over the step, however bucketed
                     loss += out.loss.item() * n / targets
                     correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
+        ranks.add_up(model)
+        loss, correct = ranks.total(loss, correct)
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 
