@@ -75,7 +75,8 @@ def settings(profile: str, stage: str, row: str | None = None) -> dict:
     Args:
         row: for `pretrain` a row of pretrained or continued, for `finetune` one of distilled or
             retrievers; its own keys (length, pretrained, teacher) come along. For `model` any
-            trained row: the shape of the pretrained model that it starts from.
+            trained row: the shape of the pretrained model that it starts from. `lr_by_length`
+            stands between profile and row.
 
     Raises:
         ParamsError: unknown profile or row; or the file is wrong.
@@ -89,8 +90,10 @@ def settings(profile: str, stage: str, row: str | None = None) -> dict:
         return values | {key: value for key, value in keys.items() if key in values}
     candidates = {name: own for table in TRAINED_BY[stage] for name, own in design[table].items()}
     known(row, candidates, f"row of {' or '.join(TRAINED_BY[stage])}")
-    shape = design["model"]["base"]
-    return values | {key: value for key, value in candidates[row].items() if key not in shape}
+    shape, own = design["model"]["base"], candidates[row]
+    rate = values.get("lr_by_length", {}).get(own.get("length"))
+    rates = {} if rate is None else {"lr": rate, "embedding_lr": rate}
+    return values | rates | {key: value for key, value in own.items() if key not in shape}
 
 
 def length(profile: str, paper_length: int) -> int:

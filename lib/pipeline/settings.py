@@ -102,11 +102,14 @@ class Pretrain(Settings):
     batch_tokens: Count
     lr: Rate
     embedding_lr: Rate
+    lr_by_length: dict[PaperLength, Rate]  # both rates of a row of that length
+    parameter_groups: Literal["none", "intended"]
     mask_rate: Share
     variable_share: Share  # of the examples: of variable length
+    dropout: Share
     warmup: Share
     final_lr: Share  # of the peak
-    weight_decay: Rate
+    weight_decay: Rate  # of a step at the peak rate
     mixture: Literal["short", "long", "mixed"]
     extend_filters: Literal["stretch", "tile", "extrapolate"]
     seed: Amount
