@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib.pipeline import notebook, profile
+from lib.pipeline import notebook, processes, profile
 from lib.pipeline.errors import WorkbenchError
 
 
@@ -62,8 +62,13 @@ def run(arguments: list[str]) -> None:
     reader.add_argument("row", nargs="?")
     reader.add_argument("--profile", required=True)
     reader.add_argument("--measured", action="store_true", help="write it to the timings")
-    cost = notebook.run(**vars(reader.parse_intermixed_args(arguments)))
-    print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
+    options = reader.parse_intermixed_args(arguments)
+    count = processes.count(options.profile, options.stage)
+    if count > 1:
+        return processes.launch(count, arguments)
+    cost = notebook.run(**vars(options))
+    if not processes.is_follower():
+        print(f"{cost['stage']}: {cost['seconds']} s, {cost['peak_gib']} GiB at most", flush=True)
 
 
 COMMANDS = {"strip": strip, "run": run, "kernel": notebook.kernel}

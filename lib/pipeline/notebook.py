@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from lib.pipeline import files, params
+from lib.pipeline import files, params, processes
 from lib.pipeline.errors import WorkbenchError, require
 
 METADATA = {
@@ -216,6 +216,9 @@ def run(
     output = (timings if measured else data / "executed") / f"{name}.ipynb"
     source = bare(read(data / "source" / f"{notebook}.ipynb"))
     given = {"profile": profile, "out": "data"} | ({"row": row} if row else {})
+    if processes.is_follower():
+        processes.follow(source, given)
+        return {"stage": name}
     started = time.monotonic()
     # A private folder whose path is short enough for sockets (104 characters).
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 70 else "/tmp"

@@ -63,7 +63,8 @@ class Settings(BaseModel):
 
 
 class Compute(Settings):
-    threads: Count
+    threads: Count  # of each process
+    processes: Count  # that train one model on this machine
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["float32", "bfloat16"]  # of matrix multiplications
 

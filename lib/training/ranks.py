@@ -1,19 +1,55 @@
 """Several processes that train one model: each takes a share of a step's passes.
 
+    join(processes)             meet the processes that torchrun started
     share(tokens)               which passes of a step are this process's
     gather(rows, n, mine)       the embeddings of all processes
     add_up(model)               gradients summed over all processes, in one message
     total(numbers)              numbers summed over all processes
+    end_others()                the rest of a notebook is the first process's alone
 
 A step is the same function of the seed and its number in every process. One process, or no
 `torch.distributed`, is the case of one rank: nothing is sent.
 """
 
 import heapq
+import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lib.pipeline.errors import TrainingError, require
+
+
+def join(processes: int) -> None:
+    """Meet the other processes of this training; each takes a GPU of its own if there are GPUs.
+
+    Args:
+        processes: expected on this machine.
+
+    Raises:
+        TrainingError: torchrun started another number of processes, or none.
+    """
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    message = f"compute.processes is {processes}, and this is one of {started}: run the stage with "
+    message += "`make repro`, or set compute.processes to 1"
+    require(started == processes, message, TrainingError)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def end_others() -> None:
+    """End every process but the first, after the training."""
+    first = rank() == 0
+    if count() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if not first:
+        sys.exit()
 
 
 def count() -> int:
