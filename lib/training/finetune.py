@@ -14,6 +14,7 @@ from lib.pipeline.settings import Finetune
 from lib.training.gradients import backward
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
 from lib.training.pairs import Pairs
+from lib.training.resume import Checkpoints
 from lib.training.steps import LOSSES, prototypes
 
 
@@ -33,6 +34,7 @@ def finetune(
     settings: Finetune,
     teacher: nn.Module | None = None,
     precision: str = "float32",
+    checkpoints: Checkpoints | None = None,
     show_progress: bool = True,
 ) -> list[dict]:
     """Turn an encoder into a retriever, in place.
@@ -53,6 +55,7 @@ def finetune(
     Args:
         teacher: of the prototype loss, in evaluation mode; it reads its own `max_length`.
         precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
+        checkpoints: to go on from after a stop (`optim.train`).
 
     Returns:
         The curve: {"step", "tokens", "loss", "lr"} of each step.
@@ -77,4 +80,5 @@ def finetune(
 
     optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)
     shares = warmup_then_linear(math.ceil(budget(s) / s.documents), s.warmup)
-    return train(model, optim, shares, gradient, f"fine-tuning ({s.loss})", show_progress)
+    name = f"fine-tuning ({s.loss})"
+    return train(model, optim, shares, gradient, name, s.seed, checkpoints, show_progress)

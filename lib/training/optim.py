@@ -4,17 +4,20 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), appendix A.3.
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib.kernels.support import matmul_dtype
 from lib.pipeline.errors import TrainingError, require
-from lib.pipeline.progress import bar
+from lib.pipeline.progress import bar, say
+from lib.training.resume import Checkpoints, signals
 
 MAX_GRAD_NORM = 1.0
+READ_EVERY = 50  # steps, of losses on a GPU
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -61,41 +64,106 @@ def warmup_then_linear(steps: int, warmup: float, final: float = 0.0) -> list[fl
     ]
 
 
+class Curve:
+    """The lines of a run's steps, read from the device in groups: to read one, we must wait for it.
+
+    lines      {"step", "tokens" so far, "loss", "lr", …} of the steps that are read
+    pending    of those that are not: numbers may be tensors, tokens are the step's, and the norm of
+               its gradient is there too
+    """
+
+    def __init__(self, name: str, seed: int, lines: list[dict]):
+        self.name, self.seed, self.lines, self.pending = name, seed, lines, []
+        self.norm, self.started, self.first = math.nan, time.monotonic(), self.tokens()
+
+    def tokens(self) -> int:
+        return self.lines[-1]["tokens"] if self.lines else 0
+
+    def ready(self) -> bool:
+        """Are the pending lines on the CPU, or READ_EVERY of them?"""
+        loss = self.pending[-1]["loss"]
+        return len(self.pending) == READ_EVERY or not is_remote(loss)
+
+    def read(self, hint: str = "") -> None:
+        """Move the pending lines to `lines`.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite; the message ends with `hint`.
+        """
+        for line in self.pending:
+            line = {k: v.item() if isinstance(v, Tensor) else v for k, v in line.items()}
+            self.norm, place = line.pop("norm"), f"step {line['step']}"
+            for what, value in (("loss", line["loss"]), ("norm of the gradient", self.norm)):
+                batch = f"(lr {line['lr']:.2g}; its batch is that of seed {self.seed} and {place})"
+                message = f"{self.name}: the {what} is {value} at {place} {batch}; lower lr{hint}"
+                require(math.isfinite(value), message, TrainingError)
+            self.lines.append(line | dict(tokens=self.tokens() + line["tokens"]))
+        self.pending.clear()
+
+    def summary(self) -> str:
+        """Loss, norm of the gradient and speed, for the progress bar."""
+        speed = (self.tokens() - self.first) / (time.monotonic() - self.started)
+        loss = self.lines[-1]["loss"]
+        return f"loss {loss:.4g}, gradient {self.norm:.3g}, {speed:,.0f} tokens/s"
+
+
+def is_remote(value: float | Tensor) -> bool:
+    """Is it a number that another device may still be computing?"""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def train(
     model: nn.Module,
     optim: torch.optim.Optimizer,
     shares: list[float],
     gradient: Callable[[int], dict],
     name: str,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
     show_progress: bool = True,
 ) -> list[dict]:
     """Take a step for each of `shares`, the learning rates as shares of each group's peak.
 
     gradient(step) adds to the parameters' gradients and returns {"loss", "tokens", …} of the step.
+    On a GPU the loss may be a tensor: it is read every READ_EVERY steps and before a checkpoint.
+
+    Args:
+        seed: names a step's batch, together with its number, in messages.
+        checkpoints: training goes on from the newest one and writes others, the last one at its
+            end. SIGINT and SIGTERM (Ctrl-C) write one after the step and then have their effect.
 
     Returns:
         The curve: {"step", "tokens" so far, "loss", "lr", …} of each step, before its update.
 
     Raises:
-        TrainingError: the loss of a step is not finite.
+        TrainingError: the loss or the gradient of a step is not finite.
     """
     model.train()
-    curve, tokens, lr = [], 0, optim.defaults["lr"]
-    peaks = [group["lr"] for group in optim.param_groups]
-    progress = bar(total=len(shares), desc=name, show=show_progress)
-    for step, share in enumerate(shares):
-        line = gradient(step)
-        before = f"step {step} (lr {optim.param_groups[0]['lr']:.2g})"
-        message = f"{name}: the loss is {line['loss']} at {before}; lower lr"
-        require(math.isfinite(line["loss"]), message, TrainingError)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        for group, peak in zip(optim.param_groups, peaks):
-            group["lr"] = peak * share
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-        tokens += line["tokens"]
-        curve.append(line | dict(step=step, tokens=tokens, lr=lr * share))
-        progress.update(1)
-    progress.close()
+    curve = Curve(name, seed, checkpoints.restore(model, optim) if checkpoints else [])
+    peaks, lr = [group["lr"] for group in optim.param_groups], optim.defaults["lr"]
+    total, start = len(shares), len(curve.lines)
+    caught = signals() if checkpoints else nullcontext([])
+    with caught as stop, bar(total, name, show_progress, start) as progress:
+        for step in range(start, total):
+            for group, peak in zip(optim.param_groups, peaks):
+                group["lr"] = peak * shares[step]
+            line = gradient(step)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            curve.pending.append(line | dict(step=step, lr=lr * shares[step], norm=norm))
+            stopping, due = bool(stop), bool(checkpoints) and checkpoints.due()
+            keep = bool(checkpoints) and (due or stopping or step + 1 == total)
+            if keep or step + 1 == total or curve.ready():
+                curve.read(f"; {checkpoints.last()}" if checkpoints else "")
+                progress.set_postfix_str(curve.summary(), refresh=False)
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+            progress.update(1)
+            if keep:
+                checkpoints.save(model, optim, curve.lines)
+            if show_progress and (due or stopping):
+                say(str(progress))  # in a log, all that is seen of the bar
+            if stopping:
+                say(f"{name}: stopped; {checkpoints.last()}, `make repro` goes on from it")
+                break
     model.eval()
-    return curve
+    return curve.lines

@@ -18,6 +18,7 @@ from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
+from lib.training.resume import Checkpoints
 from lib.training.text import PretrainingText
 
 ADAM = dict(betas=(0.9, 0.98), eps=1e-6)  # appendix A.3
@@ -28,6 +29,7 @@ def pretrain(
     text: PretrainingText,
     settings: Pretrain,
     precision: str = "float32",
+    checkpoints: Checkpoints | None = None,
     show_progress: bool = True,
 ) -> list[dict]:
     """Pretrain a masked-language model, in place.
@@ -35,6 +37,7 @@ def pretrain(
     Args:
         text: has what the mixture draws from (`text.check`).
         precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
+        checkpoints: to go on from after a stop (`optim.train`).
 
     Returns:
         The curve: {"step", "tokens", "loss", "accuracy", "lr"} of each step; loss in nats per
@@ -69,7 +72,7 @@ def pretrain(
 
     optim = optimizer(model, s.lr, s.weight_decay, s.embedding_lr, **ADAM)
     shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
-    return train(model, optim, shares, gradient, "pretraining", show_progress)
+    return train(model, optim, shares, gradient, "pretraining", s.seed, checkpoints, show_progress)
 
 
 @torch.no_grad()
