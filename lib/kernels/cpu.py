@@ -167,12 +167,12 @@ def layer_spectra(layer, L: int, n: int) -> Tensor:
 
 
 def gated_mlp(mlp, h: Tensor) -> Tensor | None:
-    """y (B, L, D) of h (B, L, D); None outside of training, or with dropout."""
+    """y (B, L, D) of h (B, L, D); None outside of training."""
     trained = torch.is_grad_enabled() or mlp.training
-    x, dropout = h.flatten(0, 1), mlp.training and mlp.dropout.p
-    if not trained or dropout or not GatedBlocks.fits(x, mlp.gated_layers, mlp.wo):
+    x, dropout = h.flatten(0, 1), mlp.dropout.p if mlp.training else 0.0
+    if not trained or dropout == 1 or not GatedBlocks.fits(x, mlp.gated_layers, mlp.wo):
         return None
-    product = GatedBlocks.apply(x, mlp.gated_layers.weight, mlp.wo.weight)
+    product = GatedBlocks.apply(x, mlp.gated_layers.weight, mlp.wo.weight, dropout)
     return mlp.layernorm(product + (x + mlp.wo.bias)).view_as(h)
 
 
@@ -394,11 +394,12 @@ def check_alike(*tensors: Tensor) -> None:
 
 
 class GatedBlocks(torch.autograd.Function):
-    """y = W_o (GELU(a) · b), (a, b) = W_g x: block by block on slices of x and y, without copies.
+    """y = W_o (GELU(a) · b · r), (a, b) = W_g x: block by block on slices of x and y, no copies.
 
     x (n, D), W_g (K, 2I/K, D/K), W_o (K, D/K, I/K), K even, on a CPU with the compiled library.
     All tensors are float32. Under autocast y and all matrix multiplications are bfloat16, also for
-    the weights' gradients, which become float32 afterwards. The backward pass keeps x, a and b.
+    the weights' gradients, which become float32 afterwards. The backward pass keeps x, a and b · r.
+    r is 1, or dropout's factors; it draws them as nn.Dropout does, and again in the backward pass.
     """
 
     @staticmethod
@@ -406,13 +407,17 @@ class GatedBlocks(torch.autograd.Function):
         return paired(gated, out) and gated.weight.shape[1] % 16 == 0 and trains(x, gated.weight)
 
     @staticmethod
-    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, gated: Tensor, out: Tensor, dropout: float) -> Tensor:
         dtype = compute_dtype(x)
+        ctx.dropout, ctx.state = dropout, torch.get_rng_state() if dropout else None
         with torch.autocast("cpu", enabled=False):
             x, gated, out = x.to(dtype).contiguous(), gated.to(dtype), out.to(dtype)
             xs = x.chunk(len(gated), dim=1)
             parts = [torch.mm(part, weight.t()) for part, weight in zip(xs, gated)]
             y, half = torch.empty_like(x), len(gated) // 2
+            if dropout:
+                for b, factors in zip(parts[half:], GatedBlocks.factors(parts, dropout)):
+                    b.mul_(factors)
             for k, (a, b) in enumerate(zip(parts[:half], parts[half:])):
                 for side, m in enumerate(glu(a, b).chunk(2, dim=1)):
                     torch.mm(m, out[2 * k + side].t(), out=y.chunk(len(out), dim=1)[2 * k + side])
@@ -425,6 +430,10 @@ class GatedBlocks(torch.autograd.Function):
         x, gated, out, *parts = ctx.saved_tensors
         dy, K = dy.contiguous(), len(gated)
         dx, dgated, dout = torch.empty_like(x), torch.empty_like(gated), torch.empty_like(out)
+        if ctx.dropout:
+            generator = torch.Generator()
+            generator.set_state(ctx.state)
+            factors = GatedBlocks.factors(parts, ctx.dropout, generator)
         xs, dys, dxs = (tensor.chunk(K, dim=1) for tensor in (x, dy, dx))
         with torch.autocast("cpu", enabled=False):
             for k in range(K // 2):
@@ -432,9 +441,19 @@ class GatedBlocks(torch.autograd.Function):
                 for side, part in enumerate(dm.chunk(2, dim=1)):
                     torch.mm(dys[2 * k + side], out[2 * k + side], out=part)
                 m, da, db = glu_gradient(parts[k], parts[k + K // 2], dm)
+                if ctx.dropout:
+                    db.mul_(factors[k])
                 for side, part in enumerate(m.chunk(2, dim=1)):
                     torch.mm(dys[2 * k + side].t(), part, out=dout[2 * k + side])
                 for block, grad in ((k, da), (k + K // 2, db)):
                     torch.mm(grad.t(), xs[block], out=dgated[block])
                     torch.mm(grad, gated[block], out=dxs[block])
-        return dx, dgated.float(), dout.float()
+        return dx, dgated.float(), dout.float(), None
+
+    @staticmethod
+    def factors(parts: list[Tensor], dropout: float, generator=None) -> tuple[Tensor, ...]:
+        """nn.Dropout's factors of GELU(a) · b, 0 or 1 / (1 - dropout), in K/2 blocks."""
+        (n, width), half = parts[0].shape, len(parts) // 2
+        factors = torch.empty(n, half * width, dtype=parts[0].dtype, device="cpu")
+        factors.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        return factors.chunk(half, dim=1)
