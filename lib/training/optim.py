@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lib.kernels.support import matmul_dtype
 from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.progress import bar, say
+from lib.training import ranks
 from lib.training.resume import Checkpoints, signals
 
 MAX_GRAD_NORM = 1.0
@@ -130,7 +131,8 @@ def train(
     Args:
         seed: names a step's batch, together with its number, in messages.
         checkpoints: training goes on from the newest one and writes others, the last one at its
-            end. SIGINT and SIGTERM (Ctrl-C) write one after the step and then have their effect.
+            end. SIGINT and SIGTERM (Ctrl-C) write one after the step and then have their effect,
+            unless several processes train.
 
     Returns:
         The curve: {"step", "tokens" so far, "loss", "lr", …} of each step, before its update.
@@ -142,8 +144,9 @@ def train(
     curve = Curve(name, seed, checkpoints.restore(model, optim) if checkpoints else [])
     peaks, lr = [group["lr"] for group in optim.param_groups], optim.defaults["lr"]
     total, start = len(shares), len(curve.lines)
-    caught = signals() if checkpoints else nullcontext([])
-    with caught as stop, bar(total, name, show_progress, start) as progress:
+    shown = show_progress and not ranks.rank()
+    caught = signals() if checkpoints and ranks.count() == 1 else nullcontext([])
+    with caught as stop, bar(total, name, shown, start) as progress:
         for step in range(start, total):
             for group, peak in zip(optim.param_groups, peaks):
                 group["lr"] = peak * shares[step]
@@ -160,7 +163,7 @@ def train(
             progress.update(1)
             if keep:
                 checkpoints.save(model, optim, curve.lines)
-            if show_progress and (due or stopping):
+            if shown and (due or stopping):
                 say(str(progress))  # in a log, all that is seen of the bar
             if stopping:
                 say(f"{name}: stopped; {checkpoints.last()}, `make repro` goes on from it")

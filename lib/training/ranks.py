@@ -5,6 +5,7 @@
     gather(rows, n, mine)       the embeddings of all processes
     add_up(model)               gradients summed over all processes, in one message
     total(numbers)              numbers summed over all processes
+    told(text)                  the first process's text
     end_others()                the rest of a notebook is the first process's alone
 
 A step is the same function of the seed and its number in every process. One process, or no
@@ -112,3 +113,17 @@ def total(*numbers: float) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def told(text: str) -> str:
+    """The first process's text, in every process."""
+    if count() == 1:
+        return text
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    content = torch.frombuffer(bytearray(text.encode() + b"\n"), dtype=torch.uint8).to(device)
+    size = torch.tensor(len(content), device=device)
+    dist.broadcast(size, 0)
+    if rank():
+        content = content.new_zeros(int(size))
+    dist.broadcast(content, 0)
+    return bytes(content.tolist()).decode()[:-1]

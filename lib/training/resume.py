@@ -103,29 +103,37 @@ class Checkpoints:
     def restore(self, model: nn.Module, optim: Optimizer) -> list[dict]:
         """Load the newest whole checkpoint into the model and optimizer.
 
-        A damaged checkpoint is named in the log and deleted, and the one before it is taken.
+        A damaged checkpoint is named in the log and deleted, and the one before it is taken. All
+        processes load the one that the first process finds.
 
         Returns:
             The curve up to the checkpoint; its length is the next step. [] if there is none.
         """
         self.written = time.monotonic()
-        for draft in self.folder.glob(".*"):  # of a run that was killed as it wrote
+        place = ranks.told("" if ranks.rank() else str(self.newest() or ""))
+        if not place:
+            return []
+        curve, tensors = read(Path(place))
+        load(tensors, model, optim)
+        log.warning("training goes on at step %d, from %s", len(curve), place)
+        return curve
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; damaged ones and what a killed run began are deleted."""
+        for draft in self.folder.glob(".*"):
             shutil.rmtree(draft, ignore_errors=True)
         for place in self.steps():
             try:
-                curve, tensors = read(place)
+                read(place)
+                return place
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
                 log.warning("%s is damaged, training goes on without it (%s)", place, problem)
                 shutil.rmtree(place, ignore_errors=True)
-                continue
-            load(tensors, model, optim)
-            log.warning("training goes on at step %d, from %s", len(curve), place)
-            return curve
         if self.row.is_dir() and any(path != self.folder for path in self.row.iterdir()):
             message = "settings, data or code have changed since the checkpoints in %s were written"
             log.warning(message + ": training starts at step 0", self.row)
-        return []
+        return None
 
     # -------------------------------------------------------------- write
 
@@ -135,6 +143,7 @@ class Checkpoints:
         If it cannot be written, the log says so and the last checkpoints stay. Of several
         processes, the first one writes.
         """
+        self.written = time.monotonic()
         if ranks.rank():
             return
         place = self.folder / str(len(curve))
@@ -153,7 +162,6 @@ class Checkpoints:
         else:
             for old in self.steps()[KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
-        self.written = time.monotonic()
 
     def clear(self) -> None:
         """Delete all checkpoints of the row, those of other keys too."""
