@@ -117,13 +117,16 @@ class Pretrain(Settings):
 
 
 class Finetune(Settings):
-    loss: Literal["opl", "mnrl", "prototype", "none"]
-    documents: Count  # per step
+    loss: Literal["opl", "mnrl", "contrastive", "triplet", "prototype", "none"]
+    documents: Count  # per step; explicit and hard negatives come on top
     documents_seen: Amount
     share: Share  # of documents_seen
-    queries_per_document: Count
+    queries_per_document: Amount  # in an epoch; 0: all
     query_length: Count
-    negatives: Amount  # per positive pair
+    negatives: Amount  # of a query and its document; of all losses but MNRL
+    explicit_negatives: Amount  # of MNRL: documents of each query, beside those of the batch
+    hard_negatives: Literal["none", "bm25", "model"]
+    hard_depth: Count  # best ranked negatives of a query, from which hard ones are drawn
     scale: Rate
     micro_batch_tokens: Count  # of a forward pass, with padding
     tasks: list[str]
@@ -133,6 +136,7 @@ class Finetune(Settings):
     lr_documents: Count  # documents per step that the rates are meant for
     weight_decay: Rate
     warmup: Share
+    evaluations: Amount  # on validation during training, evenly spread
     seed: Amount
 
 

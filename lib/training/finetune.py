@@ -1,25 +1,28 @@
 """Fine-tuning: turn a pretrained encoder into a retriever.
 
-    finetune(model, pairs, settings)    minimise MNRL, OPL or the prototype loss, in place
+    finetune(model, pairs, settings)    minimise a loss of pairs, in place
 
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3 and appendix A.3. Batches and
         losses of a step: lib/training/steps.py. Gradients: lib/training/gradients.py.
 """
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from lib.pipeline.settings import Finetune
 from lib.training.gradients import backward
+from lib.training.negatives import mined
 from lib.training.optim import autocast, optimizer, train, warmup_then_linear
 from lib.training.pairs import Pairs
 from lib.training.resume import Checkpoints
-from lib.training.steps import LOSSES, prototypes
+from lib.training.steps import LOSSES, check, prototypes
 
 
 def budget(settings: Finetune) -> int:
-    """The number of documents that fine-tuning embeds."""
+    """The number of documents that fine-tuning embeds, without explicit and hard negatives."""
     return round(settings.share * settings.documents_seen)
 
 
@@ -36,29 +39,39 @@ def finetune(
     precision: str = "float32",
     checkpoints: Checkpoints | None = None,
     show_progress: bool = True,
+    evaluate: Callable[[], float] | None = None,
 ) -> list[dict]:
     """Turn an encoder into a retriever, in place.
 
     A step embeds `settings.documents` documents and up to `queries_per_document` queries of each.
 
-        mnrl        ranks every query against all documents of the step
-        opl         takes pairs: a query with its document (label 1) and with `negatives` others
-                    of the step (label 0). With `documents: 1`, a step is one pair: a positive,
-                    then `negatives` steps with a document drawn from all of `pairs`
-        prototype   compares each text with the teacher's embedding of it
-        none        leaves the encoder as it is
+        mnrl         ranks every query against all documents of the step, and against
+                     `explicit_negatives` more of each query
+        opl          takes pairs: a query with its document (label 1) and with `negatives` others
+                     (label 0)
+        contrastive  the same pairs, but as many with label 1 as with label 0
+        triplet      takes a query, its document and a negative, `negatives` times
+        prototype    compares each text with the teacher's embedding of it
+        none         leaves the encoder as it is
+
+    With `documents: 1`, a step of opl, contrastive or triplet is one pair or triplet, in random
+    order, and its negative is a document of the query's task. With more documents, negatives are
+    documents of the step, or beside them hard ones (lib/training/negatives.py).
 
     A relevant document, or a near-duplicate of one, is never a negative (`Pairs.excluded`). A query
     without negatives adds 0 to the mean of MNRL and is a positive alone in OPL; with
-    `documents: 1`, another query replaces it (`Pairs.random_negative`).
+    `documents: 1`, and in the other losses, it is left out.
 
     Args:
         teacher: of the prototype loss, in evaluation mode; it reads its own `max_length`.
         precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
         checkpoints: to go on from after a stop (`optim.train`).
+        evaluate: returns nDCG@10 of the model on validation; called before `settings.evaluations`
+            of the steps, the first one of them. The training's bits do not depend on it.
 
     Returns:
-        The curve: {"step", "tokens", "loss", "lr"} of each step.
+        The curve: {"step", "tokens", "loss", "lr"} of each step, and "ndcg@10" of the model before
+        that step where it was evaluated.
 
     Raises:
         TrainingError: no query has a negative (before the first step), or a loss is not finite.
@@ -67,18 +80,37 @@ def finetune(
     if s.loss == "none" or not budget(s):
         model.eval()
         return []
-    if s.loss == "mnrl" or s.negatives:
-        pairs.check_negatives(s.loss)
-    teach = prototypes(teacher, pairs) if s.loss == "prototype" else None
+    if s.loss == "prototype":
+        prepared = prototypes(teacher, pairs)
+    else:
+        check(pairs, s)
+        prepared = mined(model, pairs, s, show_progress)  # before a checkpoint is restored
     context = autocast(next(model.parameters()).device, precision)
+    shares = warmup_then_linear(math.ceil(budget(s) / s.documents), s.warmup)
+    evaluated = evaluation_steps(len(shares), s.evaluations) if evaluate else ()
 
     def gradient(step: int) -> dict:
-        batch, loss = LOSSES[s.loss](pairs, s, step, teach)
+        scores = {"ndcg@10": undisturbed(model, evaluate)} if step in evaluated else {}
+        batch, loss = LOSSES[s.loss](pairs, s, step, prepared)
         texts = pairs.documents[batch[0]], pairs.queries[batch[1]]
         value = backward(model, texts, loss, pairs.pad_id, s.micro_batch_tokens, context)
-        return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows))
+        return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows)) | scores
 
     optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)
-    shares = warmup_then_linear(math.ceil(budget(s) / s.documents), s.warmup)
     name = f"fine-tuning ({s.loss})"
     return train(model, optim, shares, gradient, name, s.seed, checkpoints, show_progress)
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """The steps before which the model is evaluated, evenly spread and beginning with step 0."""
+    return {steps * i // evaluations for i in range(evaluations)}
+
+
+def undisturbed(model: nn.Module, evaluate: Callable[[], float]) -> float:
+    """evaluate(), with the generators and the mode of the model restored."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    training = model.training
+    with torch.random.fork_rng(list(devices)), torch.no_grad():
+        value = float(evaluate())
+    model.train(training)
+    return value

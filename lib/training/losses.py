@@ -6,10 +6,13 @@ MNRL ranks against are gone. OPL scores each (query, document) pair by itself.
     multiple_negatives_ranking_loss(q, d)         compares every query with every document
     orthogonal_projection_loss(q, d, y)           compares each query with its own document
     prototype_loss(q, d, teacher_q, teacher_d)    copies a short-context teacher
+    contrastive_loss(q, d, y)                     as OPL, but leaves far documents where they are
+    triplet_loss(q, d, negatives)                 compares each query's document with a wrong one
 
 Embeddings may have any norm. Shapes that would only broadcast are a ValueError.
 
-Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section on fine-tuning.
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section on fine-tuning; the last two as in
+        sentence-transformers, with the margins of the authors' script (HazyResearch/m2).
 Axes:   B pairs in the batch, N candidate documents, D embedding width.
 """
 
@@ -104,6 +107,52 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
     near_q = F.cosine_similarity(q, teacher_q.detach())
     near_d = F.cosine_similarity(d, teacher_d.detach())
     return (1 - near_q).mean() + (1 - near_d).mean()
+
+
+def contrastive_loss(q: Tensor, d: Tensor, y: Tensor, margin: float = 0.5) -> Tensor:
+    """Move relevant pairs to distance 0 and irrelevant pairs beyond the margin.
+
+        D_b = 1 - cos(q_b, d_b)
+        CL  = mean_b ½ (y_b D_b² + (1 - y_b) max(0, margin - D_b)²)
+
+    A document that is wrong and far enough, by default at 60° and beyond, has no gradient.
+
+    Source: Hadsell et al. 2006; ContrastiveLoss of sentence-transformers (cosine distance).
+
+    Args:
+        q, d: query and document embeddings, (B, D).
+        y: 1.0 if the document answers the query, else 0.0, (B,).
+
+    Returns:
+        Scalar in [0, max(2, margin² / 2)].
+    """
+    check("one label (B,) per pair of a query and a document", y.shape == q.shape[:1], q, d, y)
+    check("one document per query", q.shape == d.shape, q, d)
+    distance, y = 1 - F.cosine_similarity(q, d), y.to(q.dtype)
+    return 0.5 * (y * distance**2 + (1 - y) * F.relu(margin - distance) ** 2).mean()
+
+
+def triplet_loss(q: Tensor, d: Tensor, negatives: Tensor, margin: float = 0.5) -> Tensor:
+    """Bring each query's document nearer than a wrong one, by the margin.
+
+        TL = mean_b max(0, cos(q_b, n_b) - cos(q_b, d_b) + margin)
+
+    A triplet that keeps the margin has no gradient. The loss of no triplet (B = 0) is 0.
+
+    Source: Hermans et al. 2017 (arXiv 1703.07737); TripletLoss of sentence-transformers (cosine
+            distance 1 - cos).
+
+    Args:
+        q, d: query and document embeddings, (B, D); d_b answers q_b.
+        negatives: a document for each query that does not answer it, (B, D).
+
+    Returns:
+        Scalar in [0, 2 + margin].
+    """
+    equal = q.shape == d.shape == negatives.shape
+    check("one document and one negative per query", equal, q, d, negatives)
+    gap = F.cosine_similarity(q, negatives) - F.cosine_similarity(q, d)
+    return F.relu(gap + margin).sum() / max(1, len(q))
 
 
 def check(rule: str, holds: bool, *tensors: Tensor) -> None:

@@ -3,7 +3,8 @@
 A document that the qrels call relevant to a query is never its negative, nor is a near-duplicate
 of one (lib/training/duplicates.py). A batch is a function of (seed, step) alone.
 
-Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), appendix A.3 (random negatives).
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), appendix A.3 (random negatives), and the
+        authors' code (HazyResearch/m2): of the query's own task, distinct.
 Axes:   N documents and Q queries in a batch.
 """
 
@@ -39,8 +40,12 @@ class Pairs:
     """Training pairs, grouped by document: one embedding of a document serves all its queries.
 
     One text under two ids is one document, and one question under two ids (white space and case
-    aside) is one question. `queries_of` maps a document to its queries, `question_of` a query to
-    its question; all are indices.
+    aside) is one question. All of these are indices; documents that answer nothing come last.
+
+    Attributes:
+        queries_of: document -> its queries; a document that answers none has no entry.
+        question_of: query -> its question.
+        task_of: query -> its task; in_task: bool (tasks, documents).
 
     Args:
         tokenizer: may be None for `check_negatives` alone.
@@ -54,8 +59,8 @@ class Pairs:
         self.pad_id = None if tokenizer is None else tokenizer.pad_token_id
         documents: dict[str, int] = {}
         questions: dict[str, int] = {}
-        queries, question_of, queries_of = [], [], defaultdict(list)
-        for task in tasks:
+        queries, question_of, task_of, queries_of = [], [], [], defaultdict(list)
+        for number, task in enumerate(tasks):
             for qid, gains in task.qrels.items():
                 relevant = [task.documents[pid] for pid, gain in gains.items() if gain > 0]
                 if not relevant:
@@ -64,13 +69,22 @@ class Pairs:
                     queries_of[documents.setdefault(text, len(documents))].append(len(queries))
                 query = task.queries[qid]
                 queries.append(query)
+                task_of.append(number)
                 question_of.append(questions.setdefault(normalized(query), len(questions)))
         names = ", ".join(task.name for task in tasks) or "no task"
         require(queries, f"no training pairs in {names}", TrainingError)
+        members = [
+            [documents.setdefault(text, len(documents)) for text in task.documents.values()]
+            for task in tasks
+        ]
+        self.in_task = np.zeros((len(members), len(documents)), dtype=bool)
+        for row, indices in zip(self.in_task, members):
+            row[indices] = True
         self.documents = TokenRows(list(documents), tokenizer, max_length)
         self.queries = TokenRows(queries, tokenizer, query_length)
         self.queries_of = dict(queries_of)
         self.question_of = np.array(question_of, dtype=np.int32)
+        self.task_of = np.array(task_of, dtype=np.int32)
 
     def batch(
         self, step: int, seed: int, documents: int, queries_per_document: int | None
@@ -87,12 +101,33 @@ class Pairs:
             document = keys[permutation(len(keys), seed, epoch)[index]]
             if document in chosen:
                 continue  # the batch lies in two epochs and both have it
-            rng = np.random.default_rng([seed, epoch, document])
-            drawn = rng.permutation(self.queries_of[document])[:queries_per_document]
+            drawn = shuffled(self.queries_of[document], seed, epoch, document)
+            drawn = drawn[:queries_per_document]
             target += [len(chosen)] * len(drawn)
-            queries += drawn.tolist()
+            queries += drawn
             chosen.append(document)
         return chosen, queries, target
+
+    def example(
+        self, step: int, seed: int, queries_per_document: int | None, positives: int, negatives: int
+    ) -> tuple[int, int, int, int]:
+        """(epoch, document, query, kind) of a step of one pair.
+
+        An epoch is a random order of the kinds 0 … positives + negatives - 1 of all pairs: of a
+        document and each of its queries, or `queries_per_document` of them, drawn anew in each
+        epoch. If there are negatives, a query that has none is left out.
+        """
+        queries_of, kinds = self.queries_of, positives + negatives
+        if negatives:
+            queries_of = self.with_negatives
+        documents = list(queries_of)
+        ends = np.cumsum([len(queries[:queries_per_document]) for queries in queries_of.values()])
+        n = int(ends[-1]) * kinds
+        epoch, index = divmod(step, n)
+        pair, kind = divmod(int(permutation(n, seed, epoch)[index]), kinds)
+        i = int(np.searchsorted(ends, pair, side="right"))
+        drawn = shuffled(queries_of[documents[i]], seed, epoch, documents[i])
+        return epoch, documents[i], drawn[:queries_per_document][pair - ends[i]], kind
 
     # -------------------------------------------------------------- negatives
 
@@ -120,14 +155,27 @@ class Pairs:
         excluded = {q: with_duplicates(tuple(documents)) for q, documents in relevant.items()}
         return {q: documents for q, documents in excluded.items() if len(documents) > 1}
 
-    def check_negatives(self, loss: str) -> None:
-        """Raise a TrainingError if the loss needs negatives and no query has one."""
-        if loss not in ("mnrl", "opl"):
-            return
-        n, questions = len(self.documents), int(self.question_of.max()) + 1
+    @functools.cached_property
+    def with_negatives(self) -> dict[int, list[int]]:
+        """`queries_of` without queries that every document answers."""
+        n, excluded = len(self.documents), self.excluded
+        kept = {
+            document: [q for q in queries if len(excluded.get(int(self.question_of[q]), [0])) < n]
+            for document, queries in self.queries_of.items()
+        }
+        return {document: queries for document, queries in kept.items() if queries}
+
+    def check_negatives(self, loss: str, of_batch: bool = False) -> None:
+        """Raise a TrainingError if no query has a negative.
+
+        Args:
+            of_batch: negatives are documents of the batch, so they answer another query.
+        """
+        n, questions = len(self.queries_of if of_batch else self.documents), self.question_of.max()
+        excluded = [np.searchsorted(documents, n) for documents in self.excluded.values()]
         many = f"each of {n} documents answers every query or is nearly one that does"
         require(
-            n > 1 and (len(self.excluded) < questions or min(map(len, self.excluded.values())) < n),
+            n > 1 and (len(excluded) <= questions or min(excluded) < n),
             f"loss {loss!r} needs documents that do not answer a query, and here are none: "
             f"{many if n > 1 else 'there is 1 document'}; give more documents, or set loss: "
             "prototype or none",
@@ -143,39 +191,60 @@ class Pairs:
         return positive
 
     def in_batch_negatives(self, batch: tuple, count: int, rng) -> list[tuple[int, int]]:
-        """(row of a query, row of a document): `count` negatives for each query that has any."""
-        documents, _, target = batch
+        """(row of a query, row of a document): up to `count` distinct negatives of each query.
+
+        They are of the query's task, or of any task if the batch has none of its own.
+        """
+        documents, queries, _ = batch
+        negative = ~self.positives(*batch)
+        near = negative & self.in_task[np.ix_(self.task_of[queries], documents)]
         return [
-            (row, draw_negative(target[row], np.flatnonzero(positive), len(documents), rng))
-            for row, positive in enumerate(self.positives(*batch))
-            if not positive.all()
-            for _ in range(count)
+            (row, int(document))
+            for row, some in enumerate(np.where(near.any(axis=1, keepdims=True), near, negative))
+            for document in draw(np.flatnonzero(some), count, rng)
         ]
 
-    def random_negative(self, cycle: int, seed: int, step: int) -> tuple[int, int]:
-        """(document, query): the query of the cycle and a document drawn from all its negatives.
+    def negatives(
+        self, query: int, answer: int, count: int, rng, hard: dict[int, np.ndarray]
+    ) -> list[int]:
+        """Up to `count` distinct documents that do not answer the query, drawn uniformly.
 
-        A query without any is replaced by the next one of its document, or of the next documents.
+        They are of its hard negatives; if it has none, of its task; else of any task.
         """
-        for later in range(cycle, cycle + 2 * len(self.queries_of)):  # contains a whole epoch
-            (answer,), queries, _ = self.batch(later, seed, 1, None)
-            for query in queries:
-                excluded = self.excluded.get(int(self.question_of[query]), [answer])
-                if len(excluded) < len(self.documents):
-                    rng = np.random.default_rng([seed, step, 1])
-                    return draw_negative(answer, excluded, len(self.documents), rng), query
+        excluded = self.excluded.get(int(self.question_of[query]), [answer])
+        if query in hard:
+            return draw(hard[query], count, rng)
+        free = np.ones(len(self.documents), dtype=bool)
+        free[excluded] = False
+        near = free & self.in_task[self.task_of[query]]
+        return draw(np.flatnonzero(near if near.any() else free), count, rng)
+
+    def extended(
+        self, batch: tuple, count: int, rng, hard: dict[int, np.ndarray]
+    ) -> tuple[tuple, list[tuple[int, int]]]:
+        """The batch and, after its own documents, up to `count` negatives of each query.
+
+        Returns:
+            The larger batch, and (row of a query, row of a document) of each negative.
+        """
+        documents, queries, target = batch
+        row_of = {document: row for row, document in enumerate(documents)}
+        negatives = [
+            (row, row_of.setdefault(document, len(row_of)))
+            for row, query in enumerate(queries)
+            for document in self.negatives(query, documents[target[row]], count, rng, hard)
+        ]
+        return (list(row_of), queries, target), negatives
 
 
-def draw_negative(answer: int, excluded, n: int, rng: np.random.Generator) -> int:
-    """One of n documents that are not excluded, uniformly; the answer is always excluded.
+def draw(candidates: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` of the candidates (all, if there are fewer), uniformly and without repetition."""
+    return rng.choice(candidates, min(count, len(candidates)), replace=False).tolist()
 
-    The draw counts answer + 1, answer + 2, … (mod n) without the excluded ones:
-    (answer + 1 + rng.integers(n - 1)) % n if the answer alone is excluded.
-    """
-    steps = np.sort((np.asarray(excluded) - answer - 1) % n)  # from answer + 1 to each of them
-    draw = rng.integers(n - len(steps))
-    skipped = np.searchsorted(steps - np.arange(len(steps)), draw, side="right")
-    return int((answer + 1 + draw + skipped) % n)
+
+def shuffled(queries: list[int], seed: int, epoch: int, document: int) -> list[int]:
+    """The order of a document's queries in an epoch."""
+    return np.random.default_rng([seed, epoch, document]).permutation(queries).tolist()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,9 +1,12 @@
 """The losses of a fine-tuning step: which texts a step embeds, and the loss of their embeddings.
 
-    LOSSES[name](pairs, settings, step, teach)    ((documents, queries, target), loss)
+    LOSSES[name](pairs, settings, step, prepared)    ((documents, queries, target), loss)
 
-Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3. Equations:
-        lib/training/losses.py.
+`prepared` is what a loss needs beside the pairs: hard negatives (lib/training/negatives.py), or the
+teacher's embeddings (`prototypes`). A step is a function of the seed and its number.
+
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3; contrastive and triplet losses as
+        in the authors' code (HazyResearch/m2). Equations: lib/training/losses.py.
 Axes:   N documents and Q queries in a batch, D width.
 """
 
@@ -13,19 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.settings import Finetune
 from lib.training.gradients import Loss, embed
 from lib.training.losses import (
+    contrastive_loss,
     multiple_negatives_ranking_loss,
     orthogonal_projection_loss,
     prototype_loss,
+    triplet_loss,
 )
+from lib.training.negatives import Hard
 from lib.training.pairs import Pairs, TokenRows
 
+Step = tuple[tuple[list[int], list[int], list[int]], Loss]
 
-def ranking(pairs: Pairs, s: Finetune, step: int, _) -> tuple[tuple, Loss]:
-    """MNRL: every query against all documents of the batch."""
-    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document)
+
+def check(pairs: Pairs, s: Finetune) -> None:
+    """Raise a TrainingError, with the way out, if a loss lacks the negatives that it needs."""
+    key = "explicit_negatives" if s.loss == "mnrl" else "negatives"
+    count, hard = getattr(s, key), s.hard_negatives != "none"
+    needed = hard or s.loss in ("contrastive", "triplet") or s.loss == "mnrl" and s.documents == 1
+    place = f"documents: {s.documents}, hard_negatives: {s.hard_negatives}, {key}: {count}"
+    message = f"loss {s.loss!r} has no negatives ({place}): set {key}: 1 or more"
+    require(count or not needed, message, TrainingError)
+    of_batch = s.documents > 1 and not (count if s.loss == "mnrl" else hard)
+    if count or of_batch and s.loss == "mnrl":
+        pairs.check_negatives(s.loss, of_batch)
+
+
+def ranking(pairs: Pairs, s: Finetune, step: int, hard: Hard) -> Step:
+    """MNRL: every query against all documents of the batch, and the negatives of all queries."""
+    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document or None)
+    if s.explicit_negatives:
+        rng = np.random.default_rng([s.seed, step])
+        batch, _ = pairs.extended(batch, s.explicit_negatives, rng, hard)
     relevant = torch.from_numpy(pairs.positives(*batch))
     target = torch.tensor(batch[2])
     masked = bool(relevant.sum() > len(target))  # a query has another answer than its target
@@ -38,37 +63,103 @@ def ranking(pairs: Pairs, s: Finetune, step: int, _) -> tuple[tuple, Loss]:
     return batch, loss
 
 
-def projection(pairs: Pairs, s: Finetune, step: int, _) -> tuple[tuple, Loss]:
-    """OPL: each query with its document, and with negatives of the batch."""
+def projection(pairs: Pairs, s: Finetune, step: int, hard: Hard) -> Step:
+    """OPL: each query with its document, and with each of its negatives."""
     if s.documents == 1:
-        return single_projection(pairs, s, step)
-    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document)
-    rng = np.random.default_rng([s.seed, step])
-    negatives = pairs.in_batch_negatives(batch, s.negatives, rng)
-    again, wrong = ([pair[i] for pair in negatives] for i in (0, 1))
+        return single_pair(orthogonal_projection_loss, 1, pairs, s, step, hard)
+    batch, again, wrong = crowd(pairs, s, step, hard)
+    rows = torch.arange(len(batch[1]))
+    return batch, labelled(orthogonal_projection_loss, batch, rows, again, wrong)
+
+
+def contrast(pairs: Pairs, s: Finetune, step: int, hard: Hard) -> Step:
+    """Contrastive loss: each query with a negative, and as often with its document."""
+    if s.documents == 1:
+        return single_pair(contrastive_loss, s.negatives, pairs, s, step, hard)
+    batch, again, wrong = crowd(pairs, s, step, hard)
+    rows = again if len(again) else torch.arange(len(batch[1]))  # without negatives, positives
+    return batch, labelled(contrastive_loss, batch, rows, again, wrong)
+
+
+def triplets(pairs: Pairs, s: Finetune, step: int, hard: Hard) -> Step:
+    """Triplet loss: each query with its document and each of its negatives."""
+    if s.documents == 1:
+        document, query, negative = example(pairs, s, step, 0, hard)
+        batch = [document, negative], [query], [0]
+        return batch, lambda d, q: triplet_loss(q, d[:1], d[1:])
+    batch, again, wrong = crowd(pairs, s, step, hard)
+    own = torch.tensor(batch[2])[again]
 
     def loss(d: Tensor, q: Tensor) -> Tensor:
-        labels = torch.cat([torch.ones(len(q)), torch.zeros(len(wrong))]).to(d.device)
-        documents = torch.cat([d[torch.tensor(batch[2]).to(d.device)], d[wrong]])
-        return orthogonal_projection_loss(torch.cat([q, q[again]]), documents, labels)
+        rows, right, others = (index.to(d.device) for index in (again, own, wrong))
+        return triplet_loss(q[rows], d[right], d[others])
 
     return batch, loss
 
 
-def single_projection(pairs: Pairs, s: Finetune, step: int) -> tuple[tuple, Loss]:
-    """OPL with batch size 1: a positive pair, then `negatives` negative ones."""
-    cycle, phase = divmod(step, 1 + s.negatives)
-    batch = pairs.batch(cycle, s.seed, 1, 1)
-    if phase:
-        document, query = pairs.random_negative(cycle, s.seed, step)
-        batch = [document], [query], [0]
-    label = torch.tensor([0.0 if phase else 1.0])
-    return batch, lambda d, q: orthogonal_projection_loss(q, d, label.to(d.device))
+# ------------------------------------------------------------------ pairs with negatives
 
 
-def distillation(pairs: Pairs, s: Finetune, step: int, teach: Callable) -> tuple[tuple, Loss]:
+def example(
+    pairs: Pairs, s: Finetune, step: int, positives: int, hard: Hard
+) -> tuple[int, int, int | None]:
+    """(document, query, negative) of a step of one pair; the negative is None in a positive pair.
+
+    An epoch has each pair of a query and its document `positives` times, and one step for each of
+    its negatives, all of them shuffled.
+    """
+    most = s.queries_per_document or None
+    kinds = positives, s.negatives
+    epoch, document, query, kind = pairs.example(step, s.seed, most, *kinds)
+    if kind < positives:
+        return document, query, None
+    rng = np.random.default_rng([s.seed, epoch, document, query])
+    negatives = pairs.negatives(query, document, s.negatives, rng, hard)
+    return document, query, negatives[(kind - positives) % len(negatives)]  # of a few, again
+
+
+def single_pair(function: Callable, positives: int, pairs, s, step, hard: Hard) -> Step:
+    """A loss of labelled pairs in a step of one pair."""
+    document, query, negative = example(pairs, s, step, positives, hard)
+    label = torch.tensor([float(negative is None)])
+    batch = [document if negative is None else negative], [query], [0]
+    return batch, lambda d, q: function(q, d, label.to(d.device))
+
+
+def crowd(pairs: Pairs, s: Finetune, step: int, hard: Hard) -> tuple[tuple, Tensor, Tensor]:
+    """A batch, and the rows of queries and of documents that are a query and its negative.
+
+    Uniform negatives are documents of the batch, which are embedded anyway; hard ones come on top.
+    """
+    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document or None)
+    rng = np.random.default_rng([s.seed, step])
+    if hard:
+        batch, negatives = pairs.extended(batch, s.negatives, rng, hard)
+    else:
+        negatives = pairs.in_batch_negatives(batch, s.negatives, rng)
+    again, wrong = torch.tensor(negatives, dtype=torch.long).reshape(-1, 2).T
+    return batch, again, wrong
+
+
+def labelled(function: Callable, batch: tuple, rows: Tensor, again: Tensor, wrong: Tensor) -> Loss:
+    """A loss of labelled pairs: queries `rows` with their documents, then `again` with `wrong`."""
+    own = torch.tensor(batch[2])[rows]
+    label = torch.cat([torch.ones(len(rows)), torch.zeros(len(wrong))])
+    q_rows, d_rows = torch.cat([rows, again]), torch.cat([own, wrong])
+
+    def loss(d: Tensor, q: Tensor) -> Tensor:
+        on = d.device
+        return function(q[q_rows.to(on)], d[d_rows.to(on)], label.to(on))
+
+    return loss
+
+
+# ------------------------------------------------------------------ prototypes
+
+
+def distillation(pairs: Pairs, s: Finetune, step: int, teach: Callable) -> Step:
     """Prototype loss: each text against the teacher's embedding of it."""
-    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document)
+    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document or None)
     teacher_d, teacher_q = teach(*batch[:2])
 
     def loss(d: Tensor, q: Tensor) -> Tensor:
@@ -91,4 +182,10 @@ def prototypes(teacher: nn.Module, pairs: Pairs) -> Callable:
     return teach
 
 
-LOSSES = {"mnrl": ranking, "opl": projection, "prototype": distillation}
+LOSSES = {
+    "mnrl": ranking,
+    "opl": projection,
+    "contrastive": contrast,
+    "triplet": triplets,
+    "prototype": distillation,
+}

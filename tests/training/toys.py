@@ -37,6 +37,9 @@ FINETUNE = dict(
     queries_per_document=1,
     query_length=64,
     negatives=1,
+    explicit_negatives=0,
+    hard_negatives="none",
+    hard_depth=50,
     scale=20.0,
     micro_batch_tokens=65_536,
     tasks=["*"],
@@ -44,6 +47,7 @@ FINETUNE = dict(
     lr_documents=1,
     weight_decay=0.01,
     warmup=0.10,
+    evaluations=0,
     seed=42,
 )
 
