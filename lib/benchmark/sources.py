@@ -388,7 +388,19 @@ def reachable(name: str) -> bool:
 
 def pretraining_texts(folder: str | Path, kind: str, split: str = "train") -> list[str]:
     """A corpus's pretraining texts of one kind, "short" or "long"; "validation" is held out."""
+    sources = pretraining_sources(folder, kind, split).values()
+    return [text for texts in sources for text in texts]
+
+
+def pretraining_sources(
+    folder: str | Path, kind: str, split: str = "train"
+) -> dict[str, list[str]]:
+    """The same by source (C4, Wikipedia, …): {dataset: texts}; {"": texts} if there is one."""
     for value, allowed in ((kind, ("short", "long")), (split, ("train", "validation"))):
         require(value in allowed, f"{value!r}: one of {', '.join(allowed)}")
-    rows = read_parquet(Path(folder) / "pretrain.parquet", ["text", "kind", "split"])
-    return [row["text"] for row in rows if (row["kind"], row["split"]) == (kind, split)]
+    sources: dict[str, list[str]] = {}
+    columns = ["text", "kind", "split"]
+    for row in read_parquet(Path(folder) / "pretrain.parquet", columns, optional=["dataset"]):
+        if (row["kind"], row["split"]) == (kind, split):
+            sources.setdefault(row.get("dataset", ""), []).append(row["text"])
+    return sources

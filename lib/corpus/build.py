@@ -7,7 +7,8 @@ or the hub's LoCoV1 instead, and writes LoCoV1's columns:
     queries-<split>.parquet      qid, dataset, query, answer_pids; answer_gains if graded
     evidence-<split>.parquet     qid, dataset, pid, start_frac, end_frac: where the answer lies, as
                                  shares of the document's characters
-    pretrain.parquet             text, source, kind (short | long), split (train | validation)
+    pretrain.parquet             text, source, kind (short | long), split (train | validation);
+                                 dataset (c4, wikipedia, …) if there are several
     tokenizer/                   WordPiece trained on the training text
     manifest.json                packages, counts, the sha256 of every file and of all texts
 
@@ -34,7 +35,7 @@ COLUMNS = {
     "documents": ("pid", "dataset", "passage"),
     "queries": ("qid", "dataset", "query", "answer_pids", "answer_gains"),
     "evidence": ("qid", "dataset", "pid", "start_frac", "end_frac"),
-    "pretrain": ("text", "source", "kind", "split"),
+    "pretrain": ("text", "source", "kind", "split", "dataset"),
 }
 COMPRESSED = ("dataset", "kind", "split", "source")  # columns of few values: as a dictionary
 
@@ -177,7 +178,7 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
 
 
 def text_counts(rows: list[Row], kind: str) -> dict[str, int]:
-    texts = [text for text, _, own, _ in rows if own == kind]
+    texts = [text for text, _, own, *_ in rows if own == kind]
     return {"texts": len(texts), "characters": sum(map(len, texts))}
 
 
@@ -197,7 +198,7 @@ def save(path: Path, rows: list[tuple], names: tuple[str, ...]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = names[: len(rows[0])] if rows else names  # without answer_gains if all are 1
+    names = names[: len(rows[0])] if rows else names  # answer_gains, dataset: only if needed
     types = {
         "answer_pids": pa.list_(pa.string()),
         "answer_gains": pa.list_(pa.int64()),

@@ -1,11 +1,14 @@
-"""Pretraining text as rows of (text, source, kind, split).
+"""Pretraining text as rows of (text, source, kind, split) or (…, dataset).
 
     embedded_text(modules, readmes)    from the documentation of the installed packages
     hub_text(most)                     the paper's: C4, Wikipedia, BookCorpus
     folder_text(folder)                anybody's: parquet, jsonl or txt files
 
 A text is "long" if it has more than LONG characters, else "short". The split is "train", or
-"validation" for one source in HELD_OUT.
+"validation" for one source in HELD_OUT. Text of several datasets is prepared as the authors do:
+every document is both, its first 4,000 characters "short" and its first 8,000 "long".
+
+Source: the authors' bert/src/convert_dataset.py (HazyResearch/m2, 7d359e8) for the two cuts.
 """
 
 import itertools
@@ -21,9 +24,10 @@ from lib.corpus.packages import Module, Shingles, normal, sha256
 from lib.model.tokens import encodable
 from lib.pipeline.errors import require
 
-Row = tuple[str, str, str, str]
+Row = tuple[str, ...]
 
 LONG = 4_000  # characters
+CUTS = {"short": 4_000, "long": 8_000}  # characters of a document, if there are several datasets
 HELD_OUT = 50
 SHORTEST = 200  # characters of a docstring, comment or section of a readme
 REPEATED = 0.2  # share of a readme's word runs that held-out documents may have
@@ -32,7 +36,8 @@ REPEATED = 0.2  # share of a readme's word runs that held-out documents may have
 HUB_TEXT = {
     "c4": ("allenai/c4", "en", None, 1),
     "wikipedia": ("wikimedia/wikipedia", "20231101.en", None, 1),
-    "bookcorpus": ("bookcorpus/bookcorpus", None, "refs/convert/parquet", 256),  # of sentences
+    # Its rows are sentences of 66 characters on average: 120 of them fill the longer cut.
+    "bookcorpus": ("bookcorpus/bookcorpus", None, "refs/convert/parquet", 120),
 }
 
 
@@ -81,6 +86,20 @@ def as_rows(texts: list[tuple[str, str]]) -> list[Row]:
     return rows
 
 
+def cut_rows(texts: list[tuple[str, str]], datasets: list[str]) -> list[Row]:
+    """Rows of (text, source) and the dataset of each: every text in both kinds, in one split."""
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for text, dataset in zip(texts, datasets):
+        grouped.setdefault(dataset, []).append(text)
+    splits = {dataset: divided(same) for dataset, same in grouped.items()}
+    return [
+        (text[:characters], source, kind, split, dataset)
+        for kind, characters in CUTS.items()
+        for dataset, same in grouped.items()
+        for (text, source), split in zip(same, splits[dataset])
+    ]
+
+
 def divided(texts: list[tuple[str, str]]) -> list[str]:
     """The split of each (text, source): one text in HELD_OUT, or more, is for validation.
 
@@ -99,6 +118,8 @@ def divided(texts: list[tuple[str, str]]) -> list[str]:
 def folder_text(folder: Path) -> list[Row]:
     """Text of a folder: parquet or jsonl with a column `text` (and `source`), or txt files.
 
+    If all files lie in two or more subfolders, each subfolder is a dataset, named after it.
+
     Raises:
         CorpusError: no folder, no text, or a file that cannot be read.
     """
@@ -107,7 +128,7 @@ def folder_text(folder: Path) -> list[Row]:
         f"{folder} is no folder: data.pretraining is embedded, hub, or a folder of parquet, jsonl "
         "or txt files",
     )
-    texts = []
+    texts, datasets = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = name.startswith(".") or "/." in name
@@ -120,11 +141,13 @@ def folder_text(folder: Path) -> list[Row]:
             require(isinstance(text, str), message)
             if text.strip():
                 texts.append((encodable(text), encodable(source)))
+                datasets.append(encodable(name.rpartition("/")[0].partition("/")[0]))
     require(
         texts,
         f"{folder} has no text: it needs parquet or jsonl files with a column `text`, or txt files",
     )
-    return as_rows(texts)
+    one = "" in datasets or len(set(datasets)) == 1
+    return as_rows(texts) if one else cut_rows(texts, datasets)
 
 
 def rows_of(path: Path, name: str) -> Iterable[dict]:
@@ -137,7 +160,7 @@ def rows_of(path: Path, name: str) -> Iterable[dict]:
 
 
 def hub_text(most: int) -> list[Row]:
-    """The first `most` texts of C4, Wikipedia and BookCorpus each, streamed.
+    """The first `most` texts of C4, Wikipedia and BookCorpus each, streamed, in both kinds.
 
     Raises:
         CorpusError: one of them cannot be read.
@@ -160,4 +183,4 @@ def hub_text(most: int) -> list[Row]:
                 f"{identifier} cannot be read from the hub ({reason}): without a network, give "
                 "data.pretraining a folder of parquet, jsonl or txt files"
             ) from None
-    return as_rows(texts)
+    return cut_rows(texts, [source.partition("#")[0] for _, source in texts])

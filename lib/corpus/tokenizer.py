@@ -18,7 +18,7 @@ ALPHABET, OFTEN = 1_000, 20  # characters at most, and how often a character mus
 COPIES = 10_000  # of the most frequent word: the trainer takes text, not counts
 
 
-def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary: int):
+def make_tokenizer(name: str, rows: list[tuple], vocabulary: int):
     """The tokenizer that `data.tokenizer` names: "embedded", a hub id or a folder.
 
     An embedded one is trained on all short training texts of the rows (text, source, kind, split)
@@ -29,7 +29,7 @@ def make_tokenizer(name: str, rows: list[tuple[str, str, str, str]], vocabulary:
     """
     if name == "embedded":
         short, long = (
-            [text for text, _, *row in rows if row == [kind, "train"]] for kind in ("short", "long")
+            [row[0] for row in rows if row[2:4] == (kind, "train")] for kind in ("short", "long")
         )
         return train_tokenizer(short + long[::4], vocabulary)
     try:

@@ -1,13 +1,18 @@
 """Masked-language pretraining.
 
     pretrain(model, text, settings)    minimise the MLM loss, in place
+    optimizer(model, settings)         AdamW with the authors' decay
     mlm_accuracy(model, text)          share of masked tokens predicted right, on held-out text
 
-Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.2 and appendix A.3.
+Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.2 and appendix A.3; the authors'
+        bert/yamls/pretrain, bert/main.py and bert/src/mm/hyena_utils.py (HazyResearch/m2, 7d359e8).
 Axes:   B examples in a batch, L tokens.
 """
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,11 +22,68 @@ from lib.benchmark import statistics
 from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
-from lib.training.optim import autocast, optimizer, train, warmup_then_linear
+from lib.training.optim import autocast, train, warmup_then_linear
 from lib.training.resume import Checkpoints
 from lib.training.text import PretrainingText
 
 ADAM = dict(betas=(0.9, 0.98), eps=1e-6)  # appendix A.3
+# Rate and decay that the authors intend for the filters, from Hyena: of the inputs z, and of the
+# MLPs with their sine frequencies. Hyena's decay is torch's: the rate times 0.1 of a weight a step.
+INTENDED = {
+    r"_filter\.inputs$": dict(lr=1e-5, weight_decay=0.0),
+    r"_filter\.(freq$|back\.|ahead\.)": dict(lr=1e-3, weight_decay=0.1),
+}
+
+
+def optimizer(model: nn.Module, settings: Pretrain) -> torch.optim.AdamW:
+    """AdamW with the decay of the authors' DecoupledAdamW, which the peak rate does not scale.
+
+        w <- w - (rate / peak) weight_decay w - rate Adam(gradient)
+
+    torch's AdamW takes rate · decay of a weight, so a group's decay here is weight_decay / peak.
+    Every weight decays, biases and norms too; word embeddings have a rate of their own.
+
+    Args:
+        settings: with `parameter_groups: intended`, the filters have the rates and decays of
+            INTENDED. The authors set them, and lose them when they copy the layers.
+
+    Source: mosaicml/composer, composer/optim/decoupled_weight_decay.py; Loshchilov and Hutter 2019
+            (arXiv 1711.05101).
+    """
+    s, intended = settings, INTENDED if settings.parameter_groups == "intended" else {}
+    embeddings = model.get_input_embeddings().weight
+
+    def options(name: str, p: nn.Parameter) -> dict:
+        pattern = next((pattern for pattern in intended if re.search(pattern, name)), None)
+        lr = s.embedding_lr if p is embeddings else s.lr
+        return intended.get(pattern, dict(lr=lr, weight_decay=s.weight_decay / lr if lr else 0.0))
+
+    groups: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        groups.setdefault(tuple(options(name, p).items()), []).append(p)
+    groups = [dict(shared, params=parameters) for shared, parameters in groups.items()]
+    return torch.optim.AdamW(groups, lr=s.lr, fused=True, **ADAM)
+
+
+@contextmanager
+def dropout(model: nn.Module, share: float) -> Iterator[None]:
+    """Drop `share` of the activations in training; afterwards what the model dropped before."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [module.p for module in modules]
+    try:
+        for module in modules:
+            module.p = share
+        yield
+    finally:
+        for module, p in zip(modules, before):
+            module.p = p
+
+
+def seed_dropout(settings: Pretrain, step: int, number: int) -> None:
+    """Whatever ran before, and whichever process takes the pass, it drops the same units."""
+    if settings.dropout:
+        state = np.random.SeedSequence([settings.seed, step, number]).generate_state(1, np.uint32)
+        torch.manual_seed(int(state[0]))
 
 
 def pretrain(
@@ -57,9 +119,11 @@ def pretrain(
         loss = correct = 0.0
         mine = ranks.share([ids.numel() for ids, _, _ in batch])
         with filters_once(model, max(ids.shape[1] for ids, _, _ in batch)):
-            for ids, labels, mask in (batch[i] for i in mine):
+            for number in mine:
+                ids, labels, mask = batch[number]
                 n = int((labels > 0).sum())
                 if n:
+                    seed_dropout(s, step, number)
                     with context:
                         out = model(ids.to(device), mask.to(device), labels=labels.to(device))
                     (out.loss * n / targets).backward()  # the mean over the step, however bucketed
@@ -70,9 +134,12 @@ def pretrain(
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 
-    optim = optimizer(model, s.lr, s.weight_decay, s.embedding_lr, **ADAM)
+    optim = optimizer(model, s)
     shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
-    return train(model, optim, shares, gradient, "pretraining", s.seed, checkpoints, show_progress)
+    with dropout(model, s.dropout):
+        return train(
+            model, optim, shares, gradient, "pretraining", s.seed, checkpoints, show_progress
+        )
 
 
 @torch.no_grad()
