@@ -2,7 +2,8 @@
 
     check(profile, folder)    raises with all faults, or says what is missing and what follows
 
-The stage `data` ends with it. A row that is added later is checked by its own stage.
+The stage `data` ends with it. A row that is added later is checked by its own stage. Budgets that
+read the same text or pairs too often are said, not refused (lib/efficiency/estimate.py).
 """
 
 import os
@@ -17,6 +18,7 @@ from lib.benchmark.sources import pretraining_texts
 from lib.benchmark.task import CorpusError, Task
 from lib.corpus.pretraining import LONG
 from lib.corpus.tokenizer import lengths
+from lib.efficiency import estimate
 from lib.model.tokens import load_tokenizer
 from lib.pipeline import params
 from lib.pipeline.errors import require
@@ -56,6 +58,7 @@ def check(profile: str, folder: str | Path, collection: str = "") -> dict[str, s
         **evidence(tasks["test"]),
         **long_documents(profile, tasks["test"], tokenizer),
         **vocabulary(tasks["test"], tokenizer),
+        **estimate.repetitions(estimate.works(profile, estimate.facts(folder))),
     }
 
 

@@ -30,12 +30,13 @@ ORDER = (
     "lesson overview site"
 ).split()
 # The rooms of lib in reading order: none imports a room that stands after it.
-ROOMS = "pipeline operators kernels model benchmark training corpus efficiency report".split()
+ROOMS = "pipeline operators kernels model benchmark training efficiency corpus report".split()
 # Rooms that a stage may import without depending on them.
 SHORT_LIST = {
     "report": "how results look: it makes only the pages stale",
     "pipeline": "how notebooks run: their numbers are the same",
     "kernels": "the same numbers, faster: lib/kernels/VERSION counts in its place",
+    "efficiency": "how long it takes: no result depends on it, but those of notebook 10",
 }
 PAGES = {"ablation", "overview", "site"}
 
