@@ -18,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -51,6 +52,9 @@ KERNEL_ENVIRONMENT = {
     "SOURCE_DATE_EPOCH": "0",  # the date that matplotlib writes into a figure
     "TOKENIZERS_PARALLELISM": "true",  # a fork would switch it off, with a warning
 }
+
+
+GRACE = 10.0  # seconds that a signal leaves a kernel to write a checkpoint of its training
 
 
 class NotebookError(WorkbenchError):
@@ -230,7 +234,8 @@ def run(
             values = ", ".join(f"{key}={value}" for key, value in given.items())
             kept = keep(output.with_suffix(".failed.ipynb"), draft, source)
             kind = Stopped if isinstance(error, KeyboardInterrupt) else NotebookError
-            raise kind(f"{notebook} ({values}): {explanation(error, begun)}; {kept}") from None
+            reason = explanation(error, begun) + resumption(row, error)
+            raise kind(f"{notebook} ({values}): {reason}; {kept}") from None
     output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     unit = 2**30 if sys.platform == "darwin" else 2**20  # getrusage: bytes there, KiB here
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
@@ -302,9 +307,9 @@ def kernel_manager(folder: Path) -> type:
 
         async def start_kernel(self, **options):
             await super().start_kernel(**options)
-            kernels.append(self.provisioner.pid)
+            kernels.append(self.provisioner.process)
 
-    kernels: list[int] = []
+    kernels: list[subprocess.Popen] = []
     stop_with(kernels, folder)
     return Kernel
 
@@ -327,6 +332,18 @@ def explanation(error: BaseException, begun: list[str]) -> str:
     if kind == "CellExecutionError" and not reason:  # a magic that is not there
         return f"the cell failed; what it said stands in its output, {where}"
     return f"{kind}: {one_line(reason)[:600]}, {where}"
+
+
+def resumption(row: str | None, error: BaseException) -> str:
+    """Where training goes on next time, if the row has checkpoints (lib/training/resume.py)."""
+    if getattr(error, "ename", "") == "TrainingError":  # it would come again
+        return ""
+    folder = params.root() / "data" / "checkpoints"
+    steps = [path for path in folder.glob(f"*/{row}/*/*") if path.name.isdigit()]
+    if not steps:
+        return ""
+    newest = max(steps, key=lambda path: path.stat().st_mtime)
+    return f"; `make repro` goes on after step {newest.name}"
 
 
 def shown(path: Path) -> str:
@@ -360,31 +377,44 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C or a signal to end: asyncio lets nothing but a KeyboardInterrupt through."""
 
 
-def stop_with(kernels: list[int], folder: Path) -> None:
-    """End the kernels at a signal, and when our parent is gone (kill -9 of DVC sends no signal)."""
-    before = parents()
+def stop_with(kernels: list[subprocess.Popen], folder: Path) -> None:
+    """End the kernels at a signal, and when our parent is gone (kill -9 of DVC sends no signal).
 
-    def end() -> None:
-        for pid in kernels:
-            try:
-                os.killpg(pid, signal.SIGKILL)  # a kernel leads its own process group
-            except ProcessLookupError:
-                pass
+    The second signal leaves them no time.
+    """
+    before, grace = parents(), [GRACE]
 
     def on_signal(number, _) -> None:
-        end()
+        end(kernels, grace.pop() if grace else 0)
         raise Stopped(signal.Signals(number).name)
 
     def watch() -> None:
         while parents() == before:
             time.sleep(0.5)
-        end()
+        end(kernels, 1.5)
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end(kernels: list[subprocess.Popen], seconds: float) -> None:
+    """Ask kernels to end, and end them after `seconds`; one that trains writes a checkpoint."""
+
+    def send(number: int) -> None:
+        for kernel in kernels:
+            try:
+                os.killpg(kernel.pid, number)  # a kernel leads its own process group
+            except ProcessLookupError:
+                pass
+
+    send(signal.SIGTERM)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(kernel.poll() is None for kernel in kernels):
+        time.sleep(0.05)
+    send(signal.SIGKILL)
 
 
 def parents() -> tuple[int, ...]:
