@@ -26,6 +26,7 @@ STAGES = {
 SCORES = "row reads task source reads_tokens ndcg@10 low high queries documents truncated".split()
 QUERIES = ["row", "task", "source", "reads", "qid", "ndcg@10"]
 NEEDLES = ["place", "qid", "ndcg@10", "row"]
+CURVE_LINES = 2_000  # of a curve on disk, at most
 CURVES = ["row", "step", "tokens", "loss", "lr", "accuracy"]
 
 
@@ -71,8 +72,23 @@ def metric(values: dict, stage: str, row: str | None, out, profile: str) -> None
 
 
 def curve(frame: pd.DataFrame, stage: str, row: str, out, profile: str) -> None:
-    """Write curve.csv in the folder of a row, one line per step."""
-    files.write(folder(out, profile, stage, row) / "curve.csv", csv(frame))
+    """Write curve.csv in the folder of a row, one line per step (`thinned`)."""
+    files.write(folder(out, profile, stage, row) / "curve.csv", csv(thinned(frame)))
+
+
+def thinned(frame: pd.DataFrame, most: int = CURVE_LINES) -> pd.DataFrame:
+    """A curve of at most `most` lines: the first and last, and means of equal groups between them.
+
+    Whole numbers (steps, tokens) stay whole. A shorter curve is returned as it is.
+    """
+    if len(frame) <= most:
+        return frame
+    inner = frame.iloc[1:-1]
+    group = np.arange(len(inner)) * (most - 2) // len(inner)
+    means = inner.groupby(group).mean()
+    curve = pd.concat([frame.iloc[:1], means, frame.iloc[-1:]], ignore_index=True)
+    whole = frame.select_dtypes("integer").columns
+    return curve.assign(**{name: curve[name].round().astype(np.int64) for name in whole})
 
 
 # ------------------------------------------------------------------ read

@@ -117,6 +117,24 @@ def test_curves_are_read_as_they_were_written(house):
     }
 
 
+def test_a_long_curve_is_thinned_to_means_of_equal_groups_and_a_short_one_is_not(house):
+    steps = np.arange(70_001)
+    frame = pd.DataFrame({"step": steps, "tokens": 524_288 * (steps + 1), "loss": steps / 7})
+    results.curve(frame, "pretrain", "a", params.data("smoke"), "smoke")
+    back = results.curves("smoke", "pretrain", ["a"])
+    assert len(back) == 2_000 and back["tokens"].is_monotonic_increasing
+    assert back.iloc[[0, -1]]["step"].tolist() == [0, 70_000]
+    assert back["tokens"].iloc[-1] == 524_288 * 70_001  # all digits of a whole number
+    # 69,999 steps between the two ends are 1,998 groups of 35 or 36: 1 … 36 have the mean 18.5.
+    assert back["step"].iloc[1] == 18 and back["loss"].iloc[1] == pytest.approx(18.5 / 7, rel=1e-5)
+    assert back["step"].iloc[2] == 54  # of 37 … 71
+
+    frame = frame[:2_000]
+    assert results.thinned(frame) is frame
+    means = results.thinned(pd.DataFrame({"loss": [9.0, 1.0, 2.0, 3.0, 5.0, 0.0]}), most=4)
+    assert means["loss"].tolist() == [9.0, 1.5, 4.0, 0.0]
+
+
 def test_needles_of_rows_that_have_some(house):
     columns = {"place": [0, 39], "qid": ["n", "n"], "ndcg@10": [0.5, 1.0]}
     for row, lines in (("opl", 2), ("reads_32k", 0)):
