@@ -52,16 +52,16 @@ FINETUNE = dict(
 )
 
 
-def learn(model, text, precision="float32", **settings):
+def learn(model, text, precision="float32", checkpoints=None, **settings):
     """Pretrain with these settings; returns the curve."""
     settings = Pretrain(**PRETRAIN | {"embedding_lr": settings["lr"]} | settings)
-    return pretrain(model, text, settings, precision, show_progress=False)
+    return pretrain(model, text, settings, precision, checkpoints, show_progress=False)
 
 
-def tune(model, pairs, teacher=None, precision="float32", **settings):
+def tune(model, pairs, teacher=None, precision="float32", checkpoints=None, **settings):
     """Fine-tune with these settings; returns the curve."""
     settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings)
-    return finetune(model, pairs, settings, teacher, precision, show_progress=False)
+    return finetune(model, pairs, settings, teacher, precision, checkpoints, show_progress=False)
 
 
 def weights(model):
