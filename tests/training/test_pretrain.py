@@ -1,16 +1,18 @@
 """Pretraining: what a step does, and what stops it."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toys import SENTENCES, learn, weights
 
 from lib.model.m2bert import M2BertForMaskedLM
 from lib.pipeline.errors import TrainingError
 from lib.training import text as module
-from lib.training.pretrain import mlm_accuracy
+from lib.training.pretrain import mlm_accuracy, seed_dropout
 from lib.training.text import PretrainingText
 
 
@@ -101,3 +103,40 @@ def test_accuracy_is_the_share_of_masked_tokens_and_its_interval_holds_it(text):
     accuracy, low, high = mlm_accuracy(Oracle(), text, batches=3, batch_tokens=400)
     assert accuracy == pytest.approx((torch.cat(asked) % 2 == 0).float().mean().item())
     assert low < accuracy < high
+
+
+def test_dropout_drops_in_training_only_and_leaves_the_model_as_it_was(text, tiny):
+    model = tiny(M2BertForMaskedLM)
+    shares = []
+    ids = torch.arange(5, 15)[None]
+    forward = model.forward
+
+    def watched(*arguments, **options):
+        modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        shares.append([(module.p, module.training) for module in modules])
+        return forward(*arguments, **options)
+
+    model.forward = watched
+    learn(model, text, tokens=400, batch_tokens=200, lr=1e-3, dropout=0.1)
+    assert len(shares) > 0 and all(row == [(0.1, True)] * 2 for row in shares)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.0]
+
+
+def test_dropout_is_a_function_of_seed_step_and_pass(text, tiny, monkeypatch):
+    """Whatever drew from torch's generator before; other units in other passes and steps."""
+
+    def run(noise, dropout=0.1, seed=5):
+        model = tiny(M2BertForMaskedLM)
+        torch.manual_seed(noise)
+        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, dropout=dropout, seed=seed)
+        return weights(model)
+
+    first, again = run(noise=1), run(noise=2)
+    assert torch.equal(first, again) and not torch.equal(first, run(noise=1, dropout=0.0))
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for seed, step, number in itertools.product((1, 2), (0, 1), (0, 1)):
+        seed_dropout(SimpleNamespace(seed=seed, dropout=0.1), step, number)
+    seed_dropout(SimpleNamespace(seed=1, dropout=0.0), 0, 0)
+    assert len(seeds) == len(set(seeds)) == 8
