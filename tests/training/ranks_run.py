@@ -30,6 +30,7 @@ def main(folder: Path) -> dict[str, torch.Tensor]:
     learn(model, text, lr=1e-3, tokens=20 * 200, batch_tokens=200)
     trained["pretraining"] = weights(model)
     for name, options in FINETUNED.items():
+        torch.manual_seed(0)  # draws the pooler
         model, _ = checkpoint.load(folder / "model", M2BertForRetrieval)
         teacher = None
         if options["loss"] == "prototype":
