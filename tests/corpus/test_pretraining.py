@@ -10,7 +10,14 @@ from parts import item
 
 from lib.corpus import pretraining
 from lib.corpus.packages import Module
-from lib.corpus.pretraining import CorpusError, as_rows, embedded_text, folder_text, hub_text
+from lib.corpus.pretraining import (
+    CorpusError,
+    as_rows,
+    cut_rows,
+    embedded_text,
+    folder_text,
+    hub_text,
+)
 
 
 def test_readmes_that_repeat_a_held_out_document_are_left_out():
@@ -134,20 +141,59 @@ def test_the_hubs_text_is_streamed_up_to_a_limit_and_sentences_are_joined(hub):
         )
     )
     rows = hub_text(2)
-    assert [source for _, source, _, _ in rows] == [
-        "c4#0",
-        "c4#1",
-        "wikipedia#0",
-        "wikipedia#1",
-        "bookcorpus#0",
-        "bookcorpus#1",
+    names = ["c4", "wikipedia", "bookcorpus"]
+    for kind, part in (("short", rows[:6]), ("long", rows[6:])):
+        assert [(row[1], row[2], row[4]) for row in part] == [
+            (f"{name}#{i}", kind, name) for name in names for i in range(2)
+        ]
+    sentences = rows[5][0].split("\n")
+    assert rows[1][0] == "allenai 1" and len(sentences) == 120 and sentences[0] == "bookcorpus 120"
+    assert len(hub_text(1000)) == 2 * (600 + 600 + 5)
+
+
+def test_a_document_of_several_datasets_is_of_both_kinds_cut_as_the_authors_cut_it():
+    """text[:4000] of variable length, text[:8000] of the maximum: bert/src/convert_dataset.py."""
+    documents = [("ab" * 100, "c4#0"), ("ab" * 3000, "c4#1"), ("ab" * 9000, "wiki#0")]
+    rows = cut_rows(documents, ["c4", "c4", "wiki"])
+    sizes = [(kind, dataset, len(text)) for text, _, kind, _, dataset in rows]
+    assert sizes == [
+        ("short", "c4", 200),
+        ("short", "c4", 4000),
+        ("short", "wiki", 4000),
+        ("long", "c4", 200),
+        ("long", "c4", 6000),
+        ("long", "wiki", 8000),
     ]
-    assert (
-        rows[1][0] == "allenai 1"
-        and rows[5][0].split("\n")[0] == "bookcorpus 256"
-        and len(rows[5][0].split("\n")) == 256
-    )
-    assert len(hub_text(1000)) == 600 + 600 + 3
+    assert all(text == ("ab" * 4000)[: len(text)] for text, *_ in rows)
+
+
+def test_no_dataset_is_without_held_out_text_and_no_document_is_in_two_splits():
+    names = [f"{dataset}#{i}" for dataset in ("c4", "wiki", "books") for i in range(300)]
+    rows = cut_rows([(f"text of {name}", name) for name in names], [name[:2] for name in names])
+    split_of = {}
+    for _, source, _, split, _ in rows:
+        assert split_of.setdefault(source, split) == split
+    for dataset in ("c4", "wi", "bo"):
+        splits = [split for *_, split, own in rows if own == dataset]
+        assert len(splits) == 600 and 0 < splits.count("validation") < 60
+
+
+def test_each_of_several_subfolders_is_a_dataset(tmp_path):
+    for name in ("c4", "books/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_text(f'{{"text": "a {name}"}}\n{{"text": "b"}}\n')
+    rows = folder_text(tmp_path)
+    assert [(text, source, kind, dataset) for text, source, kind, _, dataset in rows] == [
+        (text, f"{folder}/a.jsonl#{i}", kind, dataset)
+        for kind in ("short", "long")
+        for folder, dataset in (("books/deep", "books"), ("c4", "c4"))
+        for i, text in enumerate([f"a {folder}", "b"])
+    ]
+    (tmp_path / "notes.txt").write_text("A file beside the subfolders.")
+    assert {len(row) for row in folder_text(tmp_path)} == {4}  # one source, as ever
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "c4" / "a.jsonl").write_text("\n")
+    assert {len(row) for row in folder_text(tmp_path)} == {4}  # one subfolder has no text
 
 
 def test_a_folder_that_is_named_like_a_file_is_no_text(tmp_path):

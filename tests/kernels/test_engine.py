@@ -758,6 +758,46 @@ def test_training_goes_through_the_kernel():
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks, width, inner, n", [(4, 64, 128, 7), (2, 32, 64, 1)])
+def test_the_gated_mlp_drops_what_its_definition_drops(blocks, width, inner, n, dtype):
+    """The same state of torch's generator gives the same units, also in the backward pass."""
+    torch.manual_seed(n)
+    config = dict(hidden_size=width, intermediate_size=inner, mlp_blocks=blocks)
+    mlp = MLP(M2BertConfig(**config, hidden_dropout_prob=0.3)).train()
+    x, dy = torch.randn(1, n, width), torch.randn(1, n, width)
+    parameters = dict(mlp.named_parameters())
+    results = []
+    for run in (mlp, mlp.definition, mlp):
+        torch.manual_seed(5)
+        u = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = run(u)
+        torch.manual_seed(n + 1)  # the backward pass must not depend on what came between
+        grads = torch.autograd.grad(y, [u, *parameters.values()], dy.to(y.dtype))
+        results.append([y.detach().float(), *grads])
+    close = dict(rtol=1e-4, atol=2e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
+    for fused, exact, again in zip(*results):
+        torch.testing.assert_close(fused, exact.float(), **close)
+        assert torch.equal(fused, again)
+
+
+@compiled
+def test_dropout_keeps_the_gated_mlp_fused_and_drops_nothing_outside_of_training(monkeypatch):
+    mlp = MLP(M2BertConfig(hidden_size=32, intermediate_size=64, hidden_dropout_prob=0.5))
+    x = torch.randn(2, 50, 32)
+    exact = mlp.eval()(x)  # with gradients, as a probe in evaluation mode
+    monkeypatch.setattr(MLP, "definition", lambda *_: pytest.fail("not fused"))
+    torch.testing.assert_close(mlp.eval()(x), exact)
+    first, second = mlp.train()(x), mlp.train()(x)
+    assert not torch.equal(first, second)  # other units every time
+    dropped = GatedBlocks.factors([torch.empty(400, 16)] * 4, 0.5)
+    shares = [float((part == 0).float().mean()) for part in dropped]
+    assert len(dropped) == 2 and shares == pytest.approx([0.5, 0.5], abs=0.03)
+    assert set(dropped[0].unique().tolist()) == {0.0, 2.0}
+
+
+@compiled
 @pytest.mark.parametrize(
     "blocks, width, inner, n", [(4, 64, 128, 7), (2, 32, 64, 1), (8, 64, 256, 33), (4, 32, 32, 5)]
 )

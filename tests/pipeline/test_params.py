@@ -82,6 +82,28 @@ def test_a_row_overrides_its_profile_and_a_profile_overrides_base(edit):
     assert params.settings("laptop", "finetune", "opl")["warmup"] == 0.25
 
 
+def test_a_rate_by_length_stands_between_the_profile_and_the_row(edit):
+    """The authors' YAMLs for 128 tokens have 8e-4, the paper's long models 5e-4."""
+    edit()
+    for profile, rate in (("paper", 8e-4), ("laptop", 5e-4), ("gpu", 5e-4)):
+        values = params.settings(profile, "pretrain", "mixed_128")
+        assert values["lr"] == values["embedding_lr"] == rate
+        assert params.settings(profile, "pretrain", "mixed_2k")["lr"] == 5e-4
+    edit(("pretrained.mixed_128.lr", 1e-3), ("pretrain.paper.lr", 2e-4))
+    values = params.settings("paper", "pretrain", "mixed_128")
+    assert (values["lr"], values["embedding_lr"]) == (1e-3, 8e-4)
+    assert params.settings("paper", "pretrain", "mixed_2k")["lr"] == 2e-4
+    edit(("pretrain.laptop.lr_by_length", {"129": 1e-3}))
+    with pytest.raises(params.ParamsError, match="lr_by_length"):
+        params.load()
+
+
+def test_what_is_the_papers_in_pretraining_is_left_out_where_bits_must_stay(edit):
+    edit()
+    dropped = {p: params.settings(p, "pretrain")["dropout"] for p in params.load()["lengths"]}
+    assert dropped == {"smoke": 0, "laptop": 0, "real": 0, "gpu": 0, "paper": 0.1}
+
+
 def test_a_models_shape_is_that_of_the_row_pretrained_from_scratch(edit):
     edit(("pretrained.mixed_8k.hidden_size", 48))
     assert params.settings("laptop", "model", "mixed_8k")["hidden_size"] == 48
