@@ -94,7 +94,7 @@ class Examples:
         for row in rows:
             tokens.extend(row)
             ends.append(len(tokens))
-        return cls(np.array(tokens, dtype=np.int32), np.array(ends, dtype=np.int64))
+        return cls(np.asarray(tokens, dtype=np.int32), np.asarray(ends, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
