@@ -103,7 +103,8 @@ class Curve:
 
     def summary(self) -> str:
         """Loss, norm of the gradient and speed, for the progress bar."""
-        speed = (self.tokens() - self.first) / (time.monotonic() - self.started)
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        speed = (self.tokens() - self.first) / seconds
         loss = self.lines[-1]["loss"]
         return f"loss {loss:.4g}, gradient {self.norm:.3g}, {speed:,.0f} tokens/s"
 

@@ -1,4 +1,7 @@
-"""Optimizer, schedule and mixed precision."""
+"""Optimizer, schedule, training loop and mixed precision."""
+
+import math
+import re
 
 import pytest
 import torch
@@ -6,7 +9,10 @@ from toys import learn, tune, weights
 
 from lib.kernels import support
 from lib.model.m2bert import M2BertForMaskedLM
-from lib.training.optim import optimizer, warmup_then_linear
+from lib.pipeline.errors import TrainingError
+from lib.training import optim as module
+from lib.training.optim import optimizer, train, warmup_then_linear
+from lib.training.resume import Checkpoints
 
 
 def test_the_rate_rises_to_its_peak_then_falls_in_a_line():
@@ -25,6 +31,97 @@ def test_vectors_and_the_filters_inputs_are_not_decayed_and_words_have_a_rate_of
         decayed = p.ndim > 1 and not name.endswith("filter.inputs")
         assert (of[id(p)]["weight_decay"] > 0) == decayed, name
         assert of[id(p)]["lr"] == (1e-2 if "word_embeddings" in name else 1e-3), name
+
+
+def steps(gradient, count: int, *arguments, **options):
+    """Train one weight; gradient(step, weight) adds to its gradient and returns the loss."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+
+    def line(step: int) -> dict:
+        return dict(loss=gradient(step, model.weight), tokens=100)
+
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    curve = train(model, optim, [1.0] * count, line, "toys", 5, *arguments, **options)
+    return model.weight.item(), curve
+
+
+def test_a_step_is_the_rate_times_the_clipped_gradient():
+    def gradient(step, weight):
+        weight.grad = torch.tensor([[0.5 if step else 40.0]])  # clipped to a norm of 1
+        return 7.0 - step
+
+    weight, curve = steps(gradient, 2, show_progress=False)
+    assert weight == pytest.approx(1 - 0.1 * 1.0 - 0.1 * 0.5, abs=1e-6)
+    assert curve == [
+        {"step": 0, "tokens": 100, "loss": 7.0, "lr": 0.1},
+        {"step": 1, "tokens": 200, "loss": 6.0, "lr": 0.1},
+    ]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
+    weights = []
+
+    def gradient(step, weight):
+        weights.append(weight)
+        weight.grad = torch.full((1, 1), math.nan if step == 2 else 0.5)
+        return 1.0
+
+    with pytest.raises(TrainingError, match="^toys: the norm of the gradient is nan at step 2 .lr"):
+        steps(gradient, 4, show_progress=False)
+    assert weights[-1].item() == pytest.approx(0.9, abs=1e-6)
+
+
+def test_losses_on_a_gpu_are_read_every_fifty_steps_and_the_first_bad_step_is_named(monkeypatch):
+    """The loss is a tensor that says when it is read; on a GPU, reading waits for all before it."""
+    monkeypatch.setattr(module, "is_remote", lambda value: True)
+    reads, taken = [], []
+
+    class Loss(torch.Tensor):
+        def item(self):
+            reads.append(len(taken))
+            return super().item()
+
+    def gradient(step, weight):
+        taken.append(step)
+        weight.grad = torch.full((1, 1), 0.01)
+        return torch.tensor(math.nan if step == bad else step / 7).as_subclass(Loss)
+
+    bad = None
+    _, curve = steps(gradient, 120, show_progress=False)
+    assert reads == [50] * 50 + [100] * 50 + [120] * 20
+    assert [line["loss"] for line in curve] == pytest.approx([i / 7 for i in range(120)])
+    assert [line["tokens"] for line in curve] == [100 * (i + 1) for i in range(120)]
+    bad = 60
+    taken.clear()
+    with pytest.raises(TrainingError, match="the loss is nan at step 60 .*seed 5 and step 60"):
+        steps(gradient, 120, show_progress=False)
+    assert len(taken) == 100
+
+
+def test_losses_on_a_gpu_are_read_before_a_checkpoint_holds_their_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "is_remote", lambda value: True)
+    checkpoints = Checkpoints(tmp_path, "key")
+    due = iter([False] * 30 + [True] + [False] * 4 + [True] * 100)
+    monkeypatch.setattr(checkpoints, "due", lambda: next(due))
+
+    def gradient(step, weight):
+        weight.grad = torch.full((1, 1), 0.01)
+        return torch.tensor(math.nan if step == 33 else 1.0)
+
+    with pytest.raises(TrainingError, match="step 33 .* the last checkpoint is .*/key/31$"):
+        steps(gradient, 120, checkpoints, show_progress=False)
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["31"]
+
+
+def test_the_log_has_speed_time_left_loss_and_gradient_at_each_checkpoint(tmp_path, capsys):
+    def gradient(step, weight):
+        weight.grad = torch.full((1, 1), 0.25)
+        return 1.5
+
+    steps(gradient, 4, Checkpoints(tmp_path, "key", minutes=0))
+    lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "2/4" in line]
+    assert re.search(r"toys: +50%.*<.*, loss 1.5, gradient 0.25, [\d,]+ tokens/s", lines[-1])
 
 
 @pytest.mark.parametrize("what", ["pretrain", "finetune"])
