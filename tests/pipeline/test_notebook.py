@@ -334,6 +334,30 @@ def test_no_kernel_outlives_its_run(house):
     runs["SIGKILL"].wait(timeout=10)
 
 
+TRAINING = """\
+import os, sys, time
+from pathlib import Path
+from lib.training.resume import signals
+with signals() as stop:
+    print('kernel', os.getpid(), file=sys.stderr)
+    while not stop:
+        time.sleep(0.05)
+    Path(out, 'checkpoints', 'finetune', row, 'key', '7').mkdir(parents=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_leaves_a_training_time_for_its_checkpoint_and_says_how_to_go_on(house):
+    save(house / SOURCE, TRAINING)
+    process = command("run", "09_a", "finetune", "opl", "--profile=laptop")
+    kernel = kernel_of(process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and not alive(kernel)
+    assert "stopped by SIGTERM in cell 3" in err.splitlines()[-1]
+    assert "; `make repro` goes on after step 7; all of it in" in err.splitlines()[-1]
+
+
 # ------------------------------------------------------------------ parts
 
 
