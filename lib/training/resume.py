@@ -35,7 +35,8 @@ from lib.training import ranks
 
 log = logging.getLogger(__name__)
 
-CODE = ("operators", "model", "training", "kernels/VERSION")  # of lib/: what decides the weights
+# Of lib/: what decides the weights. `benchmark` reads the corpus and ranks hard negatives.
+CODE = ("operators", "kernels/VERSION", "model", "benchmark", "training")
 TENSORS, STATE = "state.safetensors", "state.json"
 KEPT = 2
 Optimizer = torch.optim.Optimizer
