@@ -124,7 +124,7 @@ def contrastive_loss(q: Tensor, d: Tensor, y: Tensor, margin: float = 0.5) -> Te
         y: 1.0 if the document answers the query, else 0.0, (B,).
 
     Returns:
-        Scalar in [0, max(2, margin² / 2)].
+        Scalar in [0, 2], for a margin of at most 2.
     """
     check("one label (B,) per pair of a query and a document", y.shape == q.shape[:1], q, d, y)
     check("one document per query", q.shape == d.shape, q, d)

@@ -195,6 +195,8 @@ class Pairs:
 
         They are of the query's task, or of any task if the batch has none of its own.
         """
+        if not count:
+            return []
         documents, queries, _ = batch
         negative = ~self.positives(*batch)
         near = negative & self.in_task[np.ix_(self.task_of[queries], documents)]
