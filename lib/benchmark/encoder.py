@@ -20,6 +20,7 @@ from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
 
 BATCH_TOKENS = 16_384  # one forward pass at most, padding included
+BLOCK = 2**16  # rows sorted by length at a time
 CHUNKS = ("mean", "max", "best")
 
 
@@ -157,33 +158,56 @@ class Encoder:
             raise ValueError(f"the embedding of text {bad[0]} is not finite {reason}")
         return vectors, owner
 
-    @torch.no_grad()
     def embed(self, ids: list[list[int]], batch_size: int, show_progress: bool) -> np.ndarray:
         """The pooled outputs of rows of ids, float32, (n, D)."""
-        config = self.model.config
-        vectors = np.zeros((len(ids), config.hidden_size), dtype=np.float32)
-        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+        vectors = np.zeros((len(ids), self.model.config.hidden_size), dtype=np.float32)
         progress = bar(total=len(ids), desc="encode", show=show_progress)
-        fast = self.engine is not None and self.on_cpu
-        padded = config.pad_to_max_length and not (fast and config.mask_padding)
-        limit = config.max_position_embeddings
-        tokens = np.array([limit if padded else len(ids[i]) for i in order], dtype=np.int64)
-        ends, start = tokens.cumsum(), 0
-        while start < len(order):
-            if fast:
-                most = ends[start] - tokens[start] + BATCH_TOKENS
-                size = int(np.searchsorted(ends, most, side="right")) - start
-            else:
-                size = min(batch_size, BATCH_TOKENS // tokens[start])
-            batch = order[start : start + max(1, size)]
-            start += len(batch)
-            vectors[batch] = self.forward([ids[i] for i in batch], fast)
+        for batch in self.batches(lengths_of(ids), batch_size):
+            vectors[batch] = self.forward([ids[i] for i in batch])
             progress.update(len(batch))
         progress.close()
         return vectors
 
-    def forward(self, ids: list[list[int]], fast: bool) -> np.ndarray:
-        if fast:
+    def batches(self, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        """The rows of each forward pass, the longest rows first; a function of the lengths alone.
+
+        The last bits of a vector depend on the batch that its row is in. Therefore rows are sorted
+        BLOCK at a time: whoever embeds a block alone (`lib.benchmark.shards`) has the same batches.
+
+        Args:
+            lengths: of the rows in tokens, int64, (n,).
+        """
+        batches = []
+        for first in range(0, len(lengths), BLOCK):
+            order = first + np.argsort(-lengths[first : first + BLOCK], kind="stable")
+            tokens, start = self.read_tokens(lengths[order]), 0
+            ends = tokens.cumsum()
+            while start < len(order):
+                if self.fast:
+                    most = ends[start] - tokens[start] + BATCH_TOKENS
+                    size = int(np.searchsorted(ends, most, side="right")) - start
+                else:
+                    size = min(batch_size, BATCH_TOKENS // tokens[start])
+                batches.append(order[start : start + max(1, size)])
+                start += len(batches[-1])
+        return batches
+
+    def read_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """The tokens that a forward pass reads of rows of these lengths, (n,)."""
+        config = self.model.config
+        if config.pad_to_max_length and not (self.fast and config.mask_padding):
+            return np.full_like(lengths, config.max_position_embeddings)
+        return lengths
+
+    @property
+    def fast(self) -> bool:
+        """Whether the engine embeds, which pads nothing."""
+        return self.engine is not None and self.on_cpu
+
+    @torch.no_grad()
+    def forward(self, ids: list[list[int]]) -> np.ndarray:
+        """The pooled outputs of one batch, float32, (n, D)."""
+        if self.fast:
             return self.engine(ids).numpy()
         device = next(self.model.parameters()).device
         tensors = (tensor.to(device) for tensor in pad(ids, self.tokenizer.pad_token_id))
@@ -201,6 +225,10 @@ class Encoder:
             [row[:1] + row[1 + start : 1 + end] + row[-1:] for start, end in part]
             for row, part in zip(ids, parts)
         ]
+
+
+def lengths_of(ids: list[list[int]]) -> np.ndarray:
+    return np.array([len(row) for row in ids], dtype=np.int64)
 
 
 def checked_stride(stride: int | None, size: int, chunk: str | None, error=ValueError) -> int:
