@@ -40,6 +40,7 @@ import numpy as np
 from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
 from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, renumbered
+from lib.benchmark.shards import ShardedEncoder
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
 from lib.pipeline.errors import WorkbenchError, require
@@ -52,10 +53,18 @@ class RankerError(WorkbenchError):
     """A row that cannot be made into a ranker; the message names the row's key and the way out."""
 
 
-def of(profile: str, row: str, source: str | Path | None = None, device: str = "cpu"):
+def of(
+    profile: str,
+    row: str,
+    source: str | Path | None = None,
+    device: str = "cpu",
+    place: str | None = None,
+):
     """The ranker of a row, with its tokenizer in place.
 
     Args:
+        place: where its model is in data/models, if not under the row's name: that of another
+            seed (`params.trainings`).
         source: the corpus, whose word pieces `first_tokens` and `window` count if a model has no
             tokenizer of its own; None: the profile's.
 
@@ -71,7 +80,13 @@ def of(profile: str, row: str, source: str | Path | None = None, device: str = "
         from lib.model import checkpoint
         from lib.model.m2bert import M2BertForRetrieval
 
-        model, tokenizer = checkpoint.load(data / "models" / row, M2BertForRetrieval)
+        folder, processes = (
+            data / "models" / (place or row),
+            params.settings(profile, "compute")["processes"],
+        )
+        model, tokenizer = checkpoint.load(folder, M2BertForRetrieval)
+        if processes > 1:
+            return ShardedEncoder(folder, processes, model.to(device), tokenizer)
         return Encoder(model.to(device), tokenizer, truncate=True)
     settings = design["baselines"][row]
     if "model" in settings and "url" not in settings:
