@@ -80,10 +80,8 @@ def of(
         from lib.model import checkpoint
         from lib.model.m2bert import M2BertForRetrieval
 
-        folder, processes = (
-            data / "models" / (place or row),
-            params.settings(profile, "compute")["processes"],
-        )
+        folder = data / "models" / (place or row)
+        processes = params.settings(profile, "compute")["processes"]
         model, tokenizer = checkpoint.load(folder, M2BertForRetrieval)
         if processes > 1:
             return ShardedEncoder(folder, processes, model.to(device), tokenizer)
