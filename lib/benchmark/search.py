@@ -13,7 +13,7 @@ Axes: N documents, Q queries, D width, B rows of a block, G groups of rows.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -403,11 +403,21 @@ def per_query(run: dict, qrels: dict) -> dict[str, dict[str, float]]:
     return {name: measure(run, qrels, k, per_query=True) for name, (measure, k) in MEASURES.items()}
 
 
+def averaged(several: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """The mean of each measure and query over the `per_query` of several trainings."""
+    several = list(several)
+    return {
+        name: {query: sum(of[name][query] for of in several) / len(several) for query in values}
+        for name, values in several[0].items()
+    }
+
+
 def evaluate(task, run: dict, values: dict | None = None) -> dict:
     """The scores of a run: the means of MEASURES, and what is needed to judge them.
 
     Args:
-        values: of `per_query`, if they are known already.
+        values: of `per_query`, if they are known already, or `averaged` over several trainings;
+            ties and missing are then those of this run alone.
 
     Returns:
         The mean of each measure; low and high, the 95 % bootstrap interval of nDCG@10 over

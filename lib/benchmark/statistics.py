@@ -4,6 +4,7 @@
     paired(a, b)                  the same of the difference of two retrievers on the same queries
     p_value(a, b)                 the paired randomisation test
     holm(p_values)                p-values that hold for all comparisons together
+    spread(by_seed)               how far the trainings of a row lie apart
 
 Source: Fisher 1935; Holm 1979; Smucker et al. 2007.
 """
@@ -114,3 +115,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty_like(p)
     corrected[order] = np.maximum.accumulate(np.minimum(1, (len(p) - np.arange(len(p))) * p[order]))
     return corrected.tolist()
+
+
+def spread(by_seed: dict[int, float]) -> dict:
+    """How far the scores of one row with several seeds lie apart.
+
+    Returns:
+        {"by_seed": the scores} and their standard deviation (n - 1) as "deviation", or "range" if
+        there are two; {} if there is one.
+    """
+    scores = list(by_seed.values())
+    if len(scores) < 2:
+        return {}
+    if len(scores) == 2:
+        return {"by_seed": by_seed, "range": max(scores) - min(scores)}
+    return {"by_seed": by_seed, "deviation": float(np.std(scores, ddof=1))}

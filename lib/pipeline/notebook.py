@@ -339,7 +339,7 @@ def resumption(row: str | None, error: BaseException) -> str:
     if getattr(error, "ename", "") == "TrainingError":  # it would come again
         return ""
     folder = params.root() / "data" / "checkpoints"
-    steps = [path for path in folder.glob(f"*/{row}/*/*") if path.name.isdigit()]
+    steps = [path for path in folder.glob(f"*/{row}/**/*") if path.name.isdigit()]
     if not steps:
         return ""
     newest = max(steps, key=lambda path: path.stat().st_mtime)

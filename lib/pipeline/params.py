@@ -3,6 +3,7 @@
     settings(profile, stage, row)     base  <  profile  <  row, key by key
     length(profile, 2048)             what a paper length is in a profile
     rows(profile, "retrievers")       the rows a profile runs
+    trainings(profile, "opl")         the seeds of a row, and the folder of each one's model
 
 `base` of a stage holds every key that its notebooks read, and gives each its
 type: anything else is an error, and the message says which key was probably
@@ -120,13 +121,18 @@ def own(row: str, table: str) -> dict | None:
     return load()[table].get(row)
 
 
-def repeats(row: str) -> list[str]:
-    """This row and those of its table that differ in `seed` alone, in the file's order."""
-    design = load()
-    for table in (design[table] for table in MODELS if row in design[table]):
-        same = {**table[row], "seed": 0}
-        return [name for name, own in table.items() if {**own, "seed": 0} == same]
-    return [row]
+def trainings(profile: str, row: str) -> dict[int, str]:
+    """{seed: folder in data/models and data/runs} of a row: `opl`, then `opl/seed_43`.
+
+    A row of `distilled` takes its first seed alone: retrievers start from one model. The seed of a
+    row that is not fine-tuned here is 0.
+    """
+    design = load_for(profile)
+    if row not in {**design["distilled"], **design["retrievers"]}:
+        return {0: row}
+    first, *others = settings(profile, "finetune", row)["seeds"]
+    others = others if row in design["retrievers"] else []
+    return {first: row} | {seed: f"{row}/seed_{seed}" for seed in others}
 
 
 def select(design: dict, profile: str) -> dict[str, dict]:

@@ -7,7 +7,7 @@ together with the base that it overrides. Lengths are in tokens.
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic.functional_validators import AfterValidator
@@ -49,6 +49,12 @@ def complete(lengths: dict) -> dict:
     return lengths
 
 
+def distinct(seeds: list[int]) -> list[int]:
+    different = seeds and len({*seeds}) == len(seeds)
+    require(different, f"wants one seed or several different ones, got {seeds}", ValueError)
+    return seeds
+
+
 # Names of rows and profiles reach shell lines and file names.
 Name = text(r"[a-z][a-z0-9_]*", "is no name: small letters, digits and _, a letter first")
 Notebook = text(r"\d\d_[a-z0-9_]+", "is no notebook's name, such as 00_start_here")
@@ -64,7 +70,7 @@ class Settings(BaseModel):
 
 class Compute(Settings):
     threads: Count  # of each process
-    processes: Count  # that train one model on this machine
+    processes: Count  # that train one model, or embed its documents, on this machine
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["float32", "bfloat16"]  # of matrix multiplications
 
@@ -137,7 +143,15 @@ class Finetune(Settings):
     weight_decay: Rate
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
-    seed: Amount
+    seeds: Annotated[list[Amount], AfterValidator(distinct)]  # one model for each
+
+    @property
+    def seed(self) -> int:
+        """The seed of a training; `of(seed)` are the settings of another one."""
+        return self.seeds[0]
+
+    def of(self, seed: int) -> Self:
+        return self.model_copy(update={"seeds": [seed]})
 
 
 class Evaluate(Settings):

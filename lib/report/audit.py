@@ -66,7 +66,7 @@ class Measured:
     """
 
     def __init__(self, profile: str, tasks: list[locov1.Task], read: pd.DataFrame):
-        scores, values = results.scores(profile), results.per_query(profile)
+        scores, values = results.scores(profile), results.over_seeds(results.per_query(profile))
         self.scores, self.values = (
             scores[scores["reads"] == "all"],
             values[values["reads"] == "all"],
@@ -86,7 +86,7 @@ class Measured:
         return tuple(100 * value for value in first(lines)) if len(lines) else None
 
     def on_own(self, row: str) -> tuple | None:
-        """On the queries of the profile's own tasks, each averaged over the row's seeds."""
+        """On the queries of the profile's own tasks."""
         values = comparison.seeds_mean(self.values[self.values["task"].isin(self.own)], row)
         interval = statistics.interval(values.to_numpy()) if len(values) else ()
         return tuple(100 * np.array(interval)) or None

@@ -101,7 +101,7 @@ def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
         "rows": " − ".join(results.marked(profile, row) for row in rows),
         "on": queries.on,
         "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, rows[0])),
-        "seeds": ", ".join(str(comparison.seeds(values, row)) for row in rows),
+        "seeds": ", ".join(display.over_seeds(comparison.each_seed(values, row)) for row in rows),
     }
     return Evidence(ours, p, by_seed, cells, missing if queries.queries else queries.why)
 
@@ -128,16 +128,19 @@ def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
 def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     """nDCG@10 of reads_32k with the needle in the last place, minus that in the first."""
     scores = results.needles(profile)
-    mine = scores[(scores["row"] == "reads_32k") & scores["place"].isin(START)]
+    seeds = scores[(scores["row"] == "reads_32k") & scores["place"].isin(START)]
+    mine = results.over_seeds(seeds)
     if mine.empty:
         few = "it is known of too few queries where their answer stands"
         missing = few if scores.empty else f"reads_32k: {ABSENT}"
         return Evidence(cells={"the paper's": "–"}, missing=missing)
-    places = mine.pivot_table(index="qid", columns="place", values="ndcg@10")
+    places = mine.pivot(index="qid", columns="place", values="ndcg@10")
     first, last = (places[place].to_dict() for place in START)
-    cells = {"n": len(places), "seeds": "1"}
+    means = seeds.pivot_table(index="seed", columns="place", values="ndcg@10", sort=False)
+    by_seed = (means[START[1]] - means[START[0]]).tolist()
+    cells = {"n": len(places), "seeds": str(len(by_seed))}
     p = statistics.p_value(last, first)
-    return Evidence(statistics.paired(last, first), p, cells=cells, always=True)
+    return Evidence(statistics.paired(last, first), p, by_seed, cells, always=True)
 
 
 def counted(claim: dict, profile: str, tasks: list[Task]) -> Evidence:

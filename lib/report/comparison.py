@@ -114,25 +114,19 @@ def against(values: pd.DataFrame, row: str, reference: str) -> tuple[tuple, floa
     pair = [seeds_mean(values, name).to_dict() for name in (row, reference)]
     if not all(pair):
         return NOT_MEASURED, math.nan, []
-    trainings = (of_row(values, name).groupby("row", sort=False) for name in (row, reference))
-    a, b = (queries["ndcg@10"].mean() for queries in trainings)
-    by_seed = [float(x - y) for x in a for y in b]
+    a, b = (each_seed(values, name) for name in (row, reference))
+    by_seed = [x - y for x in a.values() for y in b.values()]
     return statistics.paired(*pair), statistics.p_value(*pair), by_seed
-
-
-def of_row(values: pd.DataFrame, row: str) -> pd.DataFrame:
-    """The lines of a row, trained with any seed."""
-    return values[values["row"].isin(params.repeats(row))]
 
 
 def seeds_mean(values: pd.DataFrame, row: str) -> pd.Series:
     """nDCG@10 of each (task, qid), averaged over the seeds of the row."""
-    return of_row(values, row).groupby(["task", "qid"])["ndcg@10"].mean()
+    return values[values["row"] == row].groupby(["task", "qid"])["ndcg@10"].mean()
 
 
-def seeds(values: pd.DataFrame, row: str) -> int:
-    """The number of seeds that the row was trained and evaluated with."""
-    return of_row(values, row)["row"].nunique()
+def each_seed(values: pd.DataFrame, row: str) -> dict[int, float]:
+    """{seed: nDCG@10 of the row} in the order of params.yaml; {} if it was not run."""
+    return values[values["row"] == row].groupby("seed", sort=False)["ndcg@10"].mean().to_dict()
 
 
 # ------------------------------------------------------------------ an ablation
@@ -146,9 +140,9 @@ def compared(profile: str, key: str) -> list[str]:
 def ablation(profile: str, key: str) -> pd.DataFrame:
     """The rows of an ablation against its first row, one line per group of tasks and row.
 
-    Columns: row, tasks, queries (0: not run), seeds, by_seed, ndcg@10, low, high, difference,
-    difference_low, difference_high and p, corrected after Holm for all comparisons of the table
-    (NaN for the reference).
+    Columns: row, tasks, queries (0: not run), seeds (nDCG@10 with each), by_seed (the differences),
+    ndcg@10, low, high, difference, difference_low, difference_high and p, corrected after Holm for
+    all comparisons of the table (NaN for the reference).
     """
     rows = compared(profile, key)
     values = results.per_query(profile, rows)
@@ -169,7 +163,7 @@ def ablation(profile: str, key: str) -> pd.DataFrame:
 def compare(values: pd.DataFrame, row: str, reference: str) -> dict:
     """A row's score on these queries, and its difference to the reference unless it is that."""
     own = seeds_mean(values, row)
-    line = {"row": row, "queries": len(own), "seeds": seeds(values, row), "by_seed": []}
+    line = {"row": row, "queries": len(own), "seeds": each_seed(values, row), "by_seed": []}
     if len(own):
         line |= zip(SCORE, statistics.interval(own.to_numpy()))
     if row != reference:
@@ -206,7 +200,7 @@ def ablation_table(
                 f"minus {frame['row'].iloc[0]}": display.with_interval(*gap, signed=True),
                 "p, Holm": display.chance(line["p"]),
                 "queries": line["queries"],
-                "seeds": line["seeds"],
+                "seeds": display.over_seeds(line["seeds"]),
                 "seed by seed": display.each_seed(by_seed),
                 "paper": paper(row),
                 "the paper's order": verdict(*gap[1:], sign, line["p"], by_seed) if sign else "",

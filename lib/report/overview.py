@@ -33,7 +33,8 @@ class Overview:
     """Everything that a profile's rows scored.
 
     Attributes:
-        rows: names, in the order of params.yaml; scores, per_query, needles: see `results`.
+        rows: names, in the order of params.yaml; scores: see `results`; per_query, needles: the
+            same, each query's mean over the seeds of the row.
         ladder: the rows of the paper's four lengths that were run.
         accuracy: MLM accuracy of the warm start and the cold one, {row: (mean, low, high)}.
         tasks: the test tasks of all sources; sources: {task: its source, "" for the run's own}.
@@ -44,8 +45,9 @@ class Overview:
     def __init__(self, profile: str):
         self.profile, corpus = profile, params.data(profile) / "corpus"
         self.rows = results.rows(profile, "evaluate")
-        self.scores, self.per_query = results.scores(profile), results.per_query(profile)
-        self.needles = results.needles(profile)
+        self.scores = results.scores(profile)
+        self.per_query = results.over_seeds(results.per_query(profile))
+        self.needles = results.over_seeds(results.needles(profile))
         self.status = results.load_metrics(profile, "evaluate")["status"]
         self.ladder = [row for row in audit.LADDER.values() if self.status.get(row) == "run"]
         self.pretraining = results.load_metrics(profile, "pretrain")

@@ -2,6 +2,7 @@
 
     metric(values, stage, row, …), curve(frame, stage, row, …)   written
     load_metrics, scores, per_query, needles, curves             read; a missing row is "not run"
+    over_seeds(values)                                           each query's mean over the seeds
     paper(name)                                                  the numbers that the paper printed
 
 Each stage owns one folder: data/report/<profile>/<stage>/, or <stage>/<row>/ if it has rows.
@@ -24,8 +25,9 @@ STAGES = {
     "evaluate": {"evaluate": "evaluated", "baseline": "baselines"},
 }
 SCORES = "row reads task source reads_tokens ndcg@10 low high queries documents truncated".split()
-QUERIES = ["row", "task", "source", "reads", "qid", "ndcg@10"]
-NEEDLES = ["place", "qid", "ndcg@10", "row"]
+SCORE = "ndcg@10"
+QUERIES = ["row", "seed", "task", "source", "reads", "qid", SCORE]
+NEEDLES = ["row", "seed", "place", "qid", SCORE]
 CURVE_LINES = 2_000  # of a curve on disk, at most
 CURVES = ["row", "step", "tokens", "loss", "lr", "accuracy"]
 
@@ -141,11 +143,11 @@ def marked(profile: str, row: str) -> str:
     return row
 
 
-def stacked(paths: dict[str, Path], columns: list[str]) -> pd.DataFrame:
-    """{row: its table} under each other, with a column `row`; only columns if there is none."""
+def stacked(paths: dict[Path, dict], columns: list[str]) -> pd.DataFrame:
+    """{path: columns to add to its table} under each other; only `columns` if there is no file."""
     frames = [
-        (pd.read_csv if path.suffix == ".csv" else pd.read_parquet)(path).assign(row=row)
-        for row, path in paths.items()
+        (pd.read_csv if path.suffix == ".csv" else pd.read_parquet)(path).assign(**labels)
+        for path, labels in paths.items()
         if path.is_file()
     ]
     frames = [frame for frame in frames if len(frame)]
@@ -153,26 +155,39 @@ def stacked(paths: dict[str, Path], columns: list[str]) -> pd.DataFrame:
 
 
 def per_query(profile: str, names: list[str] | None = None) -> pd.DataFrame:
-    """nDCG@10 of every query: row, task, source, reads, qid, ndcg@10.
+    """nDCG@10 of every query: row, seed, task, source, reads, qid, ndcg@10.
 
-    Rows that differ from a named one in their seed alone come along. Rows that were not run have
-    no lines; `load_metrics` names them.
+    Rows that were not run have no lines; `load_metrics` names them.
     """
-    names = rows(profile, "evaluate") if names is None else names
-    trained = dict.fromkeys(repeat for name in names for repeat in params.repeats(name))
-    runs = params.data(profile) / "runs"
-    return stacked({row: runs / row / "per_query.parquet" for row in trained}, QUERIES)[QUERIES]
+    return of_seeds(profile, names, "per_query.parquet", QUERIES)
 
 
 def needles(profile: str) -> pd.DataFrame:
-    """The scores of the needle task: row, place, qid, ndcg@10."""
-    runs, names = params.data(profile) / "runs", rows(profile, "evaluate")
-    return stacked({row: runs / row / "needle.parquet" for row in names}, NEEDLES)
+    """The scores of the needle task: row, seed, place, qid, ndcg@10."""
+    return of_seeds(profile, None, "needle.parquet", NEEDLES)
+
+
+def of_seeds(profile: str, names: list[str] | None, file: str, columns: list[str]) -> pd.DataFrame:
+    """One file of each ranking of these rows (None: of all rows)."""
+    runs = params.data(profile) / "runs"
+    paths = {
+        runs / place / file: {"row": row, "seed": seed}
+        for row in (rows(profile, "evaluate") if names is None else names)
+        for seed, place in params.trainings(profile, row).items()
+    }
+    return stacked(paths, columns)[columns]
+
+
+def over_seeds(values: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `per_query` or `needles`, one for each query: its mean over seeds."""
+    keys = [name for name in values.columns if name not in ("seed", SCORE)]
+    return values.groupby(keys, sort=False, as_index=False)[SCORE].mean()
 
 
 def curves(profile: str, step: str, names: Iterable[str]) -> pd.DataFrame:
     """Training curves under each other: row, step, tokens, loss, lr, accuracy."""
-    return stacked({row: source(profile, step, row) / "curve.csv" for row in names}, CURVES)
+    paths = {source(profile, step, row) / "curve.csv": {"row": row} for row in names}
+    return stacked(paths, CURVES)
 
 
 def paper(name: str) -> pd.DataFrame:

@@ -561,3 +561,13 @@ def test_rank_names_the_task_and_document_that_is_wrong(tiny, tokenizer, odd):
         search.rank(
             encoder, [task(documents={"d1": "fox", "d2": "hen " * 40})], show_progress=False
         )
+
+
+def test_the_values_of_several_trainings_are_averaged_query_by_query():
+    first, second = (
+        {"ndcg@10": {"a": a, "b": b}, "mrr": {"a": b, "b": a}} for a, b in [(1, 0), (0.5, 1)]
+    )
+    mean = search.averaged([first, second])
+    assert mean == {"ndcg@10": {"a": 0.75, "b": 0.5}, "mrr": {"a": 0.5, "b": 0.75}}
+    odd = {"ndcg@10": {"a": 0.1 + 0.2}}
+    assert search.averaged([odd]) == odd  # one training: the same bits

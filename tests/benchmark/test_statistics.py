@@ -144,3 +144,10 @@ def test_holm_lies_between_no_correction_and_bonferronis(p):
     corrected = statistics.holm(p)
     assert all(raw <= value <= min(1, len(p) * raw) + 1e-12 for raw, value in zip(p, corrected))
     assert [corrected[i] for i in np.argsort(p, kind="stable")] == sorted(corrected)
+
+
+def test_the_spread_over_seeds_is_a_range_of_two_and_a_deviation_of_more():
+    assert statistics.spread({}) == statistics.spread({42: 0.5}) == {}
+    two, three = {42: 0.5, 43: 0.25}, {1: 0.1, 2: 0.3, 3: 0.2}
+    assert statistics.spread(two) == {"by_seed": two, "range": 0.25}
+    assert statistics.spread(three) == {"by_seed": three, "deviation": pytest.approx(0.1)}

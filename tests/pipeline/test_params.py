@@ -67,19 +67,34 @@ def test_the_committed_design_loads_and_every_profile_has_settings_for_every_row
 
 def test_a_row_overrides_its_profile_and_a_profile_overrides_base(edit):
     edit(
-        ("finetune.base.seed", 1),
-        ("finetune.laptop.seed", 2),
-        ("retrievers.opl.seed", 3),
+        ("finetune.base.seeds", [1]),
+        ("finetune.laptop.seeds", [2]),
+        ("retrievers.opl.seeds", [3]),
         ("finetune.base.warmup", 0.25),
     )
-    assert params.settings("smoke", "finetune")["seed"] == 1
+    assert params.settings("smoke", "finetune")["seeds"] == [1]
     assert (
-        params.settings("laptop", "finetune")["seed"]
-        == params.settings("laptop", "finetune", "reads_128")["seed"]
-        == 2
+        params.settings("laptop", "finetune")["seeds"]
+        == params.settings("laptop", "finetune", "reads_2k")["seeds"]
+        == [2]
     )
-    assert params.settings("laptop", "finetune", "opl")["seed"] == 3
+    assert params.settings("laptop", "finetune", "opl")["seeds"] == [3]
     assert params.settings("laptop", "finetune", "opl")["warmup"] == 0.25
+
+
+def test_a_row_is_trained_once_for_each_of_its_seeds(edit):
+    """The first seed's model is the row's own, and a model that others start from is one."""
+    edit(("finetune.laptop.seeds", [9, 7]), ("retrievers.opl.seeds", [3, 5, 4]))
+    assert params.trainings("laptop", "opl") == {3: "opl", 5: "opl/seed_5", 4: "opl/seed_4"}
+    assert params.trainings("laptop", "mnrl") == {9: "mnrl", 7: "mnrl/seed_7"}
+    assert params.trainings("smoke", "mnrl") == {42: "mnrl"}
+    assert params.trainings("laptop", "prototype_32k") == {9: "prototype_32k"}
+    assert params.trainings("laptop", "bm25") == {0: "bm25"}
+    for seeds in ([], [1, 1]):
+        edit(("retrievers.opl.seeds", seeds))
+        with pytest.raises(ParamsError) as error:
+            params.load()
+        refused(str(error.value), "retrievers.opl.seeds", "different", str(seeds))
 
 
 def test_a_rate_by_length_stands_between_the_profile_and_the_row(edit):

@@ -104,11 +104,11 @@ def test_another_profile_runs_its_rows_in_its_folder_and_git_stays_clean(house):
     assert repro("smoke").returncode == 0 and trained() == []  # a second run is a no-op
     replace(
         house / "params.yaml",
-        "opl:             {pretrained: warm_32k, loss: opl",
-        "opl:             {seed: 7, pretrained: warm_32k, loss: opl",
+        "  opl:\n    {pretrained: warm_32k, loss: opl",
+        "  opl:\n    {lr: 7.0, pretrained: warm_32k, loss: opl",
     )
     assert repro("smoke").returncode == 0 and trained() == ["opl"]
-    replace(house / "params.yaml", "{seed: 7, ", "{")
+    replace(house / "params.yaml", "{lr: 7.0, ", "{")
     assert repro("smoke").returncode == 0 and trained() == []  # restored from the run cache
     assert (house / ".dvc" / "cache").is_dir() and not (house / ".work/smoke/.dvc/cache").exists()
 
@@ -201,7 +201,7 @@ def test_another_collection_runs_in_a_folder_of_its_own_and_is_looked_at_again_w
     git("add", "-A")
     git("commit", "-qm", "all")
     rows = list(params.rows("smoke", "retrievers"))
-    done = repro("smoke", "--data", str(mine), "--set=finetune.seed=7 data.vocabulary=99")
+    done = repro("smoke", "--data", str(mine), "--set=finetune.seeds=[7] data.vocabulary=99")
     assert done.returncode == 0, done.stderr
     assert trained() == [*str(mine).split(), *rows]
     page = re.search(r"see (\S+)", done.stdout)[1]
@@ -221,9 +221,9 @@ def test_another_collection_runs_in_a_folder_of_its_own_and_is_looked_at_again_w
         if "pretraining" in work["data"]["smoke"]
         else "embedded",
     ) == (str(mine), "embedded")
-    assert (work["finetune"]["smoke"]["seed"], work["data"]["smoke"]["vocabulary"]) == (7, 99)
+    assert (work["finetune"]["smoke"]["seeds"], work["data"]["smoke"]["vocabulary"]) == ([7], 99)
 
-    again = ("smoke", f"--data={mine}", "--set", "finetune.seed=7", "--set", "data.vocabulary=99")
+    again = ("smoke", f"--data={mine}", "--set", "finetune.seeds=[7]", "--set=data.vocabulary=99")
     assert repro(*again).returncode == 0 and trained() == []
     (mine / "a.txt").write_text("another")
     assert (

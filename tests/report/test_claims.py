@@ -104,6 +104,15 @@ def test_the_needles_places_are_compared_query_by_query(printed, scored):
     line = lines()["needle_fades"]
     assert line["ours"] == "-100.0 [-100.0, -100.0]" and line["n"] == 12
     assert line["verdict"] == "reproduces" and line["the paper's"] == "-81.2"
+    assert (line["seeds"], line["seed by seed"]) == ("1", "–")
+    (runs / "seed_43").mkdir()
+    flat = [(place, qid, 0.5) for place, qid, _ in needles]
+    columns = ["place", "qid", "ndcg@10"]
+    pd.DataFrame(flat, columns=columns).to_parquet(runs / "seed_43" / "needle.parquet")
+    line = lines()["needle_fades"]
+    assert line["ours"] == "-50.0 [-50.0, -50.0]" and line["n"] == 12
+    assert (line["seeds"], line["seed by seed"]) == ("2", "-100.0, +0.0")
+    assert line["verdict"] == "undecided"  # one of the two trainings shows nothing
 
 
 def test_accuracies_are_compared_end_against_end(printed):

@@ -61,21 +61,47 @@ def test_p_values_of_an_ablation_are_corrected_for_each_other(scored):
     assert min(p) == pytest.approx(3 * min(raw))
 
 
-def test_rows_that_differ_in_the_seed_alone_are_one_row_trained_twice(scored):
-    """Each query has the mean of both trainings; each pair of trainings has a difference."""
-    assert params.repeats("opl") == params.repeats("opl_again") == ["opl", "opl_again"]
-    assert [params.repeats(row) for row in ("bm25", "prototype")] == [["bm25"], ["prototype"]]
+def test_each_query_has_the_mean_over_seeds_and_each_pair_of_seeds_a_difference(scored):
     scored("laptop", "mnrl_2", {BOOK: [0.2, 0.4, 0.6]})
-    scored("laptop", "mnrl_2_again", {BOOK: [0.4, 0.4, 0.4]})
+    scored("laptop", "mnrl_2", {BOOK: [0.4, 0.4, 0.4]}, seed=43)
     scored("laptop", "opl", {BOOK: [0.5, 0.7, 0.9]})
-    scored("laptop", "opl_again", {BOOK: [0.1, 0.1, 0.1]})
+    scored("laptop", "opl", {BOOK: [0.1, 0.1, 0.1]}, seed=43)
     values = results.per_query("laptop", ["mnrl_2", "opl"])
-    assert values["row"].nunique() == 4 and comparison.seeds(values, "opl") == 2
+    assert comparison.each_seed(values, "opl") == pytest.approx({42: 0.7, 43: 0.1})
     assert comparison.seeds_mean(values, "mnrl_2").tolist() == pytest.approx([0.3, 0.4, 0.5])
     (mean, _, _), _, by_seed = comparison.against(values, "opl", "mnrl_2")
     assert mean == pytest.approx(0.0) and by_seed == pytest.approx([0.3, 0.3, -0.3, -0.3])
-    line = comparison.ablation("laptop", "loss").set_index("row").loc["opl"]
-    assert line["by_seed"] == by_seed and line["seeds"] == 2 and line["queries"] == 3
+    frame = comparison.ablation("laptop", "loss")
+    line = frame.set_index("row").loc["opl"]
+    assert line["by_seed"] == by_seed and line["queries"] == 3
+    table = comparison.ablation_table(frame, "laptop").set_index("row")
+    assert table.loc[["opl", "mnrl_2", "mnrl"], "seeds"].tolist() == [
+        "2 (range 60.0)",
+        "2 (range 0.0)",
+        "0",
+    ]
+    assert table.at["opl", "seed by seed"] == "+30.0, +30.0, -30.0, -30.0"
+
+
+def test_two_seeds_compare_as_two_rows_of_one_seed_did(scored):
+    """Against the definition, on numbers of no pattern: the bits of two rows put together."""
+    rng = np.random.default_rng(1)
+    drawn = {(row, seed): rng.random(50) for row in ("opl", "mnrl_2") for seed in (42, 43)}
+    for (row, seed), values in drawn.items():
+        scored("laptop", row, {BOOK: values[:30], "tail": values[30:]}, seed=seed)
+    keys = [(BOOK, f"q{i}") for i in range(30)] + [("tail", f"q{i}") for i in range(20)]
+    means = [
+        {
+            key: (drawn[row, 42][i] + drawn[row, 43][i]) / 2
+            for i, key in sorted(enumerate(keys), key=lambda pair: pair[1])
+        }
+        for row in ("opl", "mnrl_2")
+    ]
+    values = results.per_query("laptop", ["mnrl_2", "opl"])
+    gap, p, by_seed = comparison.against(values, "opl", "mnrl_2")
+    assert gap == statistics.paired(*means) and p == statistics.p_value(*means)
+    pairs = [drawn["opl", a].mean() - drawn["mnrl_2", b].mean() for a in (42, 43) for b in (42, 43)]
+    assert by_seed == pytest.approx(pairs, abs=1e-15)
 
 
 def test_seeds_that_disagree_decide_nothing():

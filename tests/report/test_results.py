@@ -91,7 +91,7 @@ def test_scores_are_one_line_per_row_reads_and_task(retrievers):
 
 
 def test_without_results_there_are_columns_and_no_lines(house):
-    assert results.scores("smoke").shape == (0, 11) and results.per_query("smoke").shape == (0, 6)
+    assert results.scores("smoke").shape == (0, 11) and results.per_query("smoke").shape == (0, 7)
     assert list(results.curves("smoke", "pretrain", ["x"]).columns) == results.CURVES
 
 
@@ -99,10 +99,32 @@ def test_queries_come_row_by_row_and_rows_without_a_run_have_none(retrievers, sc
     first, second = retrievers[:2]
     scored("smoke", second, {"qmsum": [0.5, 1.0]})
     assert results.per_query("smoke").values.tolist() == [
-        [second, "qmsum", "", "all", "q0", 0.5],
-        [second, "qmsum", "", "all", "q1", 1.0],
+        [second, 42, "qmsum", "", "all", "q0", 0.5],
+        [second, 42, "qmsum", "", "all", "q1", 1.0],
     ]
     assert results.per_query("smoke", [first]).empty
+
+
+def test_a_query_has_a_line_for_each_seed_and_their_mean_in_the_order_of_the_file(house, scored):
+    scored("laptop", "bm25", {"tail": [0.1]})
+    scored("laptop", "opl", {"tail": [0.5, 1.0], "book": [0.2]})
+    scored("laptop", "opl", {"tail": [0.25, 0.0], "book": [0.4]}, seed=43)
+    every = results.per_query("laptop", ["opl", "bm25"])
+    assert every[["row", "seed"]].drop_duplicates().values.tolist() == [
+        ["opl", 42],
+        ["opl", 43],
+        ["bm25", 0],
+    ]
+    mean = results.over_seeds(every)
+    assert list(mean.columns) == [name for name in results.QUERIES if name != "seed"]
+    assert mean[["row", "task", "qid"]].values.tolist() == [
+        ["opl", "tail", "q0"],
+        ["opl", "tail", "q1"],
+        ["opl", "book", "q0"],
+        ["bm25", "tail", "q0"],
+    ]
+    assert mean["ndcg@10"].tolist() == pytest.approx([0.375, 0.5, 0.3, 0.1])
+    assert results.over_seeds(results.per_query("smoke")).empty
 
 
 def test_curves_are_read_as_they_were_written(house):
@@ -137,11 +159,12 @@ def test_a_long_curve_is_thinned_to_means_of_equal_groups_and_a_short_one_is_not
 
 def test_needles_of_rows_that_have_some(house):
     columns = {"place": [0, 39], "qid": ["n", "n"], "ndcg@10": [0.5, 1.0]}
+    labels = {"row": ["opl", "opl"], "seed": [42, 42]}
     for row, lines in (("opl", 2), ("reads_32k", 0)):
         folder = params.data("laptop") / "runs" / row
         folder.mkdir(parents=True)
         pd.DataFrame(columns)[:lines].to_parquet(folder / "needle.parquet")
-    assert results.needles("laptop").to_dict("list") == columns | {"row": ["opl", "opl"]}
+    assert results.needles("laptop").to_dict("list") == columns | labels
     assert results.needles("smoke").empty
 
 

@@ -48,7 +48,7 @@ FINETUNE = dict(
     weight_decay=0.01,
     warmup=0.10,
     evaluations=0,
-    seed=42,
+    seeds=[42],
 )
 
 
@@ -58,9 +58,9 @@ def learn(model, text, precision="float32", checkpoints=None, **settings):
     return pretrain(model, text, settings, precision, checkpoints, show_progress=False)
 
 
-def tune(model, pairs, teacher=None, precision="float32", checkpoints=None, **settings):
+def tune(model, pairs, teacher=None, precision="float32", checkpoints=None, seed=42, **settings):
     """Fine-tune with these settings; returns the curve."""
-    settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings)
+    settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings).of(seed)
     return finetune(model, pairs, settings, teacher, precision, checkpoints, show_progress=False)
 
 
