@@ -98,6 +98,7 @@ class Model(Settings):
     intermediate_size: Count
     mlp_blocks: Count
     filter_order: Count
+    pad_vocabulary: Count
     residual_long_conv: bool
     pooling: Literal["cls", "mean"]
     initialization: Literal["reference", "identity"]
