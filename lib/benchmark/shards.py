@@ -151,7 +151,7 @@ def share(
 ) -> list[np.ndarray]:
     """The batches of a block that begin in its part from start/shards to end/shards of the tokens.
 
-    Each batch is in one shard, and the tokens of two shards of a block differ by a batch or less.
+    Each batch is in one shard, and a shard has its part of the tokens to within one batch.
     """
     batches = encoder.batches(lengths, job.batch_size)
     tokens = np.array([encoder.read_tokens(lengths[batch]).sum() for batch in batches])
@@ -422,9 +422,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("texts", type=Path, help="BEIR's corpus.jsonl, or documents of LoCoV1")
     one.add_argument("out", type=Path, help="the folder of the shards, of all machines")
     one.add_argument("--shard", type=shard_number, required=True, help="3/8: the third of eight")
-    one.add_argument(
-        "--max-length", type=positive, help="tokens read of a text (all that fit)"
-    )
+    one.add_argument("--max-length", type=positive, help="tokens read of a text (all that fit)")
     one.add_argument("--batch-size", type=positive, default=32, help="of padded texts, at most")
     one.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     one.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")

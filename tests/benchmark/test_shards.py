@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -71,8 +72,9 @@ def test_two_processes_give_the_bits_of_one(retriever):
     assert sharded.context_length == 24
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 40])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "count, precision", [(1, "float32"), (2, "float32"), (7, "float32"), (3, "bfloat16")]
+)
 def test_any_number_of_shards_gives_the_bits_of_one_process(
     retriever, embed, tmp_path, count, precision
 ):
@@ -84,14 +86,16 @@ def test_any_number_of_shards_gives_the_bits_of_one_process(
     assert longer.tolist() == encoder.longer
 
 
-def test_padded_batches_are_kept_whole_too(retriever, small, tmp_path):
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("count", [4, 60])  # 60: more shards than batches
+def test_shards_are_whole_batches_padded_or_not(retriever, small, engine, count):
     encoder, _ = of_one_process(retriever)
-    encoder.engine = None  # as on a GPU: the model itself, padded
+    encoder.engine = encoder.engine if engine else None  # None, as on a GPU: padded by the model
     vectors, _ = encoder.encode_documents(TEXTS, batch_size=3, show_progress=False)
-    job = job_of(len(TEXTS), 4, batch_size=3)
-    parts = [shards.shard_of(encoder, TEXTS, job, number) for number in (1, 2, 3, 4)]
-    assert sorted(i for texts, _, _ in parts for i in texts) == list(range(len(TEXTS)))
-    for texts, part, _ in parts:
+    job = job_of(len(TEXTS), count, batch_size=3)
+    pieces = [shards.shard_of(encoder, TEXTS, job, number + 1) for number in range(count)]
+    assert sorted(i for texts, _, _ in pieces for i in texts) == list(range(len(TEXTS)))
+    for texts, part, _ in pieces:
         assert part.tobytes() == vectors[texts].tobytes()
 
 
@@ -234,19 +238,22 @@ def test_shards_of_two_jobs_are_not_joined(embed, tmp_path, capsys):
 
 def test_another_text_or_model_is_another_job(embed, retriever, tmp_path, tiny, tokenizer, capsys):
     assert embed("1/2") == 0
-    with open(tmp_path / "texts.jsonl", "a") as file:
-        file.write(json.dumps({"passage": "red"}) + "\n")
+    checkpoint.save(tiny(hidden_size=32), tokenizer, retriever)
     assert embed("1/2") == 1
-    assert "is a shard with total 83, not 84" in capsys.readouterr().err
+    assert "is a shard with model_sha256" in capsys.readouterr().err
     (tmp_path / "texts.jsonl").write_text(json.dumps({"passage": "red"}) + 82 * '\n{"passage": ""}')
     assert embed("1/2") == 1
-    assert "texts_sha256" in capsys.readouterr().err
-    checkpoint.save(tiny(hidden_size=32), tokenizer, retriever)
+    assert "is a shard with texts_sha256" in capsys.readouterr().err
     (tmp_path / "texts.jsonl").write_text("")
-    shutil.rmtree(tmp_path / "out")
-    assert embed("1/1") == 0
+    assert embed("1/2") == 1
+    assert "is a shard with total 83, not 0" in capsys.readouterr().err
+
+
+def test_no_texts_keep_the_width(embed, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("")
+    assert embed("1/2") == embed("2/2") == 0
     path, longer = shards.merge(tmp_path / "out")
-    assert np.load(path).shape == (0, 32) and len(longer) == 0
+    assert np.load(path).shape == (0, 16) and len(longer) == 0
 
 
 def test_a_folder_with_two_numbers_of_shards_or_none_is_refused(embed, tmp_path):
@@ -298,11 +305,13 @@ def test_what_is_no_retriever_is_refused(embed, retriever, tiny, tokenizer, caps
     assert "is no model folder" in capsys.readouterr().err
 
 
-def test_a_process_that_fails_says_why(retriever, tmp_path):
-    encoder, _ = of_one_process(retriever)
-    arguments = ["embed", str(tmp_path / "none"), str(tmp_path / "none"), str(tmp_path)]
-    with pytest.raises(ShardError, match="process 1 of 1 that embed failed: .*is no model folder"):
-        shards.launch(arguments, 1, tmp_path, show_progress=False)
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "no room" >&2\ncase "$*" in *=2/3) exit 1; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ShardError, match="process 2 of 3 that embed failed: no room"):
+        shards.launch(["embed"], 3, tmp_path, show_progress=False)
 
 
 @pytest.mark.parametrize("processes, kind", [(1, Encoder), (2, ShardedEncoder)])
