@@ -183,7 +183,7 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
 
 
 def finetuning(profile: str, row: str, known: Facts) -> Work:
-    """The work of a row of distilled or retrievers; a teacher and BM25 are left out.
+    """The work of a row of distilled or retrievers, with all its seeds; a teacher is left out.
 
     A document brings up to `queries_per_document` of its queries, and MNRL's explicit negatives and
     hard ones are documents too. A pair's epoch is over when each of its kinds (`kinds`) was read.
@@ -208,7 +208,8 @@ def finetuning(profile: str, row: str, known: Facts) -> Work:
     passes = 3 if batch * read <= s["micro_batch_tokens"] else 4
     once = (1 + extra) * forward(shape, document, batch) + asked * forward(shape, query, batch)
     epochs = seen * asked / queries.sum() / max(1, steps_of_pair)
-    return Work(row, "pairs", float(seen * read), float(epochs), float(passes * seen * once))
+    total = seen * len(params.trainings(profile, row))
+    return Work(row, "pairs", float(total * read), float(epochs), float(passes * total * once))
 
 
 def kinds(s: dict) -> int:
@@ -225,7 +226,8 @@ def config(profile: str, row: str | None, length: int, vocabulary: int) -> M2Ber
     """The configuration of a row's model; without a row, the profile's."""
     sizes = params.settings(profile, "model", row)
     shape = {key: sizes[key] for key in M2BertConfig().to_dict().keys() & sizes.keys()}
-    return M2BertConfig(vocab_size=vocabulary, max_position_embeddings=length, **shape)
+    padded = vocabulary + -vocabulary % sizes["pad_vocabulary"]
+    return M2BertConfig(vocab_size=padded, max_position_embeddings=length, **shape)
 
 
 def forward(shape: M2BertConfig, length: float, batch: float) -> float:
