@@ -29,6 +29,7 @@ from lib.pipeline.errors import require
 
 NATURAL = ("page_deep", "page_shallow", "tail", "digest")
 PER_DEPTH, PER_PAGE, PER_DIGEST = 2, 3, 8  # queries of one document
+PER_TOKENS = 2_048  # a book asks once for so many tokens, if that is more: long books are few
 PAGES = {"page_deep": Zone(0.6, 1.0, PER_PAGE), "page_shallow": Zone(0.0, 0.2, PER_PAGE)}
 
 
@@ -129,9 +130,10 @@ def collections(
 ) -> Iterator[tuple[str, list[list[Part]], dict[str, Zone]]]:
     """(family, its documents as parts, {task: zone}) of each collection of a split."""
     for n in sorted(set(settings.books)):
+        queries = max(PER_DEPTH, n // PER_TOKENS)
         zones = {
-            f"book_{n}_deep": Zone(0.5, 1.0, PER_DEPTH, after=n // 2),
-            f"book_{n}_shallow": Zone(0.0, 0.15, PER_DEPTH),
+            f"book_{n}_deep": Zone(0.5, 1.0, queries, after=n // 2),
+            f"book_{n}_shallow": Zone(0.0, 0.15, queries),
         }
         if split == "train":
             zones = {f"book_{n}_any": Zone(0.0, 1.0, settings.queries_per_document)}

@@ -68,11 +68,13 @@ def check(house, task_files):
     """check(collection's options…, text={…}, design=change): what preflight says, at smoke."""
 
     def run(text=None, design=None, **options):
+        values = YAML(typ="safe").load((house / "params.yaml").read_text(encoding="utf-8"))
+        values["pretrain"]["smoke"]["tokens"] = 10_000  # at smoke's budgets so small a collection
+        values["finetune"]["smoke"]["documents_seen"] = 60  # would be read fifty times
         if design:
-            values = YAML(typ="safe").load((house / "params.yaml").read_text(encoding="utf-8"))
             design(values)
-            with open(house / "params.yaml", "w", encoding="utf-8") as file:
-                YAML().dump(values, file)
+        with open(house / "params.yaml", "w", encoding="utf-8") as file:
+            YAML().dump(values, file)
         mirror = collection(house / "fables", task_files, **options)
         build.build(
             house / "corpus",
@@ -156,6 +158,20 @@ def test_mixed_pretraining_needs_short_and_long_texts_to_train_on_and_to_measure
     check, given, parts
 ):
     refused(lambda: check(text=given), *parts)
+
+
+def test_budgets_that_read_the_same_again_and_again_are_said_and_not_refused(check):
+    def design(values):
+        values["pretrain"]["smoke"]["tokens"] = 1_000_000
+        values["finetune"]["smoke"]["documents_seen"] = 12 * 20
+        values["retrievers"]["opl"]["share"] = 0.1
+
+    said = check(design=design)
+    assert said.keys() == {"the same text more than 4 times", "the same pairs more than 10 times"}
+    assert said["the same text more than 4 times"].startswith("mixed_8k (")
+    assert "lower pretrain.tokens, or give more TEXT" in said["the same text more than 4 times"]
+    # Each of 12 documents has one query; a document of opl is one of two kinds of its pair.
+    assert said["the same pairs more than 10 times"].startswith("reads_32k (20 times): lower")
 
 
 def test_what_no_row_pretrains_on_is_not_asked_for(check):

@@ -5,8 +5,26 @@ from collections import Counter
 import pytest
 from parts import candidates
 
+from lib.corpus.build import Settings
 from lib.corpus.documents import Document
-from lib.corpus.tasks import Candidate, Tables, most_useful
+from lib.corpus.tasks import Candidate, Tables, collections, most_useful
+
+
+def test_a_long_book_asks_more_since_there_are_few_of_them():
+    settings = Settings(books=[512, 4096, 32_768], natural=[])
+    asked = {
+        task: zone.count
+        for _, _, zones in collections([], "test", settings)
+        for task, zone in zones.items()
+    }
+    assert asked == {
+        "book_512_deep": 2,
+        "book_512_shallow": 2,
+        "book_4096_deep": 2,
+        "book_4096_shallow": 2,
+        "book_32768_deep": 16,
+        "book_32768_shallow": 16,
+    }
 
 
 def test_most_useful_takes_documents_that_answer_first():
