@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.training.losses import (
+    contrastive_loss,
     multiple_negatives_ranking_loss,
     orthogonal_projection_loss,
     prototype_loss,
+    triplet_loss,
 )
 
 
@@ -308,6 +310,69 @@ def test_prototype_loss_moves_the_student_and_never_the_teacher():
     assert nearer < prototype_loss(q, d, teacher_q, teacher_d)
 
 
+# ---------------------------------------------------------------- contrastive and triplet losses
+
+
+def test_contrastive_loss_of_three_pairs_by_hand():
+    q = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    d = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 7.0]])  # cosines .6, .8, 0: distances .4, .2, 1
+    y = torch.tensor([1.0, 0.0, 0.0])
+    expected = (0.4**2 / 2 + (0.5 - 0.2) ** 2 / 2 + 0) / 3
+    assert contrastive_loss(q, d, y).item() == pytest.approx(expected, abs=1e-6)
+    wider = (0.4**2 / 2 + (1.5 - 0.2) ** 2 / 2 + (1.5 - 1) ** 2 / 2) / 3
+    assert contrastive_loss(q, d, y, margin=1.5).item() == pytest.approx(wider, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "angle, label, expected",
+    [(0, 1, 0), (90, 1, 0.5), (180, 1, 2), (0, 0, 0.125), (60, 0, 0), (90, 0, 0), (180, 0, 0)],
+)
+def test_contrastive_loss_at_the_ends_of_its_range(angle, label, expected):
+    q = torch.tensor([[1.0, 0.0]])
+    d = torch.tensor([[math.cos(math.radians(angle)), math.sin(math.radians(angle))]])
+    loss = contrastive_loss(q, d, torch.tensor([float(label)]))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_contrastive_gradient_is_that_of_half_opl_for_a_positive_and_none_beyond_the_margin():
+    q, d, y = draw(1, 8), draw(1, 8, seed=1), torch.tensor([1.0])
+    (ours,) = torch.autograd.grad(contrastive_loss(q, d, y), q)
+    (opl,) = torch.autograd.grad(orthogonal_projection_loss(q, d, y), q)
+    close(ours, opl / 2)
+    far, near = draw(1, 8), draw(1, 8).detach()
+    opposite = (near - 2 * far).detach()  # near is far: the cosine of the other one is -1
+    (none,) = torch.autograd.grad(contrastive_loss(far, opposite, torch.zeros(1)), far)
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+def test_triplet_loss_of_three_triplets_by_hand():
+    q = torch.tensor([[2.0, 0.0], [0.0, 5.0], [1.0, 0.0]])
+    d = torch.tensor([[3.0, 4.0], [0.0, 1.0], [3.0, 4.0]])  # cosines .6, 1, .6
+    negatives = torch.tensor([[4.0, 3.0], [6.0, 0.0], [0.0, 2.0]])  # .8, 0, 0
+    # .8 - .6 + .5 = .7, and two that keep the margin
+    assert triplet_loss(q, d, negatives).item() == pytest.approx(0.7 / 3, abs=1e-6)
+    wider = (0.8 - 0.6 + 1 + 0 + 0 - 0.6 + 1) / 3
+    assert triplet_loss(q, d, negatives, margin=1.0).item() == pytest.approx(wider, abs=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.0])
+def test_triplet_loss_is_a_hinge_on_two_cosines_and_ignores_norms(margin):
+    q, d, negatives = (draw(6, 8, seed=seed, dtype=torch.float64) for seed in range(3))
+    loss = triplet_loss(q, d, negatives, margin)
+    gap = torch.cosine_similarity(q, negatives) - torch.cosine_similarity(q, d) + margin
+    assert loss.item() == pytest.approx(sum(max(0.0, value) for value in gap.tolist()) / 6)
+    close(triplet_loss(3 * q, d / 2, 5 * negatives, margin), loss)
+    (grad,) = torch.autograd.grad(loss, q)
+    assert torch.equal(grad.abs().sum(dim=1) > 0, gap > 0)  # no pull once the margin is kept
+
+
+def test_no_triplet_is_a_loss_of_zero_with_a_gradient_of_zero():
+    q = draw(2, 8)
+    loss = triplet_loss(q[:0], draw(0, 8), draw(0, 8))
+    (grad,) = torch.autograd.grad(loss, q)
+    assert loss.item() == 0 and torch.equal(grad, torch.zeros_like(grad))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -317,6 +382,8 @@ def test_zero_vectors_give_finite_losses_and_gradients():
         orthogonal_projection_loss(q, d, torch.ones(2)),
         multiple_negatives_ranking_loss(q, d),
         prototype_loss(q, d, d, d),
+        contrastive_loss(q, d, torch.tensor([1.0, 0.0])),
+        triplet_loss(q, d, d.flip(0)),
     ):
         (grad,) = torch.autograd.grad(loss, q)
         assert loss.isfinite() and grad.isfinite().all()
@@ -347,3 +414,9 @@ def test_disagreeing_inputs_are_refused_with_their_shapes():
             )
     with pytest.raises(ValueError, match=r"\(3, 8\), \(4, 8\)"):
         prototype_loss(q, d, d, d)
+    with pytest.raises(ValueError, match=r"one document per query: got \(3, 8\), \(4, 8\)"):
+        contrastive_loss(q, d, torch.ones(3))
+    with pytest.raises(ValueError, match=r"one label .*\(3, 1\)$"):
+        contrastive_loss(q, d[:3], torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"one negative per query: .*\(3, 8\), \(1, 8\)$"):
+        triplet_loss(q, d[:3], d[:1])  # would broadcast

@@ -10,7 +10,7 @@ from toys import judged, task
 
 from lib.pipeline.errors import TrainingError
 from lib.training import pairs as module
-from lib.training.pairs import Pairs, draw_negative, permutation
+from lib.training.pairs import Pairs, permutation, shuffled
 
 
 def test_one_text_under_two_ids_is_one_document_so_no_false_negative(tokenizer):
@@ -79,31 +79,108 @@ def test_an_answer_under_two_ids_of_one_text_is_asked_for_once_and_a_judged_zero
     task.qrels["q1"] = {"d2": 0}
     pairs = Pairs([task], tokenizer, 24)
     assert (
-        pairs.documents.texts == ["same"]
+        pairs.documents.texts == ["same", "text d2"]
         and pairs.queries_of == {0: [0]}
         and len(pairs.queries) == 1
     )
 
 
-@given(st.integers(1, 9), st.sets(st.integers(0, 8)), st.data())
-def test_a_draw_finds_every_document_that_is_not_excluded_in_the_order_after_the_answer(
-    n, excluded, data
-):
-    answer = data.draw(st.integers(0, n - 1))
-    excluded = sorted({b for b in excluded if b < n} | {answer})
-    left = [(answer + step) % n for step in range(1, n) if (answer + step) % n not in excluded]
-    draws = iter(range(len(left)))
-
-    def integers(most):
-        assert most == len(left)
-        return next(draws)
-
-    assert [
-        draw_negative(answer, excluded, n, SimpleNamespace(integers=integers)) for _ in left
-    ] == left
+# ---------------------------------------------------------------- negatives
 
 
-@given(st.integers(2, 60), st.integers(0, 59), st.integers(0, 50))
-def test_where_the_answer_alone_is_excluded_the_draw_is_the_plain_one(n, answer, seed):
-    expected = (answer % n + 1 + np.random.default_rng(seed).integers(n - 1)) % n
-    assert draw_negative(answer % n, [answer % n], n, np.random.default_rng(seed)) == expected
+def test_documents_that_answer_nothing_come_last_and_leave_the_batches_as_they_were(tokenizer):
+    answering, more = task(), task()
+    more.documents = {"new0": "blue fox", **more.documents, "new1": "red owl"}
+    few, all_of_them = (Pairs([one], tokenizer, 24) for one in (answering, more))
+    assert all_of_them.documents.texts == [*few.documents.texts, "blue fox", "red owl"]
+    for step in range(6):
+        assert few.batch(step, 3, 4, 2) == all_of_them.batch(step, 3, 4, 2)
+    drawn = all_of_them.negatives(0, 0, 7, np.random.default_rng(0), {})
+    assert sorted(drawn) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def two_tasks():
+    """Documents 0 and 1 of task a, 1 and 2 of task b; 3 is b's too and answers nothing.
+
+    Query 0 asks for document 0, 1 for both of task a, 2 for document 2.
+    """
+    a = judged({"q0": ["d0"], "q1": ["d0", "d1"]}, name="a")
+    b = judged({"q2": ["d2"]}, name="b")
+    b.documents |= {"d1": "text d1", "d3": "text d3"}
+    return Pairs([a, b], None, 24)
+
+
+def test_negatives_are_of_the_task_or_of_any_if_it_has_none():
+    pairs, rng = two_tasks(), np.random.default_rng(0)
+    assert pairs.documents.texts == [f"text d{i}" for i in range(4)]
+    assert pairs.in_task.tolist() == [[True, True, False, False], [False, True, True, True]]
+
+    def drawn(query, answer, hard=()):
+        return sorted(pairs.negatives(query, answer, 9, rng, dict(hard)))
+
+    assert drawn(0, 0) == [1] and drawn(2, 2) == [1, 3]
+    assert drawn(1, 0) == drawn(1, 1) == [2, 3]  # all of task a answer it
+    assert drawn(2, 2, {2: np.array([3])}) == [3]
+
+
+def test_a_draw_is_distinct_and_uniform():
+    pairs, counts = Pairs([task()], None, 24), np.zeros(6, dtype=int)
+    for seed in range(600):
+        drawn = pairs.negatives(0, 0, 2, np.random.default_rng(seed), {})
+        assert len(set(drawn)) == 2
+        counts[drawn] += 1
+    assert counts[0] == 0  # the answer; the others: 240 ± 12
+    assert np.abs(counts[1:] - 240).max() < 60
+
+
+def test_negatives_of_a_batch_are_of_the_task_or_of_any_if_the_batch_has_none():
+    pairs, rng = two_tasks(), np.random.default_rng(0)
+
+    def drawn(*batch):
+        return pairs.in_batch_negatives(batch, 9, rng)
+
+    # Rows: query 0 with its document, query 2 with its own.
+    assert sorted(drawn([0, 2], [0, 2], [0, 1])) == [(0, 1), (1, 0)]
+    assert sorted(drawn([0, 2, 1], [0, 2], [0, 1])) == [(0, 2), (1, 2)]
+    assert drawn([0, 1], [1, 1], [0, 1]) == []
+
+
+def test_a_batch_is_extended_by_documents_that_it_does_not_have():
+    pairs, rng = two_tasks(), np.random.default_rng(0)
+    batch, negatives = pairs.extended(([2, 0], [2, 0], [0, 1]), 9, rng, {})
+    documents, queries, target = batch
+    assert documents[:2] == [2, 0] and sorted(documents) == [0, 1, 2, 3]
+    assert (queries, target) == ([2, 0], [0, 1])
+    found = [(row, documents[place]) for row, place in negatives]
+    assert sorted(found) == [(0, 1), (0, 3), (1, 1)]
+
+
+def test_a_query_that_every_document_answers_is_left_out_of_the_pairs_with_negatives():
+    pairs = Pairs([judged({"q0": ["d0", "d1"], "q1": ["d1"], "q2": ["d0", "d1"]})], None, 24)
+    assert pairs.queries_of == {0: [0, 2], 1: [0, 1, 2]} and pairs.with_negatives == {1: [1]}
+    examples = {pairs.example(step, 0, None, 1, 1)[1:] for step in range(2)}
+    assert examples == {(1, 1, 0), (1, 1, 1)}
+    assert {pairs.example(step, 0, None, 1, 0)[1:] for step in range(5)} == {
+        (document, query, 0) for document, queries in pairs.queries_of.items() for query in queries
+    }
+
+
+@given(st.integers(0, 4), st.integers(0, 2), st.integers(0, 3), st.integers(0, 9))
+def test_an_epoch_has_every_kind_of_every_pair_once(most, positives, negatives, seed):
+    pairs = object.__new__(Pairs)
+    pairs.queries_of = pairs.with_negatives = {i: [*range(3 * i, 4 * i + 1)] for i in range(5)}
+    kinds = positives + negatives or 1
+    counts = {i: min(most or 9, i + 1) for i in range(5)}
+    n = sum(counts.values()) * kinds
+    for epoch in range(2):
+        steps = [
+            pairs.example(step, seed, most or None, kinds - negatives, negatives)
+            for step in range(epoch * n, (epoch + 1) * n)
+        ]
+        assert len(set(steps)) == n and {step[0] for step in steps} == {epoch}
+        for document, count in counts.items():
+            asked = {(query, kind) for _, d, query, kind in steps if d == document}
+            assert len(asked) == count * kinds
+            assert {query for query, _ in asked} <= {*pairs.queries_of[document]}
+            drawn = shuffled(pairs.queries_of[document], seed, epoch, document)
+            assert {query for query, _ in asked} == {*drawn[:count]}  # as in `batch`

@@ -58,10 +58,20 @@ def learn(model, text, precision="float32", checkpoints=None, **settings):
     return pretrain(model, text, settings, precision, checkpoints, show_progress=False)
 
 
-def tune(model, pairs, teacher=None, precision="float32", checkpoints=None, seed=42, **settings):
+def tune(
+    model,
+    pairs,
+    teacher=None,
+    precision="float32",
+    checkpoints=None,
+    seed=42,
+    evaluate=None,
+    **settings,
+):
     """Fine-tune with these settings; returns the curve."""
     settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings).of(seed)
-    return finetune(model, pairs, settings, teacher, precision, checkpoints, show_progress=False)
+    options = dict(show_progress=False, evaluate=evaluate)
+    return finetune(model, pairs, settings, teacher, precision, checkpoints, **options)
 
 
 def weights(model):
