@@ -95,13 +95,14 @@ def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     every = results.per_query(profile, rows)
     values = queries.of(every[every["reads"] == "all"])
     ours, p, by_seed = comparison.against(values, *rows)
+    seeds = [comparison.each_seed(values, row) for row in rows]
     absent = [row for row in rows if not (every["row"] == row).any()]
     missing = f"{' and '.join(absent)}: {ABSENT}" if absent else ""
     cells = {
         "rows": " − ".join(results.marked(profile, row) for row in rows),
         "on": queries.on,
         "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, rows[0])),
-        "seeds": ", ".join(display.over_seeds(comparison.each_seed(values, row)) for row in rows),
+        "seeds": ", ".join(map(comparison.seeds_and_spread, seeds)),
     }
     return Evidence(ours, p, by_seed, cells, missing if queries.queries else queries.why)
 

@@ -200,7 +200,7 @@ def ablation_table(
                 f"minus {frame['row'].iloc[0]}": display.with_interval(*gap, signed=True),
                 "p, Holm": display.chance(line["p"]),
                 "queries": line["queries"],
-                "seeds": display.over_seeds(line["seeds"]),
+                "seeds": seeds_and_spread(line["seeds"]),
                 "seed by seed": display.each_seed(by_seed),
                 "paper": paper(row),
                 "the paper's order": verdict(*gap[1:], sign, line["p"], by_seed) if sign else "",
@@ -210,6 +210,14 @@ def ablation_table(
 
 
 # ------------------------------------------------------------------ in words
+
+
+def seeds_and_spread(scores: dict[int, float]) -> str:
+    """How many seeds a row has, and their spread × 100: `1`, `2 (range 0.8)`, `3 (SD 0.5)`."""
+    apart = statistics.spread(scores)
+    kind = "range" if "range" in apart else "SD"
+    number = apart.get("range", apart.get("deviation"))
+    return f"{len(scores)} ({kind} {100 * number:.1f})" if apart else f"{len(scores)}"
 
 
 def verdict(

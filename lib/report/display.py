@@ -4,7 +4,7 @@
     figure(fig, name, out, profile, caption)         writes an SVG, and shows it
     save_table(frame, name, out, profile, caption)   writes .md to read and .csv to compute with
     table(frame, caption)                            shows a table in the notebook only
-    with_interval, over_seeds, each_seed, chance     numbers as text
+    with_interval, each_seed, chance                 numbers as text
 
 Equal numbers give equal bytes: no date, no random id, no path. Scores are fractions in [0, 1];
 what people read is multiplied by 100. A `name` is a path in the report: a stage, its row if it
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.benchmark import statistics
 from lib.pipeline import files, params
 from lib.report import results
 
@@ -185,14 +184,6 @@ def with_interval(value: float, low: float, high: float, signed: bool = False) -
         return "–"
     form = "{:+.1f}" if signed else "{:.1f}"
     return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
-
-
-def over_seeds(scores: dict[int, float]) -> str:
-    """How many seeds a row has, and their spread × 100: `1`, `2 (range 0.8)`, `3 (SD 0.5)`."""
-    apart = statistics.spread(scores)
-    kind = "range" if "range" in apart else "SD"
-    number = apart.get("range", apart.get("deviation"))
-    return f"{len(scores)} ({kind} {100 * number:.1f})" if apart else f"{len(scores)}"
 
 
 def each_seed(differences: list[float]) -> str:

@@ -104,6 +104,12 @@ def test_two_seeds_compare_as_two_rows_of_one_seed_did(scored):
     assert by_seed == pytest.approx(pairs, abs=1e-15)
 
 
+def test_seeds_are_counted_with_their_spread():
+    scores = [{}, {42: 0.5}, {42: 0.5, 43: 0.53}, {1: 0.5, 2: 0.6, 3: 0.7}]
+    texts = ["0", "1", "2 (range 3.0)", "3 (SD 10.0)"]
+    assert [comparison.seeds_and_spread(by_seed) for by_seed in scores] == texts
+
+
 def test_seeds_that_disagree_decide_nothing():
     assert comparison.verdict(0.1, 0.2, 1, by_seed=[0.1, 0.2]) == "reproduces"
     assert comparison.verdict(0.1, 0.2, 1, by_seed=[0.3, -0.01]) == "undecided"

@@ -155,7 +155,3 @@ def test_a_p_value_and_the_differences_of_trainings_in_words():
     assert display.each_seed([0.3, 0.3, -0.3]) == "+30.0, +30.0, -30.0"
     assert display.each_seed([0.1]) == "–"
     assert display.each_seed([0.1, 0.2, -0.3, 0.0, 0.15]) == "-30.0 to +20.0"
-    several = [
-        display.over_seeds(dict(enumerate(s))) for s in ([0.5], [0.5, 0.53], [0.5, 0.6, 0.7])
-    ]
-    assert several == ["1", "2 (range 3.0)", "3 (SD 10.0)"] and display.over_seeds({}) == "0"
