@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from lib.efficiency import counts, estimate
+from lib.model.m2bert import M2BertConfig
 from lib.pipeline import params
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +121,68 @@ def modules(lib: Path) -> str:
     )
 
 
+# Layers, width and intermediate width; the 80M shape is what was measured.
+SHAPES = {"`gpu`, 21M": (6, 384, 1536), "80M": (12, 768, 3072), "0.8B": (24, 2048, 8192)}
+GPUS = {"H200": 4.8, "H100 SXM": 3.35, "A100, 80 GB": 2.04}  # TB/s of memory
+PAPER_TOKENS = 36_700_160_000
+
+
+def scale(path: Path) -> str:
+    """Training: memory, tokens per second and days of models at lengths; docs/scale.md says how."""
+    measured = {int(row["length_tokens"]): row for row in records(path)}
+    passes = float(measured[2048]["forward_tokens_s"]) / float(measured[2048]["training_tokens_s"])
+    header = ["model", "tokens a text", "memory, GiB", *(f"{gpu}, tokens/s" for gpu in GPUS)]
+    rows = []
+    for model in SHAPES:
+        for length in params.PAPER_LENGTHS:
+            row = measured[length]
+            known = row["training_tokens_s"] if model == "80M" else ""
+            own = float(row["training_tokens_s"] or float(row["forward_tokens_s"]) / passes)
+            speed = own * slower(model, length)
+            others = [f"{two_digits(speed * GPUS[gpu] / 4.8)} c" for gpu in list(GPUS)[1:]]
+            first = f"{int(known):,} m" if known else f"{two_digits(speed)} c"
+            days = PAPER_TOKENS / speed / 86_400
+            cells = [f"{training_memory(model, length):.0f} c", first, *others]
+            rows.append([model, f"{length:,}", *cells, f"{days:.1f} c, {days / 8:.1f} c"])
+    return markdown([*header, "days on 1 and 8 H200"], rows, right=len(header))
+
+
+def shape(model: str, length: int):
+    layers, width, inner = SHAPES[model]
+    return M2BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        max_position_embeddings=length,
+    )
+
+
+def slower(model: str, length: int) -> float:
+    """The rate of a model over that of the 80M shape: by traffic if it is smaller, else by work."""
+    ours, theirs = shape(model, length), shape("80M", length)
+    traffic = [own.num_hidden_layers * own.hidden_size for own in (theirs, ours)]
+    batch = max(1, 524_288 / length)
+    work = [
+        estimate.forward(own, length, batch) / length + estimate.head(own, 0.3)
+        for own in (theirs, ours)
+    ]
+    return min(traffic[0] / traffic[1], work[0] / work[1])
+
+
+def training_memory(model: str, length: int) -> float:
+    """GiB: 16 bytes a weight, what autograd keeps in bfloat16, 12 bytes a hidden word's logit."""
+    own, tokens = shape(model, length), max(32_768, length)
+    kept = counts.m2bert_activations(own, length, tokens / length) / length * tokens
+    logits = 0.3 * tokens * own.vocab_size
+    return (16 * counts.parameters(own) + 2 * own.num_hidden_layers * kept + 12 * logits) / 2**30
+
+
+def two_digits(value: float) -> str:
+    return f"{float(f'{value:.1e}'):,.0f}"
+
+
 MAKERS = {
+    "scale": scale,
     "modules": modules,
     "claims": six_claims,
     "map": all_claims,

@@ -29,7 +29,7 @@ from lib.pipeline.errors import require
 
 NATURAL = ("page_deep", "page_shallow", "tail", "digest")
 PER_DEPTH, PER_PAGE, PER_DIGEST = 2, 3, 8  # queries of one document
-PER_TOKENS = 2_048  # a book asks once for so many tokens, if that is more: long books are few
+PER_TOKENS = 1_024  # a book asks once for so many tokens, if that is more: long books are few
 PAGES = {"page_deep": Zone(0.6, 1.0, PER_PAGE), "page_shallow": Zone(0.0, 0.2, PER_PAGE)}
 
 

@@ -20,10 +20,10 @@ def test_a_long_book_asks_more_since_there_are_few_of_them():
     assert asked == {
         "book_512_deep": 2,
         "book_512_shallow": 2,
-        "book_4096_deep": 2,
-        "book_4096_shallow": 2,
-        "book_32768_deep": 16,
-        "book_32768_shallow": 16,
+        "book_4096_deep": 4,
+        "book_4096_shallow": 4,
+        "book_32768_deep": 32,
+        "book_32768_shallow": 32,
     }
 
 

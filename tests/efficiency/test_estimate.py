@@ -117,6 +117,34 @@ def test_every_profile_is_fine_tuned_on_a_source_that_has_a_train_split(house):
     assert params.settings("paper", "pretrain")["tokens"] == 36_700_160_000
 
 
+def test_gpu_repeats_nothing_even_on_the_text_of_400_files_a_package(house):
+    """Sizes of `laptop`'s corpus, whose books are shorter; `gpu` reads all files."""
+    texts = {
+        "short": {"": np.full(18_023, 4_246_409 / 18_023)},
+        "long": {"": np.full(3_020, 15_609_595 / 3_020)},
+    }
+    pages = 2_863_210  # tokens of the training documents
+    documents = {
+        f"book_{n}_any": np.tile([n, min(64.0, n / 235)], (pages // n, 1))  # 12,169 queries in all
+        for n in params.settings("gpu", "data")["books"]
+    }
+    done = estimate.works("gpu", Facts(30_522, texts, documents, 18.2))
+    assert estimate.repetitions(done) == {}
+    assert max(w.epochs for w in done if w.reads == "text") > 3  # and nothing is left unread
+    hours = sum(w.operations for w in done) / 60e12 / 3600
+    assert hours < 1
+
+
+def test_paper_takes_46_hours_a_row_on_an_h200(house):
+    """221,000 tokens/s at 2,048 tokens (data/measured/gpu.csv) are 77 TFLOP/s of counted work."""
+    done = estimate.works("paper", KNOWN._replace(vocabulary=30_522))
+    hours = {w.row: w.operations / 77e12 / 3_600 for w in done if w.reads == "text" and w.tokens}
+    assert len(hours) == 7 and hours["mixed_2k"] == pytest.approx(
+        36_700_160_000 / 221_000 / 3_600, rel=0.01
+    )
+    assert all(hours["mixed_128"] <= other < 47 for other in hours.values())
+
+
 # ------------------------------------------------------------------ operations
 
 
