@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from parts import item
 
+from lib.benchmark.sources import pretraining_sources, pretraining_texts
 from lib.corpus import pretraining
+from lib.corpus.build import COLUMNS, save
 from lib.corpus.packages import Module
 from lib.corpus.pretraining import (
     CorpusError,
@@ -18,6 +20,7 @@ from lib.corpus.pretraining import (
     folder_text,
     hub_text,
 )
+from lib.corpus.tokenizer import make_tokenizer
 
 
 def test_readmes_that_repeat_a_held_out_document_are_left_out():
@@ -176,6 +179,22 @@ def test_no_dataset_is_without_held_out_text_and_no_document_is_in_two_splits():
     for dataset in ("c4", "wi", "bo"):
         splits = [split for *_, split, own in rows if own == dataset]
         assert len(splits) == 600 and 0 < splits.count("validation") < 60
+
+
+def test_texts_come_back_from_their_file_by_dataset(tmp_path):
+    names = [f"{dataset}#{i}" for dataset in ("c4", "wiki") for i in range(3)]
+    rows = cut_rows([(name, name) for name in names], [name[:-2] for name in names])
+    for some, expected in ((rows, {"c4", "wiki"}), ([row[:4] for row in rows], {""})):
+        save(tmp_path / "pretrain.parquet", some, COLUMNS["pretrain"])
+        for kind in ("short", "long"):
+            train, held = (
+                pretraining_sources(tmp_path, kind, split) for split in ("train", "validation")
+            )
+            assert train.keys() == held.keys() == expected
+            assert sorted(sum([*train.values(), *held.values()], [])) == names
+            assert pretraining_texts(tmp_path, kind) == sum(train.values(), [])
+    rows = cut_rows([("an owl " * 30, "a"), ("a hen " * 30, "b")], ["birds", "hens"])
+    assert {"owl", "hen"} <= make_tokenizer("embedded", rows, 50).get_vocab().keys()
 
 
 def test_each_of_several_subfolders_is_a_dataset(tmp_path):
