@@ -6,6 +6,7 @@ simplest member of the family, a single block-diagonal factor: K blocks, D² / K
 between blocks.
 
     block_diagonal(x, weight)      what the model runs
+    block_diagonal_in_place(…)     the same on a GPU, where a copy of the activations costs more
     block_diagonal_dense(weight)   the same matrix written out, zeros included
     monarch_dense(left, right)     the full Monarch product, for notebooks and tests
     paired(gated, out)             whether two such layers form a gated MLP block by block
@@ -19,6 +20,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -42,9 +44,60 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
     assert 0 <= missing < blocks, f"{x.shape[-1]} inputs do not fit {blocks} blocks of {fan_in}"
     if missing:
         x = F.pad(x, (0, missing))
+    if x.is_cuda:
+        return block_diagonal_in_place(x, weight)
     flat = x.reshape(-1, blocks, fan_in).transpose(0, 1)  # (K, n, I/K)
     y = torch.bmm(flat, weight.transpose(1, 2))  # (K, n, O/K)
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)  # (…, O)
+
+
+def block_diagonal_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    """`block_diagonal` without a copy of x, y or their gradients, which torch.bmm transposes.
+
+    Args:
+        x: (…, I), I = K · (columns of a block). Under autocast x and weight are cast to its dtype.
+        weight: (K, O/K, I/K).
+
+    Returns:
+        (…, O). It can be differentiated once.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    y = InPlaceBlocks.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight)
+    return y.view(*x.shape[:-1], -1)
+
+
+class InPlaceBlocks(torch.autograd.Function):
+    """y_k = W_k x_k of rows x (n, I); every product is written where it belongs in y (n, O).
+
+    dx_k = W_k^T dy_k,   dW_k = Σ_n dy_k x_k^T
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        K, fan_out, _ = weight.shape
+        y = x.new_empty(len(x), K * fan_out)
+        torch.bmm(by_block(x, K), weight.mT, out=by_block(y, K))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (x, weight), dy, dx, dweight = ctx.saved_tensors, dy.contiguous(), None, None
+        K = len(weight)
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            torch.bmm(by_block(dy, K), weight, out=by_block(dx, K))
+        if ctx.needs_input_grad[1]:
+            dweight = torch.bmm(by_block(dy, K).mT, by_block(x, K))
+        return dx, dweight
+
+
+def by_block(rows: Tensor, blocks: int) -> Tensor:
+    """The part of each block, (K, n, width / K), of rows (n, width); a view."""
+    return rows.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
 def monarch_dense(left: Tensor, right: Tensor) -> Tensor:

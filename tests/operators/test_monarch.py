@@ -9,6 +9,7 @@ from lib.operators.monarch import (
     BlockDiagonalLinear,
     block_diagonal,
     block_diagonal_dense,
+    block_diagonal_in_place,
     monarch_dense,
 )
 
@@ -62,6 +63,42 @@ def test_gradients_equal_those_of_the_dense_layer():
     full = torch.autograd.grad(((x @ dense.T + layer.bias) ** 2).sum(), [x, layer.weight])
     for ours, theirs in zip(grown, full):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (1, 12)])
+@pytest.mark.parametrize("blocks, fan_out", [(4, 6), (4, 2), (1, 5), (12, 1)])
+def test_written_in_place_it_is_the_same_with_its_gradients(shape, blocks, fan_out):
+    """What a GPU runs, here in float64."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(blocks, fan_out, 12 // blocks, dtype=torch.float64, requires_grad=True)
+    y, expected = block_diagonal_in_place(x, weight), block_diagonal(x, weight)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    dy = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_in_place_takes_views_and_one_gradient_alone():
+    x, weight = torch.randn(3, 8, 5).transpose(1, 2), torch.randn(4, 3, 2, requires_grad=True)
+    dense = block_diagonal_dense(weight)
+    torch.testing.assert_close(block_diagonal_in_place(x, weight), x @ dense.T)
+    (ours,) = torch.autograd.grad(block_diagonal_in_place(x, weight).square().sum(), weight)
+    (theirs,) = torch.autograd.grad((x @ dense.T).square().sum(), weight)
+    torch.testing.assert_close(ours, theirs)
+    (slope,) = torch.autograd.grad(
+        block_diagonal_in_place(x.requires_grad_(), weight).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_in_place_follows_autocast_as_torch_does():
+    x, weight = torch.randn(6, 8), torch.randn(4, 3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = block_diagonal_in_place(x, weight), block_diagonal(x, weight)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_a_transposed_view_gives_the_same_as_its_copy():
