@@ -144,7 +144,8 @@ def work(kind: str, folder: Path, texts, size: int, out: Path, event: int | None
 def processes():
     """Processes that are forked from one which has imported everything and started no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "lib.training.finetune", "lib.training.pretrain"])
+    training = ["lib.training.finetune", "lib.training.pretrain"]
+    context.set_forkserver_preload(["pytest", "torch._dynamo", *training])  # AdamW imports it
     return context
 
 
