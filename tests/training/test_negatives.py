@@ -86,7 +86,7 @@ def test_training_with_hard_negatives_is_another_one_and_the_same_each_time(
     def run(hard):
         model, pairs = tiny(), Pairs([task()], tokenizer, 24)
         options = dict(explicit_negatives=1, hard_negatives=hard, hard_depth=1)
-        tune(model, pairs, documents_seen=24, documents=1, lr=1e-3, loss=loss, **options)
+        tune(model, pairs, documents_seen=8, documents=1, lr=1e-3, loss=loss, **options)
         return weights(model)
 
     assert torch.equal(run(kind), run(kind)) and not torch.equal(run(kind), run("none"))

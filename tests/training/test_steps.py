@@ -56,9 +56,9 @@ def compared(monkeypatch):
             patch.setattr(module, "contrastive_loss", labelled)
             patch.setattr(module, "triplet_loss", triplet)
             s = chosen(loss=loss, documents=documents, **settings)
+            d, q = torch.eye(len(pairs.documents)), torch.eye(len(pairs.queries))
             for step in range(steps):
                 batch, value = LOSSES[loss](pairs, s, step, dict(hard))
-                d, q = torch.eye(len(pairs.documents)), torch.eye(len(pairs.queries))
                 value(d[batch[0]], q[batch[1]])
                 run.batches.append(batch)
         assert len(found) == steps
@@ -83,7 +83,7 @@ def test_the_second_answer_of_a_query_is_never_its_negative_by_hand(compared):
     """q0 is answered by d1 and d2: of four documents d0 and d3 are left, and both are drawn."""
     task = judged({"q0": ["d1", "d2"], "q1": ["d0"], "q2": ["d3"]})
     for loss, documents, explicit in crowds(4):
-        pairs, steps = compared([task], loss, documents, 200, explicit_negatives=explicit)
+        pairs, steps = compared([task], loss, documents, 120, explicit_negatives=explicit)
         d1, d2 = (pairs.documents.texts.index(f"text {pid}") for pid in ("d1", "d2"))
         negatives = {document for _, wrong in steps for query, document in wrong if query == 0}
         assert negatives == set(range(4)) - {d1, d2}, loss
@@ -122,7 +122,7 @@ def test_a_near_identical_text_of_an_answer_is_no_negative_either(compared):
     }
     task = judged({f"q{i}": [f"d{i}"] for i in range(5)}, documents=texts)
     for loss, documents, explicit in crowds(5):
-        _, steps = compared([task], loss, documents, 200, explicit_negatives=explicit)
+        _, steps = compared([task], loss, documents, 120, explicit_negatives=explicit)
         assert {pair for _, wrong in steps for pair in wrong} == {
             (q, d) for q in range(5) for d in range(5) if q != d and {q, d} not in ({0, 1}, {2, 3})
         }
@@ -182,10 +182,10 @@ def test_no_negative_is_ever_relevant_whatever_the_batch_and_mnrl_uses_all_other
 ):
     explicit = negatives % 2
     counts = dict(queries_per_document=queries_per_document, negatives=negatives)
-    for seed in range(4):
+    for seed in range(2):
         tasks = crowded(seed)
         pairs, steps = compared(
-            tasks, loss, documents, 60, seeds=[seed], explicit_negatives=explicit, **counts
+            tasks, loss, documents, 40, seeds=[seed], explicit_negatives=explicit, **counts
         )
         queries, texts = pairs.queries.texts, pairs.documents.texts
         excluded = {text: never(tasks, text) for text in queries}
@@ -327,8 +327,7 @@ def test_hard_negatives_are_drawn_from_those_that_were_mined(compared, loss, doc
 
 
 @pytest.mark.parametrize("loss", RANKED)
-@pytest.mark.parametrize("documents", [1, 5])
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("documents, hard", [(1, False), (5, False), (5, True)])
 def test_in_parts_a_step_has_the_gradient_of_the_whole(tokenizer, tiny, loss, documents, hard):
     pairs = Pairs(crowded(1), tokenizer, 24)
     options = dict(queries_per_document=3, negatives=2, explicit_negatives=2)
@@ -339,14 +338,13 @@ def test_in_parts_a_step_has_the_gradient_of_the_whole(tokenizer, tiny, loss, do
         for query, question in zip(queries, pairs.question_of[queries])
     }
     found = []
-    for most in (None, 1, 60):
+    for most in (None, 1):
         model, values = tiny().double(), []
-        for step in range(4):
+        for step in range(2):
             batch, loss_of = LOSSES[loss](pairs, s, step, mined if hard else {})
             texts = pairs.documents[batch[0]], pairs.queries[batch[1]]
             values.append(float(backward(model, texts, loss_of, pairs.pad_id, most)))
         found.append((gradient(model), values))
-    assert found[0][0].abs().max() > 1e-3
-    for parts, values in found[1:]:
-        assert values == pytest.approx(found[0][1], abs=1e-12)
-        torch.testing.assert_close(parts, found[0][0], rtol=1e-9, atol=1e-13)
+    (whole, values), (parts, same) = found
+    assert whole.abs().max() > 1e-3 and same == pytest.approx(values, abs=1e-12)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-13)
