@@ -252,3 +252,4 @@ def interpreter():
     del lib.kernels.triton_kernels
     gpu.is_supported.cache_clear()
     gpu_mlp.program.cache_clear()
+    gpu_mlp.gate_is_supported.cache_clear()

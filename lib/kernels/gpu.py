@@ -22,8 +22,8 @@ float64 is at least 0.99998 from 4,096 to 131,072 tokens (random texts, Triton's
 
 Source: Fu et al. 2023 (FlashFFTConv, arXiv 2311.05908) for a convolution as matrix multiplications;
         the arrangement is ours.
-Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual). All
-        activations are (B, D, L).
+Axes:   B texts, D channels, L tokens, H = M · R1 · R2 ≥ L, S signals (gated, residual).
+        Activations are (B, D, L); in memory they are (D, B, L).
 """
 
 import math
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lib.kernels import support
+from lib.kernels import choices, support
 from lib.kernels.tiles import TILE, in_groups
 from lib.operators import shared
 from lib.operators.long_conv import circular_kernel, long_conv, short_conv
@@ -46,6 +46,7 @@ ONE_PASS = 4096
 LONGEST = 128 * ONE_PASS  # stage 1 has M at most 128
 TYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
+TIMED = 32_768  # tokens in a batch that is timed
 SHARE = 4  # spectra may fill 1/SHARE of a GPU's memory
 _kept = WeakKeyDictionary()  # layer -> (length and versions, spectra, weights)
 # A fused optimizer does not change the version of a weight.
@@ -54,21 +55,31 @@ register_optimizer_step_post_hook(lambda *_: _kept.clear())
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
     """y (B, L, D) of u (B, L, D); None without a GPU, or if the kernels are not supported here."""
-    L, gradients, dtype = u.shape[1], torch.is_grad_enabled(), support.compute_dtype(u)
+    L, dtype = u.shape[1], support.compute_dtype(u)
     same_dtype = torch.is_autocast_enabled(u.device.type) or layer.in_linear.weight.dtype == dtype
-    if not (support.runs_triton(u) and L <= LONGEST and dtype in TYPES and same_dtype):
+    if not (support.runs_triton(u) and same_dtype):
         return None
     real = None if mask is None else support.real_tokens(mask)
     if mask is not None and real is None:
         return None
-    residual = layer.residual_filter is not None
-    if not is_supported(shape_class(L, u.device), dtype, u.device, residual, gradients):
+    if not serves(layer, L, dtype, torch.is_grad_enabled()):
         return None
-    u = u.transpose(1, 2).to(dtype).contiguous()  # (B, D, L)
-    p = torch.matmul(layer.in_linear.weight, u)  # (B, 3D, L); `mix` adds the bias
-    short = layer.short_filter
+    # Signals lie in memory as (channels, B, L), so that each projection is one matrix product of
+    # views, forward and backward; u alone is transposed.
+    B, short, columns = len(u), layer.short_filter, u.to(dtype).flatten(0, 1).t()  # (D, B L)
+    p = torch.mm(layer.in_linear.weight, columns)  # (3D, B L); `mix` adds the bias
+    p, u = (x.unflatten(1, (B, L)).transpose(0, 1) for x in (p, columns.contiguous()))
     y = mix(p, u, short.weight, short.bias, layer_spectra(layer, L), real, layer.in_linear.bias)
-    return layer.out_linear(y.transpose(1, 2))
+    return layer.out_linear(y.transpose(0, 1).flatten(1).t()).unflatten(0, (B, L))
+
+
+def serves(layer, length: int, dtype: torch.dtype, gradients: bool) -> bool:
+    """Whether the kernels compute a layer of texts of `length` tokens on its device."""
+    weight, residual = layer.short_filter.weight, layer.residual_filter is not None
+    if length > LONGEST or dtype not in TYPES:
+        return False
+    shape = shape_class(length, weight.device), dtype, weight.device, residual, gradients
+    return is_supported(*shape, weight.dtype)
 
 
 def layer_spectra(layer, length: int) -> Tensor:
@@ -120,9 +131,47 @@ def room_for(table: Tensor) -> bool:
 
 
 @cache
-def is_supported(L: int, dtype: torch.dtype, device, residual: bool, gradients: bool) -> bool:
-    """Whether the kernels agree with torch here, tested on two random texts of four channels."""
-    generator, D = torch.Generator().manual_seed(0), 4
+def is_supported(
+    L: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    residual: bool,
+    gradients: bool,
+    weights: torch.dtype = torch.float32,
+) -> bool:
+    """Whether the kernels agree with torch here and are faster, tested on random texts.
+
+    Args:
+        L: a `shape_class`.
+        dtype: of the signals.
+        gradients: whether the backward pass is tested too.
+        weights: the dtype of the weights that the kernels read.
+    """
+    what = f"the sequence mixer of {L} tokens"
+    given = L, device, residual, gradients, weights
+
+    def find() -> bool:
+        ours, torchs = trial(2, 4, dtype, *given)
+        names = "y", "dp", "du", "dweight", "dbias", "dshift"
+        agrees = support.verify(what, dtype, device, ours, torchs, names)
+        if not agrees or device.type != "cuda":
+            return agrees
+        ours, torchs = trial(max(1, TIMED // L), 64, dtype, *given)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return support.fastest(what, {"our kernels": ours, "torch": torchs}) == "our kernels"
+
+    parts = "with" if residual else "without", "with" if gradients else "without"
+    question = "{}, {}, weights {}, {} residual, {} gradients"
+    question = question.format(what, dtype, weights, *parts)
+    return bool(choices.remembered(question, device, (True,), find))
+
+
+def trial(B: int, D: int, dtype, L: int, device, residual: bool, gradients: bool, weights) -> tuple:
+    """Two functions that mix B random texts of D channels, with the kernels and with torch.
+
+    Each returns y and, with `gradients`, the gradients of p, u, weight, bias and shift.
+    """
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -130,14 +179,14 @@ def is_supported(L: int, dtype: torch.dtype, device, residual: bool, gradients: 
     def taps() -> tuple:
         return draw(D, L) / math.sqrt(L), draw(D, L) / math.sqrt(L), draw(D)
 
-    real = torch.tensor([L, max(1, L // 2)], device=device)
+    real = torch.linspace(L, max(1, L // 2), B, device=device).long()
     kernels = taps(), taps() if residual else None
-    signals = [draw(2, 3 * D, L).to(dtype), draw(2, D, L).to(dtype)]
+    signals = [draw(n, B, L).to(dtype).transpose(0, 1) for n in (3 * D, D)]
     parameters = [draw(3 * D, 1, 3), draw(3 * D), draw(3 * D)]  # weight, bias, shift
-    slope = draw(2, D, L)
+    inputs = [*signals, *(parameter.to(weights) for parameter in parameters)]
+    slope = draw(D, B, L).transpose(0, 1)
 
-    def results(function, table, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [*(signal.to(dtype) for signal in signals), *parameters]
+    def results(function, table, inputs: list) -> list[Tensor]:
         with torch.set_grad_enabled(gradients):
             leaves = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
             y = function(*leaves[:4], table, real, leaves[4])
@@ -146,13 +195,10 @@ def is_supported(L: int, dtype: torch.dtype, device, residual: bool, gradients: 
         slopes = slope.to(y.dtype)
         return [y.detach(), *torch.autograd.grad(y, leaves, slopes, materialize_grads=True)]
 
-    return support.verify(
-        f"the sequence mixer of {L} tokens",
-        dtype,
-        device,
-        lambda: results(mix, spectra(*kernels, L), dtype),
-        lambda: results(mix_direct, kernels, torch.float32),
-        ("y", "dp", "du", "dweight", "dbias", "dshift"),
+    wide = [tensor.float() for tensor in inputs]
+    return (
+        lambda: results(mix, spectra(*kernels, L), inputs),
+        lambda: results(mix_direct, kernels, wide),
     )
 
 
@@ -257,7 +303,8 @@ def mix(p, u, weight, bias, table, real=None, shift=None) -> Tensor:
     """y = x2 · conv(x1 · v) + conv(u), (B, D, L), where (x1, x2, v) = short_conv(p + shift).
 
     Args:
-        p: (B, 3D, L), float32 or bfloat16.
+        p: (B, 3D, L), float32 or bfloat16. p and u lie in memory as (3D, B, L) and (D, B, L), or
+            they are copied; y lies there so too.
         u: (B, D, L), of p's dtype, which y has too.
         weight, bias: of the short convolution, (3D, 1, 3) and (3D,).
         table: `spectra` for L, (S, D, 2, H). S = 1: no residual convolution.
@@ -294,38 +341,38 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, u, weight, bias, table, real, shift):
-        inputs = [tensor.contiguous() for tensor in (p, u, weight, bias, table, real, shift)]
-        p, u, weight, bias, table, real, shift = inputs
-        (B, D, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
+        p, u = channels_first(p), channels_first(u)
+        rest = [tensor.contiguous() for tensor in (weight, bias, table, real, shift)]
+        weight, bias, table, real, shift = rest
+        (D, B, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
         keep, residual, y = any(ctx.needs_input_grad), len(table) > 1, torch.empty_like(u)
         c1 = torch.empty_like(u) if keep else y
         short, dft = (real, weight, bias, shift), tables(L, u.dtype, u.device)
         with on(u.device):
             if R1 == 1:
                 matrices = dft["stage"], dft["twiddle"], dft["last"]
-                sizes = D, L, residual, keep, M, R2
+                sizes = B, D, L, residual, keep, M, R2
                 launch("mix", (B, D), M * R2, (p, u, y, c1, *short, table, *matrices), sizes)
             else:
                 kinds = ("gated", "given")[: len(table)]
                 planes = [first_passes(p, u, u, short, kind) for kind in kinds]
                 matrices = dft["first"], dft["between"], dft["last"]
                 for part, half in zip(planes, table):
-                    pointers = part, part[0].numel(), half, *matrices
-                    launch("rows", (B, M, D), R1 * R2, pointers, (D, M, R1, R2))
+                    launch("rows", (B, M, D), R1 * R2, (part, half, *matrices), (B, D, M, R1, R2))
                 width = columns(M)
-                pointers = planes[0], planes[-1], planes[0][0].numel(), p, y, c1, *short
-                sizes = D, L, residual, keep, M, R1 * R2, width
-                grid = R1 * R2 // width, D, B
-                launch("finish", grid, M * width, (*pointers, dft["stage"], dft["twiddle"]), sizes)
+                pointers = planes[0], planes[-1], p, y, c1, *short, dft["stage"], dft["twiddle"]
+                sizes = B, D, L, residual, keep, M, R1 * R2, width
+                launch("finish", (R1 * R2 // width, D, B), M * width, pointers, sizes)
         if keep:
-            ctx.save_for_backward(*inputs, c1)
-        return y
+            ctx.save_for_backward(p, u, *rest, c1)
+        return y.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         p, u, weight, bias, table, real, shift, c1 = ctx.saved_tensors
-        dy, (B, D, L), (M, R1, R2) = dy.contiguous(), u.shape, factors(u.shape[-1], u.device)
+        dy, (D, B, L) = channels_first(dy), u.shape
+        M, R1, R2 = factors(L, u.device)
         ds, dtable = torch.empty_like(p), torch.empty_like(table)
         du = torch.zeros_like(u) if len(table) == 1 else torch.empty_like(u)
         short, dft = (real, weight, bias, shift), tables(L, u.dtype, u.device)
@@ -333,36 +380,47 @@ class Mix(torch.autograd.Function):
         with on(u.device):
             for gated, half, dhalf in zip((True, False), table, dtable):
                 if R1 == 1:
+                    kernel = "mix_gradient_halves" if in_halves(M * R2) else "mix_gradient"
                     matrices = dft["stage"], dft["twiddle"], dft["last"]
                     pointers = p, u, dy, c1, ds, du, *short, half, dhalf, *matrices
-                    launch("mix_gradient", (D,), M * R2, pointers, (B, D, L, gated, M, R2))
+                    launch(kernel, (D,), M * R2, pointers, (B, D, L, gated, M, R2))
                     continue
                 kinds = ("gated", "gated_gradient") if gated else ("given", "given_gradient")
                 planes, gradient = (first_passes(p, u, dy, short, kind) for kind in kinds)
                 matrices = dft["first"], dft["between"], dft["last"]
-                pointers = planes, gradient, planes[0].numel(), half, dhalf, *matrices
+                pointers = planes, gradient, half, dhalf, *matrices
                 launch("rows_gradient", (M, D), R1 * R2, pointers, (B, D, M, R1, R2))
-                pointers = gradient, gradient[0].numel(), p, dy, c1, ds, du, *short
-                sizes = D, L, gated, M, R1 * R2, width
                 matrices = dft["stage"], dft["twiddle"]
-                grid = R1 * R2 // width, D, B
-                launch("finish_gradient", grid, M * width, (*pointers, *matrices), sizes)
+                pointers = gradient, p, dy, c1, ds, du, *short, *matrices
+                sizes = B, D, L, gated, M, R1 * R2, width
+                launch("finish_gradient", (R1 * R2 // width, D, B), M * width, pointers, sizes)
             block = min(1024, max(16, 1 << (L - 1).bit_length()))
             dp, sums = torch.empty_like(p), torch.empty(3 * D, 5, block, device=u.device)
-            pointers = p, ds, dp, real, weight, shift, sums, B, 3 * D, L, block
+            pointers = p, ds, dp, real, weight, shift, sums, B, L, block
             triton_kernels().short_gradient[(3 * D,)](*pointers, num_warps=4)
         sums = sums.sum(dim=-1)  # (3D, 5)
         dweight = sums[:, :3].reshape(weight.shape).to(weight.dtype)
-        return dp, du, dweight, sums[:, 3].to(bias.dtype), dtable, None, sums[:, 4].to(shift.dtype)
+        dbias, dshift = sums[:, 3].to(bias.dtype), sums[:, 4].to(shift.dtype)
+        return dp.transpose(0, 1), du.transpose(0, 1), dweight, dbias, dtable, None, dshift
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, C, L) as (C, B, L), a view if x already lies in memory so."""
+    return x.transpose(0, 1).contiguous()
+
+
+def in_halves(tile: int) -> bool:
+    """Whether the gradient takes a tile of this size half by half, for fewer spilled registers."""
+    return tile > 2048
 
 
 def first_passes(p: Tensor, u: Tensor, dy: Tensor, short: tuple, kind: str) -> Tensor:
     """A signal after stage 1, (2, B, D, M, R), in u's dtype, to which the next step rounds it."""
-    (B, D, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
+    (D, B, L), (M, R1, R2) = u.shape, factors(u.shape[-1], u.device)
     dft, width = tables(L, u.dtype, u.device), columns(M)
     planes = torch.empty(2, B, D, M, R1 * R2, dtype=u.dtype, device=u.device)
-    pointers = p, u, dy, planes, planes[0].numel(), *short, dft["stage"], dft["twiddle"]
-    sizes = D, L, kind, M, R1 * R2, width
+    pointers = p, u, dy, planes, *short, dft["stage"], dft["twiddle"]
+    sizes = B, D, L, kind, M, R1 * R2, width
     launch("columns", (R1 * R2 // width, D, B), M * width, pointers, sizes)
     return planes
 

@@ -5,12 +5,15 @@ compute_dtype(x)               the dtype of a matrix multiplication of x
 matmul_dtype(dtype, device)    `dtype`, or float32 if the device cannot multiply in it
 real_tokens(mask)              the number of tokens of each text
 verify(what, …)                whether a GPU kernel compiles here and agrees with torch
+fastest(what, ways)            which of several functions takes the least time on a GPU
 """
 
 import logging
 import math
 import os
 import platform
+import statistics
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -151,3 +154,23 @@ def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_wa
         return False
     log.info("lib/kernels/triton_kernels.py is used for %s in %s on %s", what, dtype, device)
     return True
+
+
+def fastest(what: str, ways: dict[str, Callable], rounds: int = 10) -> str:
+    """The name of the function with the smallest median time on a GPU; the log has the times.
+
+    The functions take turns. The first two rounds, which may compile, do not count.
+    """
+    times = {name: [] for name in ways}
+    for _ in range(2 + rounds):
+        for name, function in ways.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    medians = {name: statistics.median(measured[2:]) for name, measured in times.items()}
+    text = ", ".join(f"{name} {ms:.3f}" for name, ms in medians.items())
+    log.info("%s takes, in ms: %s", what, text)
+    return min(medians, key=medians.get)

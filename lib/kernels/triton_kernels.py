@@ -2,11 +2,13 @@
 
     mix, mix_gradient                 texts of up to 4,096 tokens; a program computes one channel of
                                       one text, or (gradient) of all texts
+    mix_gradient_halves               the same gradient in fewer registers
     columns, rows, finish             longer texts: stage 1 on blocks of columns, stage 2 on rows,
                                       and stage 1 backwards
     rows_gradient, finish_gradient    their gradients
     short_gradient                    the backward pass of the short convolution, for all lengths
     gated_mlp                         the MLP that follows the mixer, on a tile of tokens
+    gate, gate_gradient               the MLP's activations, on a part of a token, for training
 
 A text lies in a tile (M, R): token n in row n1 = n // R and column n2 = n % R. Its odd-frequency
 spectrum has the bins k = k1 + 2M k2, k1 < M:
@@ -22,7 +24,8 @@ tokens; positions behind them read as zero. There are no atomics: every sum has 
 DOT is the dtype of a matrix multiplication's operands. EMULATED says that Triton's interpreter
 runs, which cannot multiply bfloat16 matrices.
 
-Axes: B texts, D channels, L tokens, (M, R) the tile of H = M R ≥ L, R = R1 R2.
+Axes: B texts, D channels, L tokens, (M, R) the tile of H = M R ≥ L, R = R1 R2. Signals are
+      (D, B, L), the texts of one channel after one another.
 """
 
 import triton
@@ -33,7 +36,13 @@ import triton.language as tl
 
 @triton.jit
 def matrix(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.load(table + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+    return block(table, ROWS, COLUMNS, COLUMNS)
+
+
+@triton.jit
+def block(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """A part of a matrix of WIDTH columns; `table` points at its first number."""
+    return tl.load(table + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
@@ -169,77 +178,66 @@ def backward(
 
 
 @triton.jit
-def short(p, weight, bias, shift, real, b, c, t, C, L):
-    """The short convolution of p + shift: channel c of C, at the positions t."""
-    row, offset = p + (tl.cast(b, tl.int64) * C + c) * L, tl.load(shift + c).to(tl.float32)
+def line(c, b, B, L):
+    """Where the numbers of channel c of text b begin in a tensor (…, B, L)."""
+    return (tl.cast(c, tl.int64) * B + b) * L
+
+
+@triton.jit
+def short(p, weight, bias, shift, real, b, c, t, B, L):
+    """The short convolution of p + shift: channel c at the positions t."""
+    text, offset = p + line(c, b, B, L), tl.load(shift + c).to(tl.float32)
     found = tl.load(bias + c).to(tl.float32)
     for tap in tl.static_range(3):
         place = t + (tap - 2)
-        inside = (place >= 0) & (place < real)
-        found += tl.load(weight + 3 * c + tap).to(tl.float32) * tl.where(
-            inside, tl.load(row + place, mask=inside, other=0.0).to(tl.float32) + offset, 0.0
-        )
+        x = tl.load(text + place, mask=(place >= 0) & (place < L), other=0.0).to(tl.float32)
+        x = tl.where((place >= 0) & (place < real), x + offset, 0.0)
+        found += tl.load(weight + 3 * c + tap).to(tl.float32) * x
     return found
 
 
 @triton.jit
-def signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, KIND: tl.constexpr):
+def signal(p, u, dy, weight, bias, shift, real, b, d, t, B, D, L, KIND: tl.constexpr):
     """A real signal to be transformed, channel d of text b at the positions t.
 
     KIND is gated: x1 v; given: u (both zero behind the real tokens); gated_gradient: dy x2;
     given_gradient: dy.
     """
-    row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
     if KIND == "gated":
-        x = tl.where(
-            t < real,
-            short(p, weight, bias, shift, real, b, d, t, C, L)
-            * short(p, weight, bias, shift, real, b, 2 * D + d, t, C, L),
-            0.0,
-        )
+        x = short(p, weight, bias, shift, real, b, d, t, B, L)
+        x *= short(p, weight, bias, shift, real, b, 2 * D + d, t, B, L)
+        x = tl.where(t < real, x, 0.0)
     elif KIND == "given":
-        x = tl.load(u + row + t, mask=t < real, other=0.0).to(tl.float32)
-    elif KIND == "gated_gradient":
-        x = tl.load(dy + row + t, mask=t < L, other=0.0).to(tl.float32) * short(
-            p, weight, bias, shift, real, b, D + d, t, C, L
-        )
+        x = tl.load(u + line(d, b, B, L) + t, mask=t < L, other=0.0).to(tl.float32)
+        x = tl.where(t < real, x, 0.0)
     else:
-        x = tl.load(dy + row + t, mask=t < L, other=0.0).to(tl.float32)
+        x = tl.load(dy + line(d, b, B, L) + t, mask=t < L, other=0.0).to(tl.float32)
+        if KIND == "gated_gradient":
+            x *= short(p, weight, bias, shift, real, b, D + d, t, B, L)
     return x
 
 
 @triton.jit
 def put_gradient(
-    found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, D, L, GATED: tl.constexpr
+    found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, B, D, L, GATED: tl.constexpr
 ):
     """Store what a signal's gradient `found` at the positions t implies.
 
     GATED: ds, the gradients of x1, x2 and v, the short convolution's outputs. Otherwise: du.
     """
-    row, C = (tl.cast(b, tl.int64) * D + d) * L, 3 * D
-    inside = t < L
+    text, inside = line(d, b, B, L), t < L
     found = tl.where(t < real, found, 0.0)
     if GATED:
-        to = ds + (tl.cast(b, tl.int64) * C + d) * L
-        gap = D.to(tl.int64) * L
-        tl.store(
-            to + t,
-            (found * short(p, weight, bias, shift, real, b, 2 * D + d, t, C, L)).to(
-                ds.dtype.element_ty
-            ),
-            mask=inside,
-        )
-        tl.store(
-            to + 2 * gap + t,
-            (found * short(p, weight, bias, shift, real, b, d, t, C, L)).to(ds.dtype.element_ty),
-            mask=inside,
-        )
-        passed = tl.load(dy + row + t, mask=inside, other=0.0).to(tl.float32) * tl.load(
-            c1 + row + t, mask=inside, other=0.0
-        ).to(tl.float32)
-        tl.store(to + gap + t, passed.to(ds.dtype.element_ty), mask=inside)
+        TYPE: tl.constexpr = ds.dtype.element_ty
+        x = found * short(p, weight, bias, shift, real, b, 2 * D + d, t, B, L)
+        tl.store(ds + text + t, x.to(TYPE), mask=inside)
+        x = found * short(p, weight, bias, shift, real, b, d, t, B, L)
+        tl.store(ds + line(2 * D + d, b, B, L) + t, x.to(TYPE), mask=inside)
+        x = tl.load(dy + text + t, mask=inside, other=0.0).to(tl.float32)
+        x *= tl.load(c1 + text + t, mask=inside, other=0.0).to(tl.float32)
+        tl.store(ds + line(D + d, b, B, L) + t, x.to(TYPE), mask=inside)
     else:
-        tl.store(du + row + t, found.to(du.dtype.element_ty), mask=inside)
+        tl.store(du + text + t, found.to(du.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------ one pass
@@ -263,7 +261,7 @@ def convolved(
     return backward(re, im, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit(do_not_specialize=["B", "D"])
 def mix(
     p,
     u,
@@ -277,6 +275,7 @@ def mix(
     stage,
     turn,
     second,
+    B,
     D,
     L,
     RESIDUAL: tl.constexpr,
@@ -294,15 +293,15 @@ def mix(
     b, d = tl.program_id(0), tl.program_id(1)
     real = tl.load(reals + b)
     t = tl.arange(0, M)[:, None] * R + tl.arange(0, R)[None, :]
-    row = (tl.cast(b, tl.int64) * D + d) * L
+    text = line(d, b, B, L)
     spectrum = spectra + d.to(tl.int64) * (2 * M * R)
-    x = signal(p, u, u, weight, bias, shift, real, b, d, t, D, L, "gated")
+    x = signal(p, u, u, weight, bias, shift, real, b, d, t, B, D, L, "gated")
     found = convolved(x, spectrum, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
     if KEEP:
-        tl.store(c1 + row + t, found.to(c1.dtype.element_ty), mask=t < L)
-    found *= short(p, weight, bias, shift, real, b, D + d, t, 3 * D, L)
+        tl.store(c1 + text + t, found.to(c1.dtype.element_ty), mask=t < L)
+    found *= short(p, weight, bias, shift, real, b, D + d, t, B, L)
     if RESIDUAL:
-        x = signal(p, u, u, weight, bias, shift, real, b, d, t, D, L, "given")
+        x = signal(p, u, u, weight, bias, shift, real, b, d, t, B, D, L, "given")
         found += convolved(
             x,
             spectrum + D.to(tl.int64) * (2 * M * R),
@@ -315,7 +314,7 @@ def mix(
             PRECISION,
             EMULATED,
         )
-    tl.store(y + row + t, found.to(y.dtype.element_ty), mask=t < L)
+    tl.store(y + text + t, found.to(y.dtype.element_ty), mask=t < L)
 
 
 @triton.jit(do_not_specialize=["B", "D"])
@@ -357,9 +356,9 @@ def mix_gradient(
     total_re, total_im = tl.full((M, R), 0.0, tl.float32), tl.full((M, R), 0.0, tl.float32)
     for b in range(B):
         real = tl.load(reals + b)
-        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, SIGNAL)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, B, D, L, SIGNAL)
         xr, xi = forward(x, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
-        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, D, L, GRADIENT)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, B, D, L, GRADIENT)
         re, im = forward(x, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
         xr, xi = conj_times(xr, xi, re, im)
         total_re += xr
@@ -368,27 +367,188 @@ def mix_gradient(
             matrix(spectra + base, M, R), matrix(spectra + base + M * R, M, R), re, im
         )
         found = backward(re, im, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
-        put_gradient(found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, D, L, GATED)
+        put_gradient(found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, B, D, L, GATED)
     tl.store(dspectra + base + t, total_re)
     tl.store(dspectra + base + M * R + t, total_im)
+
+
+# ------------------------------------------------------------------ the gradient in halves
+
+
+@triton.jit
+def nought(real):
+    """0, as the compiler cannot know: else it keeps all positions of a loop in registers."""
+    return tl.minimum(real, 0).to(tl.int32) * 16
+
+
+@triton.jit
+def forward_half(
+    upper,
+    lower,
+    first,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """`forward` of a text in two tiles (M / 2, R): the bins of the M / 2 rows k1 from `first`."""
+    H: tl.constexpr = M // 2
+    cos, sin = stage + first * M, stage + M * M + first * M
+    re = dot(block(cos, H, H, M), upper, DOT, PRECISION, EMULATED)
+    re += dot(block(cos + H, H, H, M), lower, DOT, PRECISION, EMULATED)
+    im = dot(block(sin, H, H, M), upper, DOT, PRECISION, EMULATED)
+    im += dot(block(sin + H, H, H, M), lower, DOT, PRECISION, EMULATED)
+    turn += first * R
+    re, im = times(re, im, matrix(turn, H, R), matrix(turn + M * R, H, R))
+    return across(re, im, second, R, False, DOT, PRECISION, EMULATED)
+
+
+@triton.jit
+def backward_half(
+    re,
+    im,
+    first,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """The share of M / 2 rows of bins in `backward`: both halves of a text, (M / 2, R) each."""
+    H: tl.constexpr = M // 2
+    re, im = across(re, im, second, R, True, DOT, PRECISION, EMULATED)
+    turn += first * R
+    re, im = conj_times(matrix(turn, H, R), matrix(turn + M * R, H, R), re, im)
+    cos, sin = stage + 2 * M * M + first, stage + 3 * M * M + first
+    upper = dot(block(cos, H, H, M), re, DOT, PRECISION, EMULATED)
+    upper += dot(block(sin, H, H, M), im, DOT, PRECISION, EMULATED)
+    lower = dot(block(cos + H * M, H, H, M), re, DOT, PRECISION, EMULATED)
+    lower += dot(block(sin + H * M, H, H, M), im, DOT, PRECISION, EMULATED)
+    return upper, lower
+
+
+@triton.jit
+def gradient_half(
+    x0,
+    x1,
+    g0,
+    g1,
+    first,
+    spectrum,
+    stage,
+    turn,
+    second,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """conj(X) dC of M / 2 rows of bins, and their share of both halves of conv(dc; conj K)."""
+    xr, xi = forward_half(x0, x1, first, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+    re, im = forward_half(g0, g1, first, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+    xr, xi = conj_times(xr, xi, re, im)
+    spectrum += first * R
+    kr, ki = matrix(spectrum, M // 2, R), matrix(spectrum + M * R, M // 2, R)
+    re, im = conj_times(kr, ki, re, im)
+    upper, lower = backward_half(re, im, first, stage, turn, second, M, R, DOT, PRECISION, EMULATED)
+    return xr, xi, upper, lower
+
+
+@triton.jit(do_not_specialize=["B", "D"])
+def mix_gradient_halves(
+    p,
+    u,
+    dy,
+    c1,
+    ds,
+    du,
+    reals,
+    weight,
+    bias,
+    shift,
+    spectra,
+    dspectra,
+    stage,
+    turn,
+    second,
+    B,
+    D,
+    L,
+    GATED: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """`mix_gradient` in tiles (M / 2, R): the rows k1 and n1 of a text are taken half by half.
+
+    A whole tile of 4,096 numbers needs far more registers than a program has.
+    """
+    d, H = tl.program_id(0), M // 2
+    SIGNAL: tl.constexpr = "gated" if GATED else "given"
+    GRADIENT: tl.constexpr = "gated_gradient" if GATED else "given_gradient"
+    tile = tl.arange(0, M // 2)[:, None] * R + tl.arange(0, R)[None, :]
+    spectrum = spectra + d.to(tl.int64) * (2 * M * R)
+    zero = tl.full((M // 2, R), 0.0, tl.float32)
+    re0, im0, re1, im1 = zero, zero, zero, zero
+    for b in range(B):
+        real = tl.load(reals + b)
+        t = tile + nought(real)
+        t1 = t + M // 2 * R
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, B, D, L, SIGNAL)
+        x0 = narrow(x, DOT, EMULATED)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t1, B, D, L, SIGNAL)
+        x1 = narrow(x, DOT, EMULATED)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t, B, D, L, GRADIENT)
+        g0 = narrow(x, DOT, EMULATED)
+        x = signal(p, u, dy, weight, bias, shift, real, b, d, t1, B, D, L, GRADIENT)
+        g1 = narrow(x, DOT, EMULATED)
+        re, im, upper, lower = gradient_half(
+            x0, x1, g0, g1, 0, spectrum, stage, turn, second, M, R, DOT, PRECISION, EMULATED
+        )
+        re0 += re
+        im0 += im
+        re, im, more, rest = gradient_half(
+            x0, x1, g0, g1, H, spectrum, stage, turn, second, M, R, DOT, PRECISION, EMULATED
+        )
+        re1 += re
+        im1 += im
+        upper += more
+        lower += rest
+        put_gradient(upper, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t, B, D, L, GATED)
+        put_gradient(lower, p, dy, c1, ds, du, weight, bias, shift, real, b, d, t1, B, D, L, GATED)
+    to = dspectra + d.to(tl.int64) * (2 * M * R)
+    tl.store(to + tile, re0)
+    tl.store(to + M // 2 * R + tile, re1)
+    tl.store(to + M * R + tile, im0)
+    tl.store(to + M * R + M // 2 * R + tile, im1)
 
 
 # ------------------------------------------------------------------ three passes
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit(do_not_specialize=["B", "D"])
 def columns(
     p,
     u,
     dy,
     planes,
-    half,
     reals,
     weight,
     bias,
     shift,
     stage,
     turn,
+    B,
     D,
     L,
     KIND: tl.constexpr,
@@ -401,14 +561,15 @@ def columns(
 ):
     """Stage 1 and twiddle factors of BLOCK columns of a signal -> planes (2, B, D, M, R).
 
-    The imaginary plane begins `half` numbers after the real one.
+    The imaginary plane follows the real one.
     """
     d, b = tl.program_id(1), tl.program_id(2)
     real = tl.load(reals + b)
     place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    x = signal(p, u, dy, weight, bias, shift, real, b, d, place, D, L, KIND)
+    x = signal(p, u, dy, weight, bias, shift, real, b, d, place, B, D, L, KIND)
     re, im = spread(x, stage, M, DOT, PRECISION, EMULATED)
     re, im = times(re, im, tl.load(turn + place), tl.load(turn + M * R + place))
+    half = tl.cast(B, tl.int64) * D * (M * R)
     to = planes + (tl.cast(b, tl.int64) * D + d) * (M * R)
     tl.store(to + place, narrow(re, planes.dtype.element_ty, EMULATED))
     tl.store(to + half + place, narrow(im, planes.dtype.element_ty, EMULATED))
@@ -466,14 +627,14 @@ def row_backward(
     tl.store(planes + half + tile, narrow(im, planes.dtype.element_ty, EMULATED))
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit(do_not_specialize=["B", "D"])
 def rows(
     planes,
-    half,
     spectra,
     first,
     between,
     last,
+    B,
     D,
     M: tl.constexpr,
     R1: tl.constexpr,
@@ -485,6 +646,7 @@ def rows(
     """Stage 2, times the kernel's spectrum, and back, in place: row k1 of a channel of a text."""
     b, k1, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R: tl.constexpr = R1 * R2
+    half = tl.cast(B, tl.int64) * D * (M * R)
     tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
     planes += (tl.cast(b, tl.int64) * D + d) * (M * R) + k1 * R
     spectrum = spectra + d.to(tl.int64) * (2 * M * R) + k1 * R
@@ -497,7 +659,6 @@ def rows(
 def rows_gradient(
     planes,
     gradient,
-    half,
     spectra,
     dspectra,
     first,
@@ -518,6 +679,7 @@ def rows_gradient(
     """
     k1, d = tl.program_id(0), tl.program_id(1)
     R: tl.constexpr = R1 * R2
+    half = tl.cast(B, tl.int64) * D * (M * R)
     tile = tl.arange(0, R1)[:, None] * R2 + tl.arange(0, R2)[None, :]
     own = d.to(tl.int64) * (2 * M * R) + k1 * R
     total_re, total_im = tl.full((R1, R2), 0.0, tl.float32), tl.full((R1, R2), 0.0, tl.float32)
@@ -576,11 +738,10 @@ def column_backward(
     return gather(re, im, stage, M, DOT, PRECISION, EMULATED)
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit(do_not_specialize=["B", "D"])
 def finish(
     planes,
     more,
-    half,
     p,
     y,
     c1,
@@ -590,6 +751,7 @@ def finish(
     shift,
     stage,
     turn,
+    B,
     D,
     L,
     RESIDUAL: tl.constexpr,
@@ -604,22 +766,22 @@ def finish(
     """BLOCK columns of both signals: stage 1 backwards, the gate, the sum."""
     d, b = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    at, row = (tl.cast(b, tl.int64) * D + d) * (M * R), (tl.cast(b, tl.int64) * D + d) * L
+    half = tl.cast(B, tl.int64) * D * (M * R)
+    at, to = (tl.cast(b, tl.int64) * D + d) * (M * R), line(d, b, B, L)
     found = column_backward(planes + at, half, place, stage, turn, M, R, DOT, PRECISION, EMULATED)
     if KEEP:
-        tl.store(c1 + row + place, found.to(c1.dtype.element_ty), mask=place < L)
-    found *= short(p, weight, bias, shift, tl.load(reals + b), b, D + d, place, 3 * D, L)
+        tl.store(c1 + to + place, found.to(c1.dtype.element_ty), mask=place < L)
+    found *= short(p, weight, bias, shift, tl.load(reals + b), b, D + d, place, B, L)
     if RESIDUAL:
         found += column_backward(
             more + at, half, place, stage, turn, M, R, DOT, PRECISION, EMULATED
         )
-    tl.store(y + row + place, found.to(y.dtype.element_ty), mask=place < L)
+    tl.store(y + to + place, found.to(y.dtype.element_ty), mask=place < L)
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit(do_not_specialize=["B", "D"])
 def finish_gradient(
     planes,
-    half,
     p,
     dy,
     c1,
@@ -631,6 +793,7 @@ def finish_gradient(
     shift,
     stage,
     turn,
+    B,
     D,
     L,
     GATED: tl.constexpr,
@@ -643,6 +806,7 @@ def finish_gradient(
 ):
     d, b = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, M)[:, None] * R + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    half = tl.cast(B, tl.int64) * D * (M * R)
     found = column_backward(
         planes + (tl.cast(b, tl.int64) * D + d) * (M * R),
         half,
@@ -655,16 +819,15 @@ def finish_gradient(
         PRECISION,
         EMULATED,
     )
-    put_gradient(
-        found, p, dy, c1, ds, du, weight, bias, shift, tl.load(reals + b), b, d, place, D, L, GATED
-    )
+    real = tl.load(reals + b)
+    put_gradient(found, p, dy, c1, ds, du, weight, bias, shift, real, b, d, place, B, D, L, GATED)
 
 
 # ------------------------------------------------------------------ short convolution, backwards
 
 
-@triton.jit(do_not_specialize=["B", "C"])
-def short_gradient(p, ds, dp, reals, weight, shift, sums, B, C, L, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["B"])
+def short_gradient(p, ds, dp, reals, weight, shift, sums, B, L, BLOCK: tl.constexpr):
     """The short convolution backwards, channel c of all texts: dp and the sums (C, 5, BLOCK).
 
     The sums are BLOCK partial sums each of dweight's 3 taps, of dbias and of dshift.
@@ -679,19 +842,16 @@ def short_gradient(p, ds, dp, reals, weight, shift, sums, B, C, L, BLOCK: tl.con
     zero = tl.full((BLOCK,), 0.0, tl.float32)
     s0, s1, s2, s3, s4 = zero, zero, zero, zero, zero
     for b in range(B):
-        real, row = tl.load(reals + b), (tl.cast(b, tl.int64) * C + c) * L
+        real, at = tl.load(reals + b), line(c, b, B, L)
         for start in range(0, L, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            now = tl.load(ds + row + t, mask=t < L, other=0.0).to(tl.float32)
-            one = tl.load(ds + row + t + 1, mask=t + 1 < L, other=0.0).to(tl.float32)
-            two = tl.load(ds + row + t + 2, mask=t + 2 < L, other=0.0).to(tl.float32)
-            x = tl.where(
-                t < real,
-                tl.load(p + row + t, mask=t < real, other=0.0).to(tl.float32) + offset,
-                0.0,
-            )
+            now = tl.load(ds + at + t, mask=t < L, other=0.0).to(tl.float32)
+            one = tl.load(ds + at + t + 1, mask=t + 1 < L, other=0.0).to(tl.float32)
+            two = tl.load(ds + at + t + 2, mask=t + 2 < L, other=0.0).to(tl.float32)
+            x = tl.load(p + at + t, mask=t < L, other=0.0).to(tl.float32)
+            x = tl.where(t < real, x + offset, 0.0)
             found = tl.where(t < real, w2 * now + w1 * one + w0 * two, 0.0)
-            tl.store(dp + row + t, found.to(dp.dtype.element_ty), mask=t < L)
+            tl.store(dp + at + t, found.to(dp.dtype.element_ty), mask=t < L)
             s0 += two * x
             s1 += one * x
             s2 += now * x
@@ -724,6 +884,36 @@ def weights(table, first, rows, columns, COLUMNS: tl.constexpr, ROW: tl.constexp
         mask=(rows < ROW)[None, :] & (columns < COLUMNS)[:, None],
         other=0.0,
     )
+
+
+@triton.jit
+def gate(gated, out, I, BLOCK: tl.constexpr, EMULATED: tl.constexpr):  # noqa: E741
+    """GELU(a) b of BLOCK of a token's I activations; `gated` holds a and b, (T, 2I)."""
+    token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gated += token * 2 * I
+    a = tl.load(gated + i, mask=i < I, other=0.0).to(tl.float32)
+    b = tl.load(gated + I + i, mask=i < I, other=0.0).to(tl.float32)
+    y = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476)) * b
+    tl.store(out + token * I + i, narrow(y, out.dtype.element_ty, EMULATED), mask=i < I)
+
+
+@triton.jit
+def gate_gradient(gated, dy, out, I, BLOCK: tl.constexpr, EMULATED: tl.constexpr):  # noqa: E741
+    """The gradients of a and b, (T, 2I), from that of GELU(a) b, (T, I).
+
+    GELU(a) = a Φ(a),   GELU'(a) = Φ(a) + a φ(a), Φ and φ of the normal distribution
+    """
+    token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gated += token * 2 * I
+    out += token * 2 * I
+    a = tl.load(gated + i, mask=i < I, other=0.0).to(tl.float32)
+    b = tl.load(gated + I + i, mask=i < I, other=0.0).to(tl.float32)
+    slope = tl.load(dy + token * I + i, mask=i < I, other=0.0).to(tl.float32)
+    share = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+    da = slope * b * (share + a * 0.3989422804014327 * tl.exp(-0.5 * a * a))
+    tl.store(out + i, narrow(da, out.dtype.element_ty, EMULATED), mask=i < I)
+    db = slope * a * share
+    tl.store(out + I + i, narrow(db, out.dtype.element_ty, EMULATED), mask=i < I)
 
 
 @triton.jit(do_not_specialize=["T"])

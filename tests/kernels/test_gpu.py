@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib import kernels
 from lib.efficiency import counts
 from lib.kernels import gpu, support
 from lib.kernels.gpu import mix, mix_direct, spectra
@@ -248,6 +249,46 @@ def test_gradients_of_other_shapes(options):
     check_gradients(case(45, **options))
 
 
+@pytest.mark.parametrize("options", [{}, dict(ahead=False), dict(residual=False)])
+def test_gradients_in_halves(options, monkeypatch):
+    """The tile of 2,048 numbers; 4,096 differ in M alone."""
+    assert gpu.in_halves(4096) and not gpu.in_halves(2048)
+    monkeypatch.setattr(gpu, "in_halves", lambda tile: True)
+    check_gradients(case(1500, B=2, D=1, **options))
+
+
+def test_gradients_of_4096_tokens():
+    check_gradients(case(4096, B=1, D=1))
+
+
+def test_both_gradients_are_the_same_sums(monkeypatch):
+    some = case(200, B=3)
+
+    def gradients():
+        inputs = leaves(some)
+        return torch.autograd.grad(fused(*inputs, real=some.real), inputs, some.dy)
+
+    whole = gradients()
+    monkeypatch.setattr(gpu, "in_halves", lambda tile: tile >= 1024)
+    monkeypatch.setattr(gpu, "factors", lambda *given: (32, 1, 32))
+    gpu.tables.cache_clear()
+    try:
+        for name, ours, theirs in zip(NAMES, gradients(), whole):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+    finally:
+        gpu.tables.cache_clear()
+
+
+def test_signals_that_lie_by_channels_are_not_copied():
+    some = case(40, B=3)
+    p, u = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (some.p, some.u))
+    assert gpu.channels_first(p).data_ptr() == p.data_ptr()
+    rest = some.weight, some.bias, spectra(some.gated, some.residual, 40), some.real
+    found = mix(p, u, *rest)
+    assert torch.equal(found, mix(some.p, some.u, *rest))
+    assert gpu.channels_first(found).data_ptr() == found.data_ptr()
+
+
 def test_gradients_in_three_passes():
     check_gradients(case(4097, B=2, D=1))
 
@@ -468,6 +509,42 @@ def test_a_kernel_that_fails_or_errs_leaves_torch_and_says_so_once(monkeypatch, 
     assert "is used for the sequence mixer of 255 tokens" in caplog.text
 
 
+def test_warm_up_asks_what_training_will_ask(monkeypatch):
+    """Each class of lengths once, with and without gradients, in the dtype of autocast."""
+    asked, built = [], model(M2BertForMaskedLM).train()
+    monkeypatch.setattr(gpu, "is_supported", lambda *given: asked.append(given) or True)
+    kernels.warm_up(built, [64, 70, 64], torch.bfloat16)
+    warm = {*asked}
+    asked.clear()
+    for ids in (IDS[:, :50], torch.cat([IDS, IDS], dim=1)[:, :64]):
+        with torch.autocast("cpu", torch.bfloat16):
+            built(ids, labels=ids).loss.backward()
+            with torch.no_grad():
+                built(ids)
+    assert {*asked} == warm
+    assert {(L, gradients) for L, *_, gradients, _ in warm} == {
+        (256, False),
+        (256, True),
+        (255, False),
+        (255, True),
+    }
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCO_NATIVE", "0")
+        asked.clear()
+        kernels.warm_up(built, [64], torch.bfloat16)
+    assert asked == []
+
+
+def test_the_check_runs_in_the_weights_dtype(monkeypatch):
+    """A model in bfloat16 has other programs than a model in float32 under autocast."""
+    seen = []
+    monkeypatch.setattr(gpu, "mix", lambda *given: seen.append(given[2].dtype) or mix(*given))
+    device, half = torch.device("cpu"), torch.bfloat16
+    for weights in (torch.float32, half):
+        assert gpu.is_supported(256, half, device, True, False, weights)
+    assert seen == [torch.float32, half]
+
+
 def test_without_the_interpreter_a_cpu_has_its_own_way(monkeypatch, used):
     monkeypatch.delenv("TRITON_INTERPRET")
     with torch.no_grad():
@@ -526,9 +603,10 @@ def test_factors_are_what_a_matrix_unit_takes(L):
 # ------------------------------------------------------------------ a real compiler, a real GPU
 
 COMPILE = """
-import torch, triton
+import re, subprocess, tempfile, torch, triton
+from pathlib import Path
 from triton.backends.compiler import GPUTarget
-from lib.kernels import gpu, gpu_mlp, support
+from lib.kernels import gpu, gpu_mlp
 
 class Driver:
     def __init__(self, capability):
@@ -540,22 +618,33 @@ class Driver:
     def get_current_target(self):
         return self.target
 
+def needs(cubin):
+    "Registers of a thread, and bytes that it keeps in local memory, that is, spills."
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return [int(re.search(name + r":(\\d+)", text.stdout)[1]) for name in ("REG", "STACK")]
+
 def compiled(kernel, grid):
     def launch(*given, **switches):
         made = kernel.warmup(*given, grid=grid, **switches)
-        limit = {80: 163, 90: 227}[made.metadata.target.arch] * 1024
-        assert made.asm["cubin"] and made.metadata.shared <= limit, (
-            kernel, given, made.metadata.shared)
-        names.add(kernel.__name__)
+        registers, spilled = needs(made.asm["cubin"])
+        shared, limit = made.metadata.shared, {80: 163, 90: 227}[made.metadata.target.arch]
+        assert shared <= limit * 1024, (kernel, given, shared)
+        line = kernel.__name__, made.metadata.target.arch, *now, made.metadata.num_warps
+        lines.add((*line, registers, spilled, shared))
     return launch
 
-names = set()
+lines = set()
 triton.runtime.jit.JITFunction.__getitem__ = compiled
 half = torch.bfloat16
 for capability, dtype, L in (
-        (80, half, 1), (80, half, 1000), (80, half, 2**17), (90, half, 37), (90, half, 4096),
-        (90, half, 2**17), (90, torch.float32, 128)):
+        (80, half, 1), (80, half, 2000), (80, half, 2**17), (90, half, 37), (90, half, 1024),
+        (90, half, 4096), (90, half, 2**15), (90, torch.float32, 128)):
     triton.runtime.driver.set_active(Driver(capability))
+    now = L, str(dtype).removeprefix("torch.")
     M, R1, R2 = gpu.factors(L)
     shapes = ((1, 6, L), dtype), ((1, 2, L), dtype), ((2, 2, 2, M * R1 * R2), torch.float32)
     p, u, table = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape, dtype in shapes)
@@ -566,10 +655,18 @@ for capability in (80, 90):
     shapes = (100, 768), (4, 1536, 192), (4, 192, 768), (768,), (768,), (768,)
     # 128 tokens need more shared memory than an A100 has.
     for tokens in gpu_mlp.TOKENS[: capability // 80 + capability // 90]:
+        now = tokens, "bfloat16"
         gpu_mlp.mlp(*(torch.zeros(shape, dtype=half) for shape in shapes), 1e-12, tokens)
-assert names == {
-    "gated_mlp", "mix", "mix_gradient", "columns", "rows", "finish", "rows_gradient",
-    "finish_gradient", "short_gradient"}, names
+    now, ab = (1, "bfloat16"), torch.zeros(1, 6144, dtype=half, requires_grad=True)
+    gpu_mlp.gate(ab).sum().backward()
+heads = "kernel", "sm", "tokens", "dtype", "warps", "registers", "spilled bytes", "shared bytes"
+for line in (heads, *sorted(lines)):
+    print("{:>20} {:>3} {:>7} {:>9} {:>6} {:>10} {:>14} {:>13}".format(*line))
+assert {line[0] for line in lines} == {
+    "gated_mlp", "mix", "mix_gradient", "mix_gradient_halves", "columns", "rows", "finish",
+    "rows_gradient", "finish_gradient", "short_gradient", "gate", "gate_gradient"}, lines
+spilled = [line for line in lines if line[6] > 1024 and "mix_gradient" in line[0]]
+assert not spilled, spilled
 """
 RUN = """
 import logging, torch
@@ -588,6 +685,8 @@ for dtype in gpu.TYPES:
                 assert gpu.is_supported(L, dtype, device, residual, gradients), case
 for width, inner, blocks in ((768, 3072, 4), (256, 1024, 4), (960, 3840, 4)):
     gpu_mlp.program(width, inner, blocks, torch.bfloat16, torch.device("cuda", 0))
+for dtype in gpu.TYPES:
+    gpu_mlp.gate_is_supported(dtype, torch.device("cuda", 0))
 assert not [line for line in refused if "is wrong" in line], refused
 """
 
@@ -604,6 +703,7 @@ def in_its_own_process(code, **variables):
         capture_output=True,
         text=True,
     )
+    print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -611,7 +711,8 @@ def in_its_own_process(code, **variables):
 def test_the_compiler_makes_code_that_fits_an_a100_and_an_h100(tmp_path):
     """Without a GPU: every launch of a pass and its gradient compiles to machine code.
 
-    It stays within the shared memory of a program. Speed is another matter.
+    It stays within the shared memory of a program, and a thread of the gradient of one pass spills
+    at most 256 registers. `pytest -s` prints both. Speed is another matter.
     """
     in_its_own_process(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.kernels import gpu, gpu_mlp
-from lib.kernels.gpu_mlp import TOKENS, mlp, mlp_direct
+from lib.kernels.gpu_mlp import TOKENS, gate, gate_direct, mlp, mlp_direct
 from lib.model.m2bert import MLP, M2BertConfig, M2BertForRetrieval
 
 pytest.importorskip(
@@ -131,3 +131,48 @@ def test_what_does_not_belong_together_is_refused():
         with pytest.raises(AssertionError):
             mlp(x, *wrong, *rest)
     assert mlp(h[:0], gated, wo, *rest).shape == (0, 32)
+
+
+@pytest.mark.parametrize("inner", [1, 16, 37, 1024, 1500])
+def test_the_gate_is_the_definition_with_its_gradient(inner):
+    ab = 2 * torch.randn(5, 2 * inner, generator=torch.Generator().manual_seed(inner))
+    ab[0, 0], ab[1, 0] = 30.0, -30.0
+    wide, ab = ab.double().requires_grad_(), ab.requires_grad_()
+    dy = torch.randn(5, inner)
+    found, expected = gate(ab), gate_direct(wide)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    (ours,) = torch.autograd.grad(found, ab, dy)
+    (theirs,) = torch.autograd.grad(expected, wide, dy.double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_mlp_gives_the_definition_with_its_gradients(monkeypatch):
+    made, h = layer().train(), torch.randn(2, 9, 64)
+    made.dropout.p = 0.3
+    calls = []
+    monkeypatch.setattr(gpu_mlp, "gate", lambda ab: calls.append(ab.dtype) or gate(ab))
+    monkeypatch.setattr(gpu_mlp, "gate_is_supported", lambda *given: True)
+
+    def results(function, h):
+        torch.manual_seed(1)  # dropout
+        y = function(h.requires_grad_())
+        slopes = torch.autograd.grad(y.square().mean(), [h, *made.parameters()])
+        return [y.detach(), *slopes]
+
+    for ours, theirs in zip(results(made, h), results(made.definition, h), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        made(h).sum().backward()
+    assert calls == [torch.float32, torch.bfloat16]
+
+
+def test_a_gate_that_errs_leaves_torch(monkeypatch, caplog):
+    h = torch.randn(2, 9, 64)
+    gpu_mlp.gate_is_supported.cache_clear()
+    assert gpu_mlp.gate_is_supported(h.dtype, h.device)
+    monkeypatch.setattr(gpu_mlp, "gate", lambda ab: 1.1 * gate(ab))
+    gpu_mlp.gate_is_supported.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not gpu_mlp.gate_is_supported(h.dtype, h.device)
+    assert "y is wrong" in caplog.text
+    gpu_mlp.gate_is_supported.cache_clear()
