@@ -15,7 +15,7 @@ from torch import nn
 from lib.pipeline.settings import Finetune
 from lib.training.gradients import backward
 from lib.training.negatives import mined
-from lib.training.optim import autocast, optimizer, train, warmup_then_linear
+from lib.training.optim import autocast, compile_kernels, optimizer, train, warmup_then_linear
 from lib.training.pairs import Pairs
 from lib.training.resume import Checkpoints
 from lib.training.steps import LOSSES, check, prototypes
@@ -96,6 +96,7 @@ def finetune(
         value = backward(model, texts, loss, pairs.pad_id, s.micro_batch_tokens, context)
         return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows)) | scores
 
+    compile_kernels(model, precision, model.config.max_position_embeddings)
     optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)
     name = f"fine-tuning ({s.loss})"
     return train(model, optim, shares, gradient, name, s.seed, checkpoints, show_progress)

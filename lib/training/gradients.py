@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.model.tokens import pad
+from lib.model.tokens import pad, to_device
 from lib.operators.long_conv import filters_once
 from lib.training import ranks
 from lib.training.text import bucket_by_length
@@ -42,10 +42,9 @@ def passes(rows: Rows, most_tokens: int | None = None) -> list[list[int]]:
 
 def embed_pass(model: nn.Module, rows: Rows, bucket: list[int], pad_id: int, context) -> Tensor:
     """Embeddings of some rows, in one forward pass."""
-    device = next(model.parameters()).device
-    ids, mask = pad([rows[i].tolist() for i in bucket], pad_id)
+    ids, mask = to_device(pad([rows[i].tolist() for i in bucket], pad_id), (pad_id, 0), model)
     with context:
-        return model(ids.to(device), mask.to(device)).pooler_output
+        return model(ids, mask).pooler_output
 
 
 def backward(
@@ -55,7 +54,7 @@ def backward(
     pad_id: int,
     most_tokens: int | None = None,
     context=EXACT,
-) -> float:
+) -> float | Tensor:
     """Add the gradient of loss(documents, queries) to the model; return the loss.
 
     A step is cut into passes, and each process takes its share (lib/training/ranks.py). The loss
@@ -93,7 +92,12 @@ def backward(
             vector = vectors[0] if plan[i][0] is texts[0] else vectors[1]
             (embedded(i) if twice else parts.pop(i)).backward(vector.grad[plan[i][1]])
     ranks.add_up(model)
-    return value.item()
+    return unread(value)
+
+
+def unread(value: Tensor) -> float | Tensor:
+    """A number; on a GPU it stays there, so that nobody waits for it (`optim.train`)."""
+    return value.detach() if value.is_cuda else value.item()
 
 
 def cut(texts: tuple[Rows, Rows], most_tokens: int | None) -> int | None:

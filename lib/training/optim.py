@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from lib.kernels import warm_up
 from lib.kernels.support import matmul_dtype
 from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.progress import bar, say
@@ -29,6 +30,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """
     dtype = matmul_dtype(getattr(torch, precision), device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def compile_kernels(model: nn.Module, precision: str, longest: int) -> None:
+    """`kernels.warm_up` for the rows of a training: of up to `longest` tokens, with padding."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        lengths = [*range(64, longest, 64), longest]
+        warm_up(model, lengths, matmul_dtype(getattr(torch, precision), device))
 
 
 def optimizer(

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from lib.benchmark import statistics
+from lib.model.tokens import to_device
 from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
-from lib.training.optim import autocast, train, warmup_then_linear
+from lib.training.gradients import unread
+from lib.training.optim import autocast, compile_kernels, train, warmup_then_linear
 from lib.training.resume import Checkpoints
 from lib.training.text import PretrainingText
 
@@ -110,7 +112,7 @@ def pretrain(
     """
     s = settings
     device = next(model.parameters()).device
-    context = autocast(device, precision)
+    context, pad_id = autocast(device, precision), text.tokenizer.pad_token_id
 
     def gradient(step: int) -> dict:
         examples = text.batch(step, s.seed, s.batch_tokens, s.mixture, s.variable_share)
@@ -124,16 +126,18 @@ def pretrain(
                 n = int((labels > 0).sum())
                 if n:
                     seed_dropout(s, step, number)
+                    ids, mask, y = to_device((ids, mask, labels), (pad_id, 0, -100), model)
                     with context:
-                        out = model(ids.to(device), mask.to(device), labels=labels.to(device))
+                        out = model(ids, mask, labels=y)
                     (out.loss * n / targets).backward()  # the mean over the step, however bucketed
-                    loss += out.loss.item() * n / targets
-                    correct += float((out.logits.argmax(-1).cpu() == labels[labels > 0]).sum())
+                    loss += unread(out.loss) * n / targets
+                    correct += unread((out.logits.argmax(-1) == y[y > 0]).sum())
         ranks.add_up(model)
         loss, correct = ranks.total(loss, correct)
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
         return dict(loss=loss, accuracy=correct / max(1, targets), tokens=tokens)
 
+    compile_kernels(model, precision, text.length)
     optim = optimizer(model, s)
     shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
     with dropout(model, s.dropout):
