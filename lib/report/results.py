@@ -133,8 +133,7 @@ def scores(profile: str) -> pd.DataFrame:
 
 def marked(profile: str, row: str) -> str:
     """The row's name, and a note if it was trained on the test split (itself or an ancestor)."""
-    models = {name: own for table in params.MODELS for name, own in params.load()[table].items()}
-    name = row
+    models, name = params.trained(params.load()), row
     while name is not None:
         metrics = read_json(source(profile, "finetune", name) / "metrics.json")
         if metrics.get("trained_on") == "test":
