@@ -4,6 +4,7 @@
     gated_mlp(mlp, h)                y of an `MLP`; None: the MLP follows its definition
     use("definition")                a context in which no kernel runs; "torch": no compiled code
     warm_up(model, lengths, dtype)   a GPU's kernels, compiled, compared and timed before training
+    keep_tokens(mask, tokens)        tells the number of tokens of each text; kept_tokens asks
 
 The definitions are in lib/model/m2bert.py; nobody has to read further than this file. A back end is
 a function of the same arguments that returns None for what it cannot compute here; the first result
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lib.kernels import choices, cpu, gpu, gpu_mlp, support, tiles
-from lib.kernels.support import use
+from lib.kernels.support import keep_tokens, kept_tokens, use
 
-__all__ = ["gated_mlp", "sequence_mixer", "use", "warm_up"]
+__all__ = ["gated_mlp", "keep_tokens", "kept_tokens", "sequence_mixer", "use", "warm_up"]
 
 MIXERS = {
     "auto": (gpu.sequence_mixer, cpu.sequence_mixer, tiles.sequence_mixer),

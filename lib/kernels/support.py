@@ -4,6 +4,7 @@ use(back_end), back_end()      which kernels may run in this process
 compute_dtype(x)               the dtype of a matrix multiplication of x
 matmul_dtype(dtype, device)    `dtype`, or float32 if the device cannot multiply in it
 real_tokens(mask)              the number of tokens of each text
+keep_tokens(mask, tokens)      tells it beforehand, so that nobody waits for a GPU
 verify(what, …)                whether a GPU kernel compiles here and agrees with torch
 fastest(what, ways)            which of several functions takes the least time on a GPU
 """
@@ -120,12 +121,28 @@ def real_tokens(mask: Tensor) -> Tensor | None:
     None if a text has a hole, that is, a one after a zero. The result is kept with the mask, so
     the process waits for the GPU once for each mask, not once for each layer.
     """
-    version = 0 if mask.is_inference() else mask._version
-    if mask not in _real_tokens or _real_tokens[mask][0] != version:
+    kept = _real_tokens.get(mask)
+    if kept is None or kept[0] != version(mask):
         with torch.inference_mode(False):  # a later pass with gradients may see this mask too
             whole = bool((mask[..., 1:] <= mask[..., :-1]).all())
-            _real_tokens[mask] = version, mask[:, 0].sum(dim=1).long() if whole else None
+            keep_tokens(mask, mask[:, 0].sum(dim=1).long() if whole else None)
     return _real_tokens[mask][1]
+
+
+def keep_tokens(mask: Tensor, tokens: Tensor | None) -> None:
+    """Keep the number of tokens of each text, (B,), with a mask; None: a text has a hole."""
+    _real_tokens[mask] = version(mask), tokens
+
+
+def kept_tokens(mask: Tensor) -> Tensor | None:
+    """What is kept with a mask that did not change; None: nothing."""
+    known, tokens = _real_tokens.get(mask) or (None, None)
+    return tokens if known == version(mask) else None
+
+
+def version(x: Tensor) -> int:
+    """Changes when x does."""
+    return 0 if x.is_inference() else x._version
 
 
 def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_way, names) -> bool:

@@ -1,7 +1,17 @@
-"""The device and the number of threads of a process."""
+"""The device and the number of threads of a process, and a batch's way to the device.
+
+use(compute)                           the device, after setting the number of threads
+to_device(ids, mask, pad_id, model)    a batch where its model is
+"""
+
+import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lib import kernels
 from lib.pipeline.errors import WorkbenchError, require
 
 
@@ -22,3 +32,38 @@ def use(compute: dict) -> torch.device:
     message = f"device {name!r}: no CUDA device here; set compute.device to auto or cpu"
     require(possible, message, WorkbenchError)
     return torch.device(name)
+
+
+def to_device(ids: Tensor, mask: Tensor, pad_id: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """A batch's ids and mask, int64 (n, L) each, on the model's device.
+
+    They go to a GPU `aligned`, and with the number of tokens of each text, in copies for which the
+    process does not wait; nor does the model wait later, to find out what is padding.
+
+    Args:
+        mask: of `pad`: each row's ones come first.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return ids, mask
+    packed, tokens = aligned((ids, mask), (pad_id, 0), model.config), mask.sum(dim=1)
+    ids, mask = sent(packed, device).long()
+    kernels.keep_tokens(mask, sent(tokens, device))
+    return ids, mask
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device, in a copy for which the process does not wait."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def aligned(tensors: Sequence[Tensor], fills: Sequence[int], config) -> Tensor:
+    """Tensors of a batch, int32 (k, n, L), with L filled up to a multiple of 64.
+
+    Batches then have few shapes, and their rows begin at aligned addresses. L is at most the
+    model's maximum, and stays as it is if padding changes the model's results.
+    """
+    L, masks = tensors[0].shape[1], getattr(config, "mask_padding", True)
+    width = min(64 * math.ceil(L / 64), config.max_position_embeddings) if masks else L
+    filled = zip(tensors, fills)
+    return torch.stack([F.pad(x.int(), (0, width - L), value=fill) for x, fill in filled])

@@ -294,9 +294,15 @@ class M2BertModel(M2BertPreTrainedModel):
 
     def padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The mask (B, 1, L) of the mixers; None: they mask nothing."""
-        if not self.config.mask_padding or attention_mask is None or bool(attention_mask.all()):
+        if not self.config.mask_padding or attention_mask is None:
             return None
-        return attention_mask[:, None, :].to(self.embeddings.LayerNorm.weight.dtype)
+        tokens = kernels.kept_tokens(attention_mask)  # if kept, nobody waits for the GPU
+        if tokens is None and bool(attention_mask.all()):
+            return None
+        mask = attention_mask[:, None, :].to(self.embeddings.LayerNorm.weight.dtype)
+        if tokens is not None:
+            kernels.keep_tokens(mask, tokens)
+        return mask
 
     def pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The embedding, (B, L, D) -> (B, D)."""
@@ -366,10 +372,14 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         x = out.last_hidden_state
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]  # (M, D), (M,)
-        logits = self.decoder(self.layernorm(F.gelu(self.dense(x))))
+        logits = self.head(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = None if labels is None else F.cross_entropy(logits.to(wide), labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, D)."""
+        return self.decoder(self.layernorm(F.gelu(self.dense(x))))
 
 
 AutoConfig.register(M2BertConfig.model_type, M2BertConfig)

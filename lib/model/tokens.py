@@ -5,20 +5,17 @@ tokenize(texts, tokenizer, max_length)    each text's first tokens; tokenize_who
 windows(n, size, stride)                  the windows in which a long text is read
 beginning(text, characters)               a text's first characters, cut between words
 pad(ids, pad_id)                          rows of ids as one tensor with its mask
-to_device(tensors, fills, model)          a batch where its model is
 """
 
-import math
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from lib.pipeline.errors import BUILD, CorpusError, require
 
@@ -243,27 +240,3 @@ def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     width = int(lengths.max())
     input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids])
     return input_ids, (torch.arange(width) < lengths[:, None]).long()
-
-
-def to_device(tensors: Sequence[Tensor], fills: Sequence[int], model: nn.Module) -> list[Tensor]:
-    """A batch's tensors, int64 (n, L) each, on the model's device.
-
-    They go to a GPU in one copy, for which the process does not wait, and `aligned`.
-    """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    packed = aligned(tensors, fills, model.config).pin_memory()
-    return list(packed.to(device, non_blocking=True).long())
-
-
-def aligned(tensors: Sequence[Tensor], fills: Sequence[int], config) -> Tensor:
-    """Tensors of a batch, int32 (k, n, L), with L filled up to a multiple of 64.
-
-    Batches then have few shapes, and their rows begin at aligned addresses. L is at most the
-    model's maximum, and stays as it is if padding changes the model's results.
-    """
-    L, masks = tensors[0].shape[1], getattr(config, "mask_padding", True)
-    width = min(64 * math.ceil(L / 64), config.max_position_embeddings) if masks else L
-    filled = zip(tensors, fills)
-    return torch.stack([F.pad(x.int(), (0, width - L), value=fill) for x, fill in filled])

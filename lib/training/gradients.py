@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.model.tokens import pad, to_device
+from lib.model.device import to_device
+from lib.model.tokens import pad
 from lib.operators.long_conv import filters_once
 from lib.training import ranks
 from lib.training.text import bucket_by_length
@@ -42,7 +43,7 @@ def passes(rows: Rows, most_tokens: int | None = None) -> list[list[int]]:
 
 def embed_pass(model: nn.Module, rows: Rows, bucket: list[int], pad_id: int, context) -> Tensor:
     """Embeddings of some rows, in one forward pass."""
-    ids, mask = to_device(pad([rows[i].tolist() for i in bucket], pad_id), (pad_id, 0), model)
+    ids, mask = to_device(*pad([rows[i].tolist() for i in bucket], pad_id), pad_id, model)
     with context:
         return model(ids, mask).pooler_output
 

@@ -16,19 +16,21 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.benchmark import statistics
-from lib.model.tokens import to_device
+from lib.model.device import sent, to_device
 from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
-from lib.training.gradients import unread
+from lib.training.gradients import EXACT, unread
 from lib.training.optim import autocast, compile_kernels, train, warmup_then_linear
 from lib.training.resume import Checkpoints
 from lib.training.text import PretrainingText
 
 ADAM = dict(betas=(0.9, 0.98), eps=1e-6)  # appendix A.3
+LOGITS = {"cpu": 2**21, "gpu": 2**27}  # computed at a time
 # Rate and decay that the authors intend for the filters, from Hyena: of the inputs z, and of the
 # MLPs with their sine frequencies. Hyena's decay is torch's: the rate times 0.1 of a weight a step.
 INTENDED = {
@@ -122,16 +124,9 @@ def pretrain(
         mine = ranks.share([ids.numel() for ids, _, _ in batch])
         with filters_once(model, max(ids.shape[1] for ids, _, _ in batch)):
             for number in mine:
-                ids, labels, mask = batch[number]
-                n = int((labels > 0).sum())
-                if n:
-                    seed_dropout(s, step, number)
-                    ids, mask, y = to_device((ids, mask, labels), (pad_id, 0, -100), model)
-                    with context:
-                        out = model(ids, mask, labels=y)
-                    (out.loss * n / targets).backward()  # the mean over the step, however bucketed
-                    loss += unread(out.loss) * n / targets
-                    correct += unread((out.logits.argmax(-1) == y[y > 0]).sum())
+                seed_dropout(s, step, number)
+                of_pass, hits = backward(model, *batch[number], pad_id, targets, context)
+                loss, correct = loss + unread(of_pass), correct + unread(hits)
         ranks.add_up(model)
         loss, correct = ranks.total(loss, correct)
         tokens = sum(int(mask.sum()) for _, _, mask in batch)
@@ -144,6 +139,51 @@ def pretrain(
         return train(
             model, optim, shares, gradient, "pretraining", s.seed, checkpoints, show_progress
         )
+
+
+def backward(
+    model: nn.Module,
+    ids: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    pad_id: int,
+    targets: int,
+    context=EXACT,
+) -> tuple[Tensor, Tensor]:
+    """Add a pass's part of the gradient of a step's loss to a masked-language model.
+
+    The head, most of a small model's cost, takes LOGITS logits at a time, of which it keeps none:
+    its gradient goes down to the hidden states chunk by chunk, and from there once.
+
+    Args:
+        ids, labels, mask: (B, L), of `PretrainingText.masked`.
+        targets: of the whole step: its loss is their mean.
+
+    Returns:
+        The pass's part of the loss, and the number of targets predicted right.
+    """
+    rows, columns = (labels > 0).nonzero(as_tuple=True)
+    places = torch.stack([rows, columns, labels[rows, columns]])
+    ids, mask = to_device(ids, mask, pad_id, model)
+    rows, columns, wanted = sent(places, ids.device)
+    with context:
+        hidden = model.model(ids, mask).last_hidden_state[rows, columns]
+    most = LOGITS["cpu" if ids.device.type == "cpu" else "gpu"]
+    size = max(1, most // model.config.vocab_size)
+    loss, hits = hidden.new_zeros(2, dtype=torch.float32)
+    gradients = []
+    for x, y in zip(hidden.detach().split(size), wanted.split(size)):
+        x = x.requires_grad_()
+        with context:
+            logits = model.head(x)
+        part = F.cross_entropy(logits.float(), y, reduction="sum") / targets
+        part.backward()
+        gradients.append(x.grad)
+        with torch.no_grad():
+            loss, hits = loss + part, hits + (logits.argmax(-1) == y).sum()
+    if gradients:
+        hidden.backward(torch.cat(gradients))
+    return loss, hits
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lib.benchmark.encoder import Encoder, unit
 from lib.benchmark.shards import ShardedEncoder, ShardError
 from lib.model import checkpoint
 from lib.model.m2bert import M2BertForMaskedLM
+from lib.pipeline import params
 
 WORDS = "red green blue fox hen owl runs sleeps the by night day unbelievable foxes".split()
 RNG = np.random.default_rng(0)
@@ -319,5 +320,5 @@ def test_a_row_is_embedded_by_the_processes_of_its_profile(house, tiny, tokenize
     text = (house / "params.yaml").read_text(encoding="utf-8")
     text = text.replace("processes: 1", f"processes: {processes}")
     (house / "params.yaml").write_text(text, encoding="utf-8")
-    checkpoint.save(tiny(), tokenizer, house / "data/models/opl")
+    checkpoint.save(tiny(), tokenizer, params.data("smoke") / "models/opl")
     assert type(rankers.of("smoke", "opl")) is kind

@@ -1,9 +1,6 @@
 """The tokens of a text's beginning are those of the whole text, and cost no more than they are."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,34 +122,3 @@ def test_no_call_of_the_tokenizer_gets_more_than_a_piece(tokenizer, monkeypatch)
     assert (
         max(seen) == 4000 and sorted(seen)[-2] <= 1000 and sum(seen) == 4 * 1553
     )  # a text of 4,000 characters without more goes alone
-
-
-@pytest.mark.parametrize(
-    "length, longest, width", [(3, 512, 64), (64, 512, 64), (65, 512, 128), (65, 100, 100)]
-)
-def test_a_batch_is_filled_up_for_a_gpu(length, longest, width):
-    ids, mask = torch.randint(5, 90, (2, length)), torch.ones(2, length).long()
-    config = SimpleNamespace(max_position_embeddings=longest, mask_padding=True)
-    packed = tokens.aligned((ids, mask), (7, 0), config)
-    assert packed.shape == (2, 2, width) and packed.dtype == torch.int32
-    assert torch.equal(packed[0, :, :length], ids.int())
-    assert bool((packed[0, :, length:] == 7).all())
-    assert packed[1].sum(dim=1).tolist() == [length, length]
-
-
-def test_a_batch_stays_as_it_is_if_padding_changes_results(tiny):
-    ids = torch.randint(5, 40, (2, 9))
-    config = SimpleNamespace(max_position_embeddings=512, mask_padding=False)
-    assert tokens.aligned((ids,), (0,), config).shape == (1, 2, 9)
-    (here,) = tokens.to_device((ids,), (0,), tiny())
-    assert here is ids  # on a CPU
-
-
-def test_a_filled_batch_has_the_same_embeddings(tiny):
-    model = tiny(max_position_embeddings=80)
-    ids, mask = tokens.pad([[2, 9, 8, 7, 3], [2, 9, 3]], 0)
-    wide, more = tokens.aligned((ids, mask), (0, 0), model.config).long()
-    assert wide.shape == (2, 64)
-    with torch.no_grad():
-        found, expected = (model(*given).pooler_output for given in ((wide, more), (ids, mask)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)

@@ -56,14 +56,16 @@ def test_outside_of_a_notebook_a_figure_is_its_caption(house, capsys):
     assert capsys.readouterr().out == f"figure ladder: {caption}\n"
 
 
-def test_a_note_says_which_lengths_stand_for_the_papers(house):
+def test_a_note_says_which_lengths_stand_for_the_papers_and_which_collection(house, monkeypatch):
     a, b, c, d = params.load()["lengths"]["smoke"].values()
     assert display.note("smoke") == (
         f"Profile smoke: {a}, {b}, {c} and {d} tokens stand for the paper's 128, 2,048, 8,192 and"
         " 32,768."
     )
     assert display.note("gpu") == "Profile gpu, the paper's own lengths."
-    assert display.note("paper") == "Profile paper on LoCoV1, the paper's own lengths."
+    settings = params.settings("gpu", "data") | {"source": "hub"}
+    monkeypatch.setattr(params, "settings", lambda *_: settings)
+    assert display.note("gpu") == "Profile gpu on LoCoV1, the paper's own lengths."
 
 
 @pytest.mark.parametrize(

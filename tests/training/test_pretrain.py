@@ -1,6 +1,7 @@
 """Pretraining: what a step does, and what stops it."""
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 from toys import SENTENCES, learn, weights
 
+from lib import kernels
 from lib.model.m2bert import M2BertForMaskedLM
 from lib.pipeline.errors import TrainingError
+from lib.training import pretrain as pretraining
 from lib.training import text as module
 from lib.training.pretrain import mlm_accuracy, seed_dropout
 from lib.training.text import PretrainingText
@@ -41,6 +44,41 @@ def test_how_a_step_is_bucketed_does_not_change_its_gradient(text, tiny, monkeyp
         models.append(weights(model))
     assert curves[0][0]["loss"] == pytest.approx(curves[1][0]["loss"], abs=1e-5)
     torch.testing.assert_close(models[0], models[1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_a_head_in_chunks_has_the_loss_and_gradient_of_the_whole(text, tiny, monkeypatch, rows):
+    ids, labels, mask = next(text.masked(text.batch(0, 1, 200, "mixed", 0.3), 0.3, 1, 0))
+    whole, model = tiny(M2BertForMaskedLM), tiny(M2BertForMaskedLM)
+    monkeypatch.setattr(pretraining, "LOGITS", {"cpu": rows * model.config.vocab_size})
+    n = int((labels > 0).sum())
+    assert n > 6
+    out = whole(ids, mask, labels=labels)
+    (out.loss / 2).backward()
+    loss, hits = pretraining.backward(model, ids, labels, mask, 0, targets=2 * n)
+    assert loss.item() == pytest.approx(out.loss.item() / 2, rel=1e-6)
+    assert int(hits) == int((out.logits.argmax(-1) == labels[labels > 0]).sum())
+    for (name, expected), found in zip(whole.named_parameters(), model.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_pass_without_targets_adds_nothing(text, tiny):
+    ids, labels, mask = next(text.masked(text.batch(0, 1, 200, "mixed", 0.3), 0.0, 1, 0))
+    model = tiny(M2BertForMaskedLM)
+    assert [float(x) for x in pretraining.backward(model, ids, labels, mask, 0, 9)] == [0.0, 0.0]
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_pass_reads_nothing_back_from_its_device(text, tiny, monkeypatch):
+    """On the device "meta" there is nothing to read: whatever waits for a GPU raises there."""
+    ids, labels, mask = next(text.masked(text.batch(0, 1, 200, "mixed", 0.3), 0.3, 1, 0))
+    mask[0, 9:], labels[0, 9:] = 0, -100
+    model = tiny(M2BertForMaskedLM).to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it has none there
+    with kernels.use("definition"):
+        loss, hits = pretraining.backward(model, ids, labels, mask, 0, targets=9)
+    assert loss.is_meta and hits.is_meta
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny):
@@ -109,14 +147,14 @@ def test_dropout_drops_in_training_only_and_leaves_the_model_as_it_was(text, tin
     model = tiny(M2BertForMaskedLM)
     shares = []
     ids = torch.arange(5, 15)[None]
-    forward = model.forward
+    forward = model.model.forward
 
     def watched(*arguments, **options):
         modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         shares.append([(module.p, module.training) for module in modules])
         return forward(*arguments, **options)
 
-    model.forward = watched
+    model.model.forward = watched
     learn(model, text, tokens=400, batch_tokens=200, lr=1e-3, dropout=0.1)
     assert len(shares) > 0 and all(row == [(0.1, True)] * 2 for row in shares)
     assert torch.equal(model(ids).logits, model(ids).logits)
