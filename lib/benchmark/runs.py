@@ -7,6 +7,7 @@ unwritable(ids)          the first id that such a file cannot hold
 Fields are separated by white space and nothing is quoted.
 """
 
+import math
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable
@@ -49,10 +50,15 @@ def write_run(run: dict, path: str | Path, tag: str = "lib", k: int = 1000) -> N
         )
     lines = []
     for qid, scores in run.items():
-        for rank, pid in enumerate(ranking(scores)[:k], start=1):
-            score = np.float32(scores[pid])
-            require(np.isfinite(score), f"query {qid}: the score of {pid} is {score}", ValueError)
-            lines.append(f"{qid} Q0 {pid} {rank} {score!s} {tag}\n")
+        ids = ranking(scores)[:k]
+        values = np.array([scores[pid] for pid in ids], dtype=np.float32)
+        bad = next(iter(np.flatnonzero(~np.isfinite(values))), None)
+        if bad is not None:
+            raise ValueError(f"query {qid}: the score of {ids[bad]} is {values[bad]}")
+        lines += [
+            f"{qid} Q0 {pid} {rank} {value!s} {tag}\n"
+            for rank, (pid, value) in enumerate(zip(ids, values), start=1)
+        ]
     files.write(path, "".join(lines))
 
 
@@ -72,15 +78,17 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
             fields = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
             if not fields:
                 continue
-            form = f"a run line has six fields (qid Q0 pid rank score tag), got {len(fields)}"
-            require(len(fields) == 6, f"{path}:{number}: {form}", ValueError)
-            try:
-                qid, pid, score = (fields[i].decode() for i in (0, 2, 4))
-                value = float(np.float32(score))
+            try:  # messages are made when they are needed: a file has a hundred thousand lines
+                qid, _, pid, _, score, _ = fields
+                qid, pid, value = qid.decode(), pid.decode(), float(np.float32(score.decode()))
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            require(np.isfinite(value), f"{path}:{number}: the score is {score}", ValueError)
-            repeated = f"{path}:{number}: query {qid} ranks {pid} twice"
-            require(pid not in run.setdefault(qid, {}), repeated, ValueError)
-            run[qid][pid] = value
+                form = "a run line has six fields (qid Q0 pid rank score tag), got "
+                problem = error if len(fields) == 6 else f"{form}{len(fields)}"
+                raise ValueError(f"{path}:{number}: {problem}") from None
+            ranked = run.setdefault(qid, {})
+            if pid in ranked or not math.isfinite(value):
+                again = f"query {qid} ranks {pid} twice"
+                problem = again if pid in ranked else f"the score is {score.decode()}"
+                raise ValueError(f"{path}:{number}: {problem}")
+            ranked[pid] = value
     return run
