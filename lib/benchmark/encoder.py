@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from lib.kernels.engine import Engine
-from lib.model.m2bert import M2BertPreTrainedModel
 from lib.model.tokens import pad, tokenize, tokenize_whole, windows
 from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
@@ -66,6 +65,8 @@ class Encoder:
         precision: str = "float32",
         engine: Engine | None = None,
     ):
+        from lib.model.m2bert import M2BertPreTrainedModel
+
         limit = model.config.max_position_embeddings
         self.max_length = min(max_length or limit, limit)
         room = f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"

@@ -22,7 +22,7 @@ Axes: B texts, L tokens, D width, I intermediate width (`inner`), K blocks, O fi
 import math
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig
 
 from lib.kernels import gpu
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
@@ -42,6 +42,8 @@ def twin(config: M2BertConfig) -> BertConfig:
 
 def build(config) -> torch.nn.Module:
     """A model with random weights: M2-BERT or BERT, by the configuration's class."""
+    from transformers import BertModel
+
     return (M2BertForRetrieval if isinstance(config, M2BertConfig) else BertModel)(config).eval()
 
 

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
 from lib.pipeline import files
 from lib.pipeline.errors import WorkbenchError, require
 
@@ -65,6 +64,8 @@ def save(
     Raises:
         OSError: the disk is full or read-only. The old folder is unchanged.
     """
+    from lib.model.m2bert import M2BertForRetrieval
+
     record = dict(about or {})
     if record.get("settings"):
         record["settings_sha256"] = fingerprint(record["settings"])
@@ -108,8 +109,8 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def save_modules(model: M2BertForRetrieval, folder: Path) -> None:
-    """Write what sentence-transformers needs beside a Hugging Face folder.
+def save_modules(model: nn.Module, folder: Path) -> None:
+    """Write what sentence-transformers needs beside the Hugging Face folder of a retriever.
 
     Transformer -> Pooling -> Dense(tanh) -> Normalize. The pooler is stored a second time, as the
     library's Dense. Class and option names are those of versions 2 to 5; version 6 reads them too.
@@ -166,6 +167,8 @@ def load(folder: str | Path, architecture: type | None = None):
     """
     from transformers import AutoTokenizer
 
+    from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
+
     folder = Path(folder)
     saved, checksums = read_record(folder)
     config = M2BertConfig.from_pretrained(folder)
@@ -185,6 +188,7 @@ def load(folder: str | Path, architecture: type | None = None):
 
 def read_record(folder: Path) -> tuple[type, dict[str, str]]:
     """The class that was saved and {file: sha256}, after a check of every file."""
+    from lib.model.m2bert import M2BertForMaskedLM, M2BertForRetrieval
 
     def complete(names) -> None:
         missing = next((name for name in names if not (folder / name).is_file()), None)

@@ -3,16 +3,16 @@
 import copy
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from lib.operators.long_conv import filter_inputs
 from lib.pipeline.errors import require
 
 
 @torch.no_grad()
-def extend(model: PreTrainedModel, new_length: int, filters: str = "stretch") -> PreTrainedModel:
-    """A copy of the model for texts of up to `new_length` tokens; `model` stays unchanged.
+def extend(model: nn.Module, new_length: int, filters: str = "stretch") -> nn.Module:
+    """A copy of an M2-BERT for texts of up to `new_length` tokens; `model` stays unchanged.
 
     Positions of a model of length N are tiled, P'[i] = P[i mod N], as in the paper's 32K model.
     Filters, k(i) of a model of length N:

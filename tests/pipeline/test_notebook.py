@@ -267,6 +267,30 @@ def test_a_failing_cell_is_one_line_and_the_notebook_so_far_is_kept(house):
     assert (house / "data/executed" / "a-opll.ipynb").read_text() == "of an earlier run"
 
 
+def test_a_failing_import_is_the_mistake_of_its_cell(house):
+    save(house / SOURCE, "1", "import numpy as np\nfrom lib.pipeline import nothing")
+    process = command("run", "09_a", "a", "--profile=laptop")
+    _, err = process.communicate(timeout=60)
+    (line,) = err.splitlines()
+    assert process.returncode == 1 and "ImportError: cannot import name 'nothing'" in line
+    assert "in cell 4 (" in line
+
+
+def test_a_kernel_ends_after_its_threads_and_exit_functions(house):
+    cell = """
+import atexit, threading, time
+atexit.register(lambda: open("left", "a").write("exit"))
+def work():
+    time.sleep(1)
+    open("left", "a").write("thread ")
+threading.Thread(target=work).start()
+"""
+    save(house / SOURCE, cell)
+    done = command("run", "09_a", "a", "--profile=laptop")
+    assert done.wait(60) == 0, done.communicate()
+    assert (house / "left").read_text() == "thread exit"
+
+
 def test_a_kernel_killed_by_the_system_is_told_from_a_mistake(house):
     save(house / SOURCE, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     process = command("run", "09_a", "a", "--profile=laptop")
