@@ -2,9 +2,10 @@
 //
 //     y = x2 * conv(x1 * v; k1) + conv(u; k2),    (x1, x2, v) = short_conv(p)
 //
-// for texts lying one after another, (T, 3D) and (T, D), without a transposition: W channels ride in
-// a vector, tokens are steps of the FFT. Both convolutions share one complex FFT: z = x1 v + i u goes
-// forward, and with the spectra A = (K1 + K2) / 2, B = (K1 - K2) / 2 of the two real kernels
+// for texts lying one after another, (T, 3D) and (T, D), without a transposition: W channels ride
+// in a vector, tokens are steps of the FFT. Both convolutions share one complex FFT:
+// z = x1 v + i u goes forward, and with the spectra A = (K1 + K2) / 2, B = (K1 - K2) / 2 of the two
+// real kernels
 //
 //     Y[k] = A[k] Z[k] + B[k] conj(Z[n-k])
 //
@@ -159,62 +160,117 @@ struct Plan {
             for (long j = 0; j < m / 4; ++j)
                 for (int k = 0; k < 3; ++k) {
                     double a = -2 * M_PI * double(j) * (k + 1) / double(m);
-                    t[6 * j + 2 * k] = float(std::cos(a)), t[6 * j + 2 * k + 1] = float(std::sin(a));
+                    float* factor = t.data() + 6 * j + 2 * k;
+                    factor[0] = float(std::cos(a)), factor[1] = float(std::sin(a));
                 }
             w.push_back(std::move(t));
         }
     }
 };
 
-// `half`: the upper half of z is zero and not read.
-static void forward(C* z, long m, const Plan& plan, size_t level, bool half) {
-    if (m == 1) return;
-    if (m == 2) {
-        C a = z[0], b = half ? C{zero(), zero()} : z[1];
-        z[0] = a + b, z[1] = a - b;
-        return;
-    }
-    const long q = m / 4;
-    const float* w = plan.w[level].data();
-    C *z0 = z, *z1 = z + q, *z2 = z + 2 * q, *z3 = z + 3 * q;
-    if (half)
-        for (long j = 0; j < q; ++j, w += 6) {
-            C a = z0[j], b = z1[j], ib = i_times(b);
-            z0[j] = a + b, z1[j] = times(a - b, w[2], w[3]);
-            z2[j] = times(a - ib, w[0], w[1]), z3[j] = times(a + ib, w[4], w[5]);
+// A part of so many points lies in the nearest cache: its levels follow one another over the whole.
+constexpr long NEAR = 256;
+
+static inline void butterfly(C* z, long q, const float* w) {
+    C a = z[0], b = z[q], c = z[2 * q], d = z[3 * q];
+    C s = a + c, t = b + d, e = a - c, f = i_times(b - d);
+    z[0] = s + t, z[q] = times(s - t, w[2], w[3]);
+    z[2 * q] = times(e - f, w[0], w[1]), z[3 * q] = times(e + f, w[4], w[5]);
+}
+static void forward_near(C* z, long size, const Plan& plan, size_t level) {
+    const C* end = z + size;
+    long m = size;
+    for (; m > 4; m /= 4, ++level)
+        for (C* part = z; part < end; part += m) {
+            const float* w = plan.w[level].data();
+            for (long j = 0; j < m / 4; ++j) butterfly(part + j, m / 4, w + 6 * j);
         }
-    else
-        for (long j = 0; j < q; ++j, w += 6) {
-            C a = z0[j], b = z1[j], c = z2[j], d = z3[j];
+    if (m == 4)
+        for (C* part = z; part < end; part += 4) {
+            C a = part[0], b = part[1], c = part[2], d = part[3];
             C s = a + c, t = b + d, e = a - c, f = i_times(b - d);
-            z0[j] = s + t, z1[j] = times(s - t, w[2], w[3]);
-            z2[j] = times(e - f, w[0], w[1]), z3[j] = times(e + f, w[4], w[5]);
+            part[0] = s + t, part[1] = s - t, part[2] = e - f, part[3] = e + f;
         }
-    for (int part = 0; part < 4; ++part) forward(z + q * part, q, plan, level + 1, false);
+    if (m == 2)
+        for (C* part = z; part < end; part += 2) {
+            C a = part[0], b = part[1];
+            part[0] = a + b, part[1] = a - b;
+        }
 }
+static void forward(C* z, long m, const Plan& plan, size_t level) {
+    if (m <= NEAR) return forward_near(z, m, plan, level);
+    const long q = m / 4;
+    const float* w = plan.w[level].data();
+    for (long j = 0; j < q; ++j) butterfly(z + j, q, w + 6 * j);
+    for (int part = 0; part < 4; ++part) forward(z + q * part, q, plan, level + 1);
+}
+static void forward(C* z, const Plan& plan) { forward(z, plan.n, plan, 0); }
 
-// `half`: only the lower half is wanted.
-static void backward(C* z, long m, const Plan& plan, size_t level, bool half) {
-    if (m == 1) return;
-    if (m == 2) {
-        C a = z[0], b = z[1];
-        z[0] = a + b, z[1] = a - b;
+// Of a z whose upper half is zero and not read.
+static void forward_half(C* z, const Plan& plan) {
+    if (plan.n == 1) return;
+    if (plan.n == 2) {
+        z[1] = z[0];
         return;
     }
-    const long q = m / 4;
-    for (int part = 0; part < 4; ++part) backward(z + q * part, q, plan, level + 1, false);
-    const float* w = plan.w[level].data();
-    C *z0 = z, *z1 = z + q, *z2 = z + 2 * q, *z3 = z + 3 * q;
+    const long q = plan.n / 4;
+    const float* w = plan.w[0].data();
     for (long j = 0; j < q; ++j, w += 6) {
-        C a = z0[j], b = conj_times(z1[j], w[2], w[3]);
-        C c = conj_times(z2[j], w[0], w[1]), d = conj_times(z3[j], w[4], w[5]);
-        C s = a + b, t = a - b, e = c + d, f = i_times(c - d);
-        z0[j] = s + e, z1[j] = t + f;
-        if (!half) z2[j] = s - e, z3[j] = t - f;
+        C a = z[j], b = z[q + j], ib = i_times(b);
+        z[j] = a + b, z[q + j] = times(a - b, w[2], w[3]);
+        z[2 * q + j] = times(a - ib, w[0], w[1]), z[3 * q + j] = times(a + ib, w[4], w[5]);
     }
+    for (int part = 0; part < 4; ++part) forward(z + q * part, q, plan, 1);
 }
 
-// Spectra of W channels: for each pair of frequencies (k, n-k) four vectors, re A, im A, re B, im B.
+template <bool HALF>
+static inline void back_butterfly(C* z, long q, const float* w) {
+    C a = z[0], b = conj_times(z[q], w[2], w[3]);
+    C c = conj_times(z[2 * q], w[0], w[1]), d = conj_times(z[3 * q], w[4], w[5]);
+    C s = a + b, t = a - b, e = c + d, f = i_times(c - d);
+    z[0] = s + e, z[q] = t + f;
+    if (!HALF) z[2 * q] = s - e, z[3 * q] = t - f;
+}
+static void backward_near(C* z, long size, const Plan& plan, size_t level) {
+    const C* end = z + size;
+    long m = size;
+    for (; m > 4; m /= 4) ++level;
+    if (m == 2)
+        for (C* part = z; part < end; part += 2) {
+            C a = part[0], b = part[1];
+            part[0] = a + b, part[1] = a - b;
+        }
+    if (m == 4)
+        for (C* part = z; part < end; part += 4) {
+            C a = part[0], b = part[1], c = part[2], d = part[3];
+            C s = a + b, t = a - b, e = c + d, f = i_times(c - d);
+            part[0] = s + e, part[1] = t + f, part[2] = s - e, part[3] = t - f;
+        }
+    for (m *= 4, --level; m <= size; m *= 4, --level)
+        for (C* part = z; part < end; part += m) {
+            const float* w = plan.w[level].data();
+            for (long j = 0; j < m / 4; ++j) back_butterfly<false>(part + j, m / 4, w + 6 * j);
+        }
+}
+static void backward(C* z, long m, const Plan& plan, size_t level) {
+    if (m <= NEAR) return backward_near(z, m, plan, level);
+    const long q = m / 4;
+    for (int part = 0; part < 4; ++part) backward(z + q * part, q, plan, level + 1);
+    const float* w = plan.w[level].data();
+    for (long j = 0; j < q; ++j) back_butterfly<false>(z + j, q, w + 6 * j);
+}
+static void backward(C* z, const Plan& plan) { backward(z, plan.n, plan, 0); }
+
+// Only the lower half is wanted.
+static void backward_half(C* z, const Plan& plan) {
+    if (plan.n < 4) return backward(z, plan);
+    const long q = plan.n / 4;
+    for (int part = 0; part < 4; ++part) backward(z + q * part, q, plan, 1);
+    const float* w = plan.w[0].data();
+    for (long j = 0; j < q; ++j) back_butterfly<true>(z + j, q, w + 6 * j);
+}
+
+// Spectra of W channels: for each pair of frequencies (k, n-k) four vectors, re and im of A and B.
 constexpr long PAIR = 4 * W;
 static long numbers(const Plan& plan) { return PAIR * (plan.n / 2 + 1); }
 
@@ -258,36 +314,63 @@ struct Short {
     }
 };
 
-// z = x1 v + i u of the first `real` tokens, zero up to n/2 (or `rows`), W channels from `c`.
-template <class T>
-static void gather(const T* p, const T* u, C* z, long real, long rows, long D, long c,
-                   const float* w, const float* b) {
-    Short x1(w, b, D, c), v(w, b, D, 2 * D + c);
-    for (long t = 0; t < real; ++t) {
-        const T* row = p + t * 3 * D + c;
-        z[t] = {x1(load(row)) * v(load(row + 2 * D)), load(u + t * D + c)};
-    }
-    std::memset((void*)(z + real), 0, sizeof(C) * (rows - real));
+// Rows of p lie pages apart, so all vectors of a cache line are read while it is near:
+// work(i, from, to) of vector i and some tokens.
+constexpr long LINE = W < 16 ? 16 : W, VECTORS = LINE / W, TILE = 16;
+template <class F>
+static inline void tiles(long tokens, F work) {
+    for (long from = 0; from < tokens; from += TILE)
+        for (long i = 0; i < VECTORS; ++i) work(i, from, std::min(tokens, from + TILE));
 }
 
-// One text, W channels from `c`; their table, and what it is to be multiplied by. After `real`
-// tokens the input is padding; c1 = conv(x1 v; k1) is kept where it is asked for.
+// z = x1 v + i u of the first `real` tokens, zero up to n/2 (or `rows`), a line of channels from
+// `c`; the n complex vectors of each vector of channels follow one another.
+template <class T>
+static void gather(const T* p, const T* u, C* z, long n, long real, long rows, long D, long c,
+                   const float* w, const float* b) {
+    std::vector<Short> x1, v;
+    for (long i = 0; i < VECTORS; ++i)
+        x1.emplace_back(w, b, D, c + W * i), v.emplace_back(w, b, D, 2 * D + c + W * i);
+    tiles(real, [&](long i, long from, long to) {
+        Short its_x1 = x1[i], its_v = v[i];
+        C* found = z + n * i;
+        for (long t = from; t < to; ++t) {
+            const T* row = p + t * 3 * D + c + W * i;
+            found[t] = {its_x1(load(row)) * its_v(load(row + 2 * D)), load(u + t * D + c + W * i)};
+        }
+        x1[i] = its_x1, v[i] = its_v;
+    });
+    for (long i = 0; i < VECTORS; ++i)
+        std::memset((void*)(z + n * i + real), 0, sizeof(C) * (rows - real));
+}
+
+// One text, a line of channels from `c`; their tables, and what they are to be multiplied by. After
+// `real` tokens the input is padding; c1 = conv(x1 v; k1) is kept where it is asked for.
 template <class T, class S>
 static void text(const T* p, const T* u, T* y, T* c1, long L, long real, long D, long c,
-                 const float* w, const float* b, const S* table, const float* scale,
+                 const float* w, const float* b, const S* tables, const float* scale,
                  const Plan& plan, C* z) {
-    gather(p, u, z, real, std::max(L, plan.n / 2), D, c, w, b);
-    forward(z, plan.n, plan, 0, plan.n > 1);
-    multiply(z, plan.n, table);
-    backward(z, plan.n, plan, 0, true);
-    Short x2(w, b, D, D + c);
-    V s = scale ? load(scale) : all(1.0f);
-    for (long t = 0; t < L; ++t) {
-        C found = z[t];
-        found.re = found.re * s, found.im = found.im * s;
-        if (c1) store(c1 + t * D + c, found.re);
-        store(y + t * D + c, fma(found.re, x2(load(p + t * 3 * D + D + c)), found.im));
+    const long n = plan.n;
+    gather(p, u, z, n, real, std::max(L, n / 2), D, c, w, b);
+    std::vector<Short> x2;
+    for (long i = 0; i < VECTORS; ++i) {
+        forward_half(z + n * i, plan);
+        multiply(z + n * i, n, tables + numbers(plan) * i);
+        backward_half(z + n * i, plan);
+        x2.emplace_back(w, b, D, D + c + W * i);
     }
+    tiles(L, [&](long i, long from, long to) {
+        Short its_x2 = x2[i];
+        const V s = scale ? load(scale + W * i) : all(1.0f);
+        for (long t = from; t < to; ++t) {
+            const long at = t * D + c + W * i;
+            C found = z[n * i + t];
+            found.re = found.re * s, found.im = found.im * s;
+            if (c1) store(c1 + at, found.re);
+            store(y + at, fma(found.re, its_x2(load(p + 2 * t * D + D + at)), found.im));
+        }
+        x2[i] = its_x2;
+    });
 }
 
 // ------------------------------------------------------------------ spectra
@@ -338,7 +421,7 @@ static void spectra(const Taps<const float>& taps, long c, S* table, float* scal
     }
     z[0].re = z[0].re + load(taps.gain[0] + c);
     if (taps.gain[1]) z[0].im = z[0].im + load(taps.gain[1] + c);
-    forward(z, n, plan, 0, false);
+    forward(z, plan);
     const V quarter = all(0.25f / float(n));
     auto both = [&](long p, long q, C& a, C& b) {
         C x = z[p], y = z[q];
@@ -378,7 +461,7 @@ static void spectra_gradient(const Taps<float>& grads, long c, const float* tabl
         C x = {ar - ai + br + bi, ar + ai + bi - br}, y = {ar + ai + br - bi, ar - ai - br - bi};
         z[q] = y, z[p] = p == q ? x + y : x;
     });
-    backward(z, n, plan, 0, false);
+    backward(z, plan);
     store(grads.gain[0] + c, z[0].re);
     if (grads.gain[1]) store(grads.gain[1] + c, z[0].im);
     for (long t = 0; t < L; ++t) {
@@ -393,8 +476,8 @@ static void spectra_gradient(const Taps<float>& grads, long c, const float* tabl
 // ------------------------------------------------------------------ the mixer's gradients
 
 // The gradients of a pair of frequencies: dA = conj(Z) W + Z' conj(W'), dB = Z' W + conj(Z W'),
-// where ' is n-k, and dZ = conj(A) W + conj(B) conj(W') in place of W. At 0 and n/2, where k and n-k
-// are one, a single term each.
+// where ' is n-k, and dZ = conj(A) W + conj(B) conj(W') in place of W. At 0 and n/2, where k and
+// n-k are one, a single term each.
 static inline void gradient(const C* zp, const C* zq, C* wp, C* wq, const float* s, float* d,
                             bool single) {
     V ar = load(s), ai = load(s + W), br = load(s + 2 * W), bi = load(s + 3 * W);
@@ -416,57 +499,89 @@ static inline void gradient(const C* zp, const C* zq, C* wp, C* wq, const float*
     *wq = r, *wp = y;
 }
 
-// The backward pass of one text and W channels: dy -> dp, du; dw, db and dspectra grow by this
-// text's share. z and g each hold n complex vectors, two at least: ds takes three vectors a token
-// of z, and a text of one token has an FFT of one point.
+// From ds, the gradient of the short convolution's result, to those of its inputs and weights.
+struct ShortGradient {
+    V w0, w1, w2, s0, s1, s2, sum, one = zero(), two = zero();
+    ShortGradient(const float* w, const float* dw, const float* db, long D, long at)
+        : w0(load(w + at)), w1(load(w + 3 * D + at)), w2(load(w + 6 * D + at)), s0(load(dw + at)),
+          s1(load(dw + 3 * D + at)), s2(load(dw + 6 * D + at)), sum(load(db + at)) {}
+    V operator()(V now, V ds0, V ds1, V ds2) {  // of this token and the next two
+        s0 = fma(ds0, two, s0), s1 = fma(ds0, one, s1), s2 = fma(ds0, now, s2), sum = sum + ds0;
+        two = one, one = now;
+        return fma(w2, ds0, fma(w1, ds1, w0 * ds2));
+    }
+    void keep(float* dw, float* db, long D, long at) const {
+        store(dw + at, s0), store(dw + 3 * D + at, s1), store(dw + 6 * D + at, s2);
+        store(db + at, sum);
+    }
+};
+
+// The backward pass of one text and a line of channels: dy -> dp, du; dw, db and dspectra grow by
+// this text's share. z and g each hold n complex vectors for each vector of channels, two at least:
+// ds takes three vectors a token of z, and a text of one token has an FFT of one point.
 template <class T>
 static void text_gradient(const T* p, const T* u, const T* c1, const T* dy, T* dp, T* du, long L,
                           long real, long D, long c, const float* w, const float* b,
                           const float* spectra, float* dspectra, float* dw, float* db,
                           const Plan& plan, C* z, C* g) {
-    const long n = plan.n, rows = std::max(L, n / 2);
-    const float* s = spectra + c / W * numbers(plan);
-    float* d = dspectra + c / W * numbers(plan);
-    gather(p, u, z, real, rows, D, c, w, b);
-    {
-        Short x2(w, b, D, D + c);
-        for (long t = 0; t < L; ++t) {  // dc1 + i dc2
-            V dy_t = load(dy + t * D + c);
-            g[t] = {dy_t * x2(load(p + t * 3 * D + D + c)), dy_t};
-        }
+    const long n = std::max(2L, plan.n), rows = std::max(L, plan.n / 2);
+    std::vector<Short> x1, x2, v;
+    std::vector<ShortGradient> grads;
+    for (long i = 0, at = c; i < VECTORS; ++i, at += W) {
+        x1.emplace_back(w, b, D, at), x2.emplace_back(w, b, D, D + at);
+        v.emplace_back(w, b, D, 2 * D + at);
+        for (long kind = 0; kind < 3; ++kind) grads.emplace_back(w, dw, db, D, kind * D + at);
     }
-    std::memset((void*)(g + L), 0, sizeof(C) * (rows - L));
-    forward(z, n, plan, 0, n > 1), forward(g, n, plan, 0, n > 1);
-    pairs(n, [=](long place, long p, long q) {
-        gradient(z + p, z + q, g + p, g + q, s + PAIR * place, d + PAIR * place, p == q);
+    gather(p, u, z, n, real, rows, D, c, w, b);
+    tiles(L, [&](long i, long from, long to) {  // dc1 + i dc2
+        Short its_x2 = x2[i];
+        for (long t = from, at = t * D + c + W * i; t < to; ++t, at += D) {
+            V dy_t = load(dy + at);
+            g[n * i + t] = {dy_t * its_x2(load(p + at + 2 * t * D + D)), dy_t};
+        }
+        x2[i] = its_x2;
     });
-    backward(g, n, plan, 0, true);
-    Short x1(w, b, D, c), v(w, b, D, 2 * D + c);
-    V* ds = (V*)z;
-    for (long t = 0; t < L; ++t) {  // d(x1 v) -> dx1, dx2, dv, where z was; padding takes none
-        const T* row = p + t * 3 * D + c;
-        C dg = t < real ? g[t] : C{zero(), zero()};
-        V a = x1(load(row)), e = v(load(row + 2 * D));
-        ds[3 * t] = dg.re * e, ds[3 * t + 2] = dg.re * a;
-        ds[3 * t + 1] = load(dy + t * D + c) * load(c1 + t * D + c);
-        store(du + t * D + c, dg.im);
+    for (long i = 0; i < VECTORS; ++i) {
+        C *its_z = z + n * i, *its_g = g + n * i;
+        const float* s = spectra + (c / W + i) * numbers(plan);
+        float* d = dspectra + (c / W + i) * numbers(plan);
+        std::memset((void*)(its_g + L), 0, sizeof(C) * (rows - L));
+        forward_half(its_z, plan), forward_half(its_g, plan);
+        pairs(plan.n, [=](long place, long p, long q) {
+            const long at = PAIR * place;
+            gradient(its_z + p, its_z + q, its_g + p, its_g + q, s + at, d + at, p == q);
+        });
+        backward_half(its_g, plan);
     }
-    for (long kind = 0; kind < 3; ++kind, ++ds) {  // ds -> dp, dw, db of the short convolution
-        const long at = kind * D + c;
-        V w0 = load(w + at), w1 = load(w + 3 * D + at), w2 = load(w + 6 * D + at);
-        V s0 = load(dw + at), s1 = load(dw + 3 * D + at), s2 = load(dw + 6 * D + at);
-        V sum = load(db + at), one = zero(), two = zero();
-        V ds0 = ds[0], ds1 = L > 1 ? ds[3] : zero();
-        for (long t = 0; t < L; ++t) {
-            V now = load(p + t * 3 * D + at), ds2 = t + 2 < L ? ds[3 * (t + 2)] : zero();
-            s0 = fma(ds0, two, s0), s1 = fma(ds0, one, s1), s2 = fma(ds0, now, s2);
-            sum = sum + ds0;
-            store(dp + t * 3 * D + at, fma(w2, ds0, fma(w1, ds1, w0 * ds2)));
-            two = one, one = now, ds0 = ds1, ds1 = ds2;
+    tiles(L, [&](long i, long from, long to) {  // d(x1 v) -> dx1, dx2, dv, where z was
+        Short its_x1 = x1[i], its_v = v[i];
+        V* ds = (V*)(z + n * i);
+        for (long t = from, at = t * D + c + W * i; t < to; ++t, at += D) {
+            const T* row = p + at + 2 * t * D;
+            C dg = t < real ? g[n * i + t] : C{zero(), zero()};  // padding takes none
+            V a = its_x1(load(row)), e = its_v(load(row + 2 * D));
+            ds[3 * t] = dg.re * e, ds[3 * t + 1] = load(dy + at) * load(c1 + at);
+            ds[3 * t + 2] = dg.re * a;
+            store(du + at, dg.im);
         }
-        store(dw + at, s0), store(dw + 3 * D + at, s1), store(dw + 6 * D + at, s2);
-        store(db + at, sum);
-    }
+        x1[i] = its_x1, v[i] = its_v;
+    });
+    tiles(L, [&](long i, long from, long to) {
+        for (long kind = 0; kind < 3; ++kind) {
+            const V* ds = (const V*)(z + n * i) + kind;
+            ShortGradient its = grads[3 * i + kind];
+            V ds0 = ds[3 * from], ds1 = from + 1 < L ? ds[3 * (from + 1)] : zero();
+            for (long t = from, at = 3 * t * D + kind * D + c + W * i; t < to; ++t, at += 3 * D) {
+                V ds2 = t + 2 < L ? ds[3 * (t + 2)] : zero();
+                store(dp + at, its(load(p + at), ds0, ds1, ds2));
+                ds0 = ds1, ds1 = ds2;
+            }
+            grads[3 * i + kind] = its;
+        }
+    });
+    for (long i = 0; i < VECTORS; ++i)
+        for (long kind = 0; kind < 3; ++kind)
+            grads[3 * i + kind].keep(dw, db, D, kind * D + c + W * i);
 }
 
 // ------------------------------------------------------------------ threads
@@ -517,11 +632,11 @@ static void mix(const T* p, const T* u, T* y, T* c1, const int64_t* start, const
                 int threads) {
     long most = 0;
     for (long i = 0; i < texts; ++i) most = std::max(most, static_cast<const Plan*>(plans[i])->n);
-    together(texts * (some / 32), threads, most, [&](long job, C* z) {
+    together(texts * (some / 32), threads, VECTORS * most, [&](long job, C* z) {
         const long i = job / (some / 32), at = start[i];
         const Plan& plan = *static_cast<const Plan*>(plans[i]);
         const S* table = static_cast<const S*>(tables[i]);
-        for (long c = job % (some / 32) * 32, end = c + 32; c < end; c += W)
+        for (long c = job % (some / 32) * 32, end = c + 32; c < end; c += LINE)
             text(p + at * 3 * D, u + at * D, y + at * D, c1 ? c1 + at * D : nullptr,
                  start[i + 1] - at, real[i], D, first + c, w, b, table + c / W * numbers(plan),
                  scales ? scales[i] + c : nullptr, plan, z);
@@ -548,10 +663,10 @@ static void mix_gradient(const T* p, const T* u, const T* c1, const T* dy, T* dp
                          const float* w, const float* b, const float* spectra, float* dspectra,
                          float* dw, float* db, const void* plan, int threads) {
     const Plan& one = *static_cast<const Plan*>(plan);
-    const long line = 64 / sizeof(T), size = std::max(2L, one.n);
+    const long line = 64 / sizeof(T), size = VECTORS * std::max(2L, one.n);
     together(D / line, threads, 2 * size, [&](long job, C* z) {
         for (long i = 0; i < texts; ++i)
-            for (long at = start[i], c = job * line; c < (job + 1) * line; c += W)
+            for (long at = start[i], c = job * line; c < (job + 1) * line; c += LINE)
                 text_gradient(p + at * 3 * D, u + at * D, c1 + at * D, dy + at * D, dp + at * 3 * D,
                               du + at * D, start[i + 1] - at, real[i], D, c, w, b, spectra,
                               dspectra, dw, db, one, z, z + size);
@@ -565,7 +680,8 @@ static inline V normal(V x, V& density) {  // Phi(x), and sqrt(pi/2) times its d
     V z = magnitude(x) * all(0.70710678f), one = all(1.0f);
     V t = over(one, fma(z, all(0.3275911f), one));
     V y = all(1.061405429f);
-    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = fma(y, t, all(c));
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+        y = fma(y, t, all(c));
     density = exp_neg(minus(z * z)) * all(0.5f);
     V tail = y * t * density;  // 1 - Phi(|x|)
     return if_negative(x, tail, one - tail);
