@@ -39,7 +39,7 @@ FLAGS = "-O3 -std=c++17 -ffp-contract=fast -fPIC -shared -pthread -w -Wno-psabi"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 STEP, PAIR = 16, 32  # numbers that `glu` takes at a time; channels of one pass over a text
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-# The arguments of each function: p for POINTER, n for NUMBER; i is the number of threads.
+# The arguments of each function: p for POINTER, n for NUMBER, f for float, i for the threads.
 SIGNATURES = {
     "mix_f32_f32 mix_bf16_f16 mix_bf16_f32": "pppppp nnnn ppppp i",
     "spectra_f32 spectra_f16": "pppp nn ppp i",
@@ -47,6 +47,7 @@ SIGNATURES = {
     "mix_gradient_f32 mix_gradient_bf16": "pppppppp nn ppppppp i",
     "glu_f32 glu_bf16": "ppp n i",
     "glu_gradient_f32 glu_gradient_bf16": "pppppp n i",
+    "add_norm_f32 add_norm_bf16": "pppppp nn f i",
     "lanes": "",
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -99,7 +100,7 @@ def load() -> ctypes.CDLL:
         refuse_writable_by_others(path)
     loaded = ctypes.CDLL(str(library))
     loaded.plan_new.restype, loaded.plan_new.argtypes = POINTER, [NUMBER]
-    types = {"p": POINTER, "n": NUMBER, "i": INT}
+    types = {"p": POINTER, "n": NUMBER, "f": ctypes.c_float, "i": INT}
     for names, codes in SIGNATURES.items():
         for function in (getattr(loaded, name) for name in names.split()):
             function.argtypes = [types[code] for code in codes.replace(" ", "")]
@@ -114,7 +115,7 @@ def processor_flags() -> list[str]:
         avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         return AVX512.split() if avx512 else ["-march=native", "-mno-avx512f"]
     if machine in ("aarch64", "arm64"):
-        return ["-mcpu=apple-m1" if apple else "-mcpu=native"]  # older Apple clangs know no "native"
+        return ["-mcpu=apple-m1" if apple else "-mcpu=native"]  # Apple clang may not know "native"
     return []
 
 
@@ -421,6 +422,16 @@ def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tens
     name = "glu_gradient_f32" if a.dtype == F32 else "glu_gradient_bf16"
     call(name, a, b, dm, dm, da, db, a.numel())
     return dm, da, db
+
+
+def add_norm(a: Tensor, h: Tensor, bias: Tensor, norm: torch.nn.LayerNorm, out: Tensor) -> Tensor:
+    """LayerNorm(a + h + bias) in `out`, (n, D), D a multiple of 32; `out` may be a or h."""
+    (n, D), vectors = a.shape, (bias, norm.weight, norm.bias)
+    check_alike(a, h, out)
+    assert D % PAIR == 0 and all(x.dtype == F32 and x.shape == (D,) for x in vectors)
+    name = "add_norm_f32" if a.dtype == F32 else "add_norm_bf16"
+    call(name, a, h, *vectors, out, n, D, norm.eps)
+    return out
 
 
 def check_alike(*tensors: Tensor) -> None:

@@ -709,6 +709,42 @@ static void glu_gradient(const T* a, const T* b, const T* dm, T* m, T* da, T* db
     });
 }
 
+static inline float sum(V v) {
+    float total = 0;
+    for (long i = 0; i < W; ++i) total += ((const float*)&v)[i];
+    return total;
+}
+
+// y = LayerNorm(a + h + b) gain + shift of rows of D numbers, a multiple of 2 W; y may be a or h.
+template <class T>
+static void add_norm(const T* a, const T* h, const float* b, const float* gain, const float* shift,
+                     T* y, long rows, long D, float epsilon, long threads) {
+    shared(16 * rows, threads, [&](long from, long to) {
+        std::vector<float> row(D);
+        float* x = row.data();
+        for (long at = from / 16 * D; at < to / 16 * D; at += D) {
+            V first = zero(), second = zero();
+            for (long i = 0; i < D; i += 2 * W) {
+                V one = load(a + at + i) + load(h + at + i) + load(b + i);
+                V two = load(a + at + i + W) + load(h + at + i + W) + load(b + i + W);
+                store(x + i, one), store(x + i + W, two);
+                first = first + one, second = second + two;
+            }
+            const V mean = all(sum(first + second) / float(D));
+            first = second = zero();
+            for (long i = 0; i < D; i += 2 * W) {
+                V one = load(x + i) - mean, two = load(x + i + W) - mean;
+                first = fma(one, one, first), second = fma(two, two, second);
+            }
+            const V scale = all(1 / std::sqrt(sum(first + second) / float(D) + epsilon));
+            for (long i = 0; i < D; i += W) {
+                V normal = (load(x + i) - mean) * scale;
+                store(y + at + i, fma(normal, load(gain + i), load(shift + i)));
+            }
+        }
+    });
+}
+
 // ------------------------------------------------------------------ what Python calls
 
 using f32 = float;
@@ -728,7 +764,7 @@ using f16 = half;
                      int threads) {                                                                \
         all_spectra(kernels, gains, time, delta, L, d, table, scale, plan, threads);               \
     }
-#define GRADIENTS(T)                                                                               \
+#define ACTIVATIONS(T)                                                                             \
     void mix_gradient_##T(const T* p, const T* u, const T* c1, const T* dy, T* dp, T* du,          \
                           const int64_t* start, const int64_t* real, long texts, long D,           \
                           const float* w, const float* b, const float* spectra, float* dspectra,   \
@@ -740,6 +776,10 @@ using f16 = half;
     void glu_gradient_##T(const T* a, const T* b, const T* dm, T* m, T* da, T* db, long n,         \
                           int threads) {                                                           \
         glu_gradient(a, b, dm, m, da, db, n, threads);                                             \
+    }                                                                                              \
+    void add_norm_##T(const T* a, const T* h, const float* b, const float* gain,                   \
+                      const float* shift, T* y, long rows, long D, float epsilon, int threads) {   \
+        add_norm(a, h, b, gain, shift, y, rows, D, epsilon, threads);                              \
     }
 
 extern "C" {
@@ -750,8 +790,8 @@ MIX(bf16, f16)
 MIX(bf16, f32)
 SPECTRA(f32)
 SPECTRA(f16)
-GRADIENTS(f32)
-GRADIENTS(bf16)
+ACTIVATIONS(f32)
+ACTIVATIONS(bf16)
 void spectra_gradient(float* const* kernels, float* const* gains, const float* time,
                       const float* delta, long L, long d, const float* table, const void* plan,
                       int threads) {
