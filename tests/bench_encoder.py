@@ -5,12 +5,12 @@
     python tests/bench_encoder.py --documents 60 [--width 768 --layers 12]
         a collection of 100 to 32,768 tokens per document, and a query of 10 tokens
 
-The definition is the equations of lib/model/m2bert.py in eager float32, the twin BERT-base in
-bfloat16 with SDPA. From 8,192 tokens on, one layer of these two (and of the model's own forward) is
-timed and counted for twelve. `of_products` and `of_bandwidth` are shares of the limits that the
-machine's matrix multiplications and memory set, measured in the same interleaved rounds. Weights
-are random: speed does not depend on them. --out writes the table and its figure as encoder.csv and
-encoder.svg.
+The definition is the equations of lib/model/m2bert.py in eager float32, the twin BERT-base with
+SDPA, in bfloat16 where the processor multiplies it, else in float32, which is faster there. From
+8,192 tokens on, one layer of these two (and of the model's own forward) is timed and counted for
+twelve. `of_products` and `of_bandwidth` are shares of the limits that the machine's matrix
+multiplications and memory set, measured in the same interleaved rounds. Weights are random: speed
+does not depend on them. --out writes the table and its figure as encoder.csv and encoder.svg.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 
 from lib.benchmark.encoder import Encoder
 from lib.efficiency import race
+from lib.kernels import support
 from lib.kernels.engine import Engine
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 from lib.report import display
@@ -44,8 +45,13 @@ def shape(length: int, width: int = 768, layers: int = 12) -> M2BertConfig:
 
 def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
     entries = race.contenders(shape(max(lengths)), shallow_from=8192)
-    for name in ("definition, float32", "model, float32", "Transformer twin, bfloat16"):
+    twin = "Transformer twin, bfloat16"
+    for name in ("definition, float32", "model, float32", twin):
         entries[name]["until"] = 32768
+    dtype = support.matmul_dtype(torch.bfloat16, torch.device("cpu"))
+    if dtype == torch.float32:
+        entries[twin]["dtype"] = "float32"
+        del entries["engine, bfloat16"]  # would be the engine in float32 again
     turns = race.benchmark(entries, lengths, repeats=3, threads=threads, budget_s=20)
     found = race.table(turns, entries)
     shown = found[
@@ -71,6 +77,7 @@ def encoders(lengths: list[int], threads: int, out: Path | None) -> None:
         ("peak_gib", 1),
     ):
         shown[column] = shown[column].round(digits)
+    shown["model"] = shown["model"].replace(twin, f"Transformer twin, {entries[twin]['dtype']}")
     print(
         display.markdown(
             shown, f"80M shape, one text, {threads} threads; medians of interleaved turns."
