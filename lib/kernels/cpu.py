@@ -437,6 +437,7 @@ def add_norm(a: Tensor, h: Tensor, bias: Tensor, norm: torch.nn.LayerNorm, out: 
 def check_alike(*tensors: Tensor) -> None:
     """Assert one dtype and shape, contiguous, a multiple of 16 numbers, as C++ reads them."""
     assert len({(tensor.dtype, tensor.shape) for tensor in tensors}) == 1
+    assert tensors[0].dtype in (F32, BF16)
     assert all(tensor.is_contiguous() for tensor in tensors) and tensors[0].numel() % STEP == 0
 
 

@@ -1,4 +1,4 @@
-// Every function of lib/kernels/mixer.cpp as a program, for a processor that Python does not run on:
+// Every function of lib/kernels/mixer.cpp as a program, for a processor without a Python of ours:
 // float32 numbers from standard input, results to standard output, in the order of
 // tests/kernels/test_processors.py.
 #include <cstdio>

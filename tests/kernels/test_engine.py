@@ -723,6 +723,23 @@ def test_gelu_is_exact_to_float32():
         torch.testing.assert_close(found.float(), wanted.detach().float(), rtol=2.0**-8, atol=1e-6)
 
 
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_sum_is_torchs(dtype):
+    torch.manual_seed(0)
+    a, h = (3 + torch.randn(7, 96).to(dtype) for _ in range(2))
+    bias, norm = torch.randn(96), torch.nn.LayerNorm(96, eps=1e-5)
+    norm.weight.data, norm.bias.data = torch.randn(2, 96)
+    expected = norm(a.float() + h.float() + bias).to(dtype)
+    found = cpu.add_norm(a, h, bias, norm, torch.empty_like(h))
+    close = 1e-5 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(found, expected, rtol=close, atol=1e-5)
+    assert torch.equal(cpu.add_norm(a, h, bias, norm, h), found)  # in place
+    for wrong in (h[:, :64].contiguous(), h.t(), h.double()):
+        with pytest.raises(AssertionError):
+            cpu.add_norm(wrong, wrong, bias, norm, wrong)
+
+
 @pytest.mark.parametrize(
     "reason, variables",
     [
