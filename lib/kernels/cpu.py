@@ -1,12 +1,14 @@
 """Optional C++ version (mixer.cpp) of the sequence mixer and the gated MLP, compiled on first use.
 
     sequence_mixer(…), gated_mlp(…)   the back end of lib/kernels for training on a CPU
-    kernel()             the loaded library, or None: no AVX-512, no compiler, or LOCO_NATIVE=0
+    kernel()             the loaded library, or None: no compiler, or LOCO_NATIVE=0
     mix(p, u, …)         x2 · conv(x1 v) + conv(u) of texts that lie one after another
     spectra(…)           the spectra of both long filters, which `mix` reads
     Mix, Spectra         the same with gradients
     GatedBlocks          the matrix multiplications of the gated MLP, with gradients
 
+It is compiled for the processor at hand (AVX-512, AVX2 with FMA, NEON, or whatever the compiler
+knows), and cached by source, compiler and processor.
 Without a compiler the model falls back to PyTorch: slower, with the same results. The log says once
 which of the two computes, and why.
 """
@@ -15,6 +17,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -32,10 +35,11 @@ from lib.operators.shared import active, once
 
 SOURCE = Path(__file__).with_name("mixer.cpp")
 # No -ffast-math: gcc would have the library change how the whole process treats small numbers.
-FLAGS = "-O3 -std=c++17 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -fPIC -shared -pthread -w"
-LANES, PAIR = 16, 32  # channels of a vector, and of one pass over a text
+FLAGS = "-O3 -std=c++17 -ffp-contract=fast -fPIC -shared -pthread -w -Wno-psabi"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+STEP, PAIR = 16, 32  # numbers that `glu` takes at a time; channels of one pass over a text
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-# The arguments of each function: p for POINTER, n for NUMBER; i is the number of threads.
+# The arguments of each function: p for POINTER, n for NUMBER, f for float, i for the threads.
 SIGNATURES = {
     "mix_f32_f32 mix_bf16_f16 mix_bf16_f32": "pppppp nnnn ppppp i",
     "spectra_f32 spectra_f16": "pppp nn ppp i",
@@ -43,6 +47,8 @@ SIGNATURES = {
     "mix_gradient_f32 mix_gradient_bf16": "pppppppp nn ppppppp i",
     "glu_f32 glu_bf16": "ppp n i",
     "glu_gradient_f32 glu_gradient_bf16": "pppppp n i",
+    "add_norm_f32 add_norm_bf16": "pppppp nn f i",
+    "lanes": "",
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (dtype of the activations, dtype of the spectra) -> function
@@ -75,19 +81,17 @@ def load() -> ctypes.CDLL:
     Raises:
         RuntimeError: this machine cannot compile or run it, or others can write the cached file.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
     candidates = (os.environ.get("CXX"), *map(shutil.which, ("c++", "g++", "clang++")))
     compiler = next(filter(None, candidates), None)
-    no_avx512 = f"it needs AVX-512, and this processor has {capability}"
     obstacles = {
         "LOCO_NATIVE=0": os.environ.get("LOCO_NATIVE") == "0",
-        no_avx512: not capability.startswith("AVX512"),
         "no C++ compiler: install g++ or clang++, or name one in CXX": not compiler,
     }
     if any(obstacles.values()):
         raise RuntimeError(next(text for text, applies in obstacles.items() if applies))
-    command = [compiler, *FLAGS.split()]
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    command = [compiler, *FLAGS.split(), *processor_flags()]
+    key = SOURCE.read_bytes() + " ".join(command).encode() + target(command)
+    name = hashlib.sha256(key).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loco-workbench"
     library = folder / f"mixer-{name}.so"
     if not library.is_file():
@@ -96,12 +100,41 @@ def load() -> ctypes.CDLL:
         refuse_writable_by_others(path)
     loaded = ctypes.CDLL(str(library))
     loaded.plan_new.restype, loaded.plan_new.argtypes = POINTER, [NUMBER]
-    types = {"p": POINTER, "n": NUMBER, "i": INT}
+    types = {"p": POINTER, "n": NUMBER, "f": ctypes.c_float, "i": INT}
     for names, codes in SIGNATURES.items():
         for function in (getattr(loaded, name) for name in names.split()):
             function.argtypes = [types[code] for code in codes.replace(" ", "")]
-            function.restype = None
+            function.restype = NUMBER if names == "lanes" else None
     return loaded
+
+
+def processor_flags() -> list[str]:
+    """The compiler's flags for this processor, and for no more of it than torch uses."""
+    machine, apple = platform.machine().lower(), platform.system() == "Darwin"
+    if machine in ("x86_64", "amd64"):
+        avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return AVX512.split() if avx512 else ["-march=native", "-mno-avx512f"]
+    if machine in ("aarch64", "arm64"):
+        return ["-mcpu=apple-m1" if apple else "-mcpu=native"]  # Apple clang may not know "native"
+    return []
+
+
+def target(command: list[str]) -> bytes:
+    """What the compiler says of its version and of the processor that it compiles for."""
+    macros = [*command, "-dM", "-E", "-x", "c++", os.devnull]
+    return run(macros).encode()
+
+
+def run(command: list[str]) -> str:
+    """The output of a compiler.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{command[0]} fails: {result.stderr}")
+    return result.stdout
 
 
 def compile_to(library: Path, command: list[str]) -> None:
@@ -109,10 +142,7 @@ def compile_to(library: Path, command: list[str]) -> None:
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         draft = f"{folder}/mixer.so"
-        command = [*command, str(SOURCE), "-o", draft]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{command[0]} fails: {result.stderr}")
+        run([*command, str(SOURCE), "-o", draft])
         os.chmod(draft, 0o700)  # the compiler follows the umask
         os.replace(draft, library)
 
@@ -131,6 +161,11 @@ def call(name: str, *arguments) -> None:
     """Call a function of mixer.cpp with the addresses of tensors and the number of threads."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     getattr(kernel(), name)(*plain, torch.get_num_threads())
+
+
+def lanes() -> int:
+    """W, the number of channels of a vector. The layout of spectra depends on it."""
+    return kernel().lanes()
 
 
 def sequence_mixer(layer, u: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -206,7 +241,7 @@ def plan(n: int) -> int:
 
 
 class Table(NamedTuple):
-    """The spectra of a layer's two filters, (D/16, n/2 + 1, 4, 16): re A, im A, re B, im B of
+    """The spectra of a layer's two filters, (D/W, n/2 + 1, 4, W): re A, im A, re B, im B of
 
         A = (K1 + K2) / 2n,   B = (K1 - K2) / 2n
 
@@ -219,8 +254,9 @@ class Table(NamedTuple):
     scale: Tensor | None
 
     def channels(self, part: slice) -> "Table":
-        """The spectra of some channels, without a copy; `part` in steps of 16."""
-        values = self.values[part.start // LANES : part.stop // LANES]
+        """The spectra of some channels, without a copy; `part` in steps of W."""
+        W = self.values.shape[-1]
+        values = self.values[part.start // W : part.stop // W]
         return Table(values, None if self.scale is None else self.scale[part])
 
 
@@ -236,8 +272,8 @@ def spectra(filters, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = F
         time, delta: decay = exp(-time |delta|), (L,) and (D,).
     """
     half = dtype == BF16
-    L, D = filters[0].shape
-    shape = D // LANES, n // 2 + 1, 4, LANES
+    (L, D), W = filters[0].shape, lanes()
+    shape = D // W, n // 2 + 1, 4, W
     values = torch.empty(shape, dtype=F16 if half else F32, device="cpu")
     scale = torch.empty(D, dtype=F32, device="cpu") if half else None
     filters = [None if part is None else part.contiguous() for part in filters]
@@ -318,6 +354,7 @@ def mix(p, u, starts, weight, bias, tables, real=None, c1=None, y=None, channels
 def check(p, u, y, c1, weight, bias, starts, real, tables, channels) -> None:
     """Assert dtypes, shapes and layout of the arguments of `mix`, which C++ does not see."""
     (T, D), lengths, count = u.shape, starts.diff(), channels.stop - channels.start
+    W = lanes()
     activations = [p, u, y] if c1 is None else [p, u, y, c1]
     values, integers = [table.values for table in tables], [starts, real]
     floats = [weight, bias, *(table.scale for table in tables if table.scale is not None)]
@@ -330,7 +367,7 @@ def check(p, u, y, c1, weight, bias, starts, real, tables, channels) -> None:
     assert 0 <= starts[0] and starts[-1] <= T and len(real) == len(lengths)
     assert bool(((lengths >= 1) & (real >= 0) & (real <= lengths)).all())
     bins = [size(length) // 2 + 1 for length in lengths.tolist()]
-    assert [x.shape for x in values] == [(count // LANES, n, 4, LANES) for n in bins]
+    assert [x.shape for x in values] == [(count // W, n, 4, W) for n in bins]
     assert all((table.scale is None) == (table.values.dtype != F16) for table in tables)
 
 
@@ -387,10 +424,21 @@ def glu_gradient(a: Tensor, b: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tens
     return dm, da, db
 
 
+def add_norm(a: Tensor, h: Tensor, bias: Tensor, norm: torch.nn.LayerNorm, out: Tensor) -> Tensor:
+    """LayerNorm(a + h + bias) in `out`, (n, D), D a multiple of 32; `out` may be a or h."""
+    (n, D), vectors = a.shape, (bias, norm.weight, norm.bias)
+    check_alike(a, h, out)
+    assert D % PAIR == 0 and all(x.dtype == F32 and x.shape == (D,) for x in vectors)
+    name = "add_norm_f32" if a.dtype == F32 else "add_norm_bf16"
+    call(name, a, h, *vectors, out, n, D, norm.eps)
+    return out
+
+
 def check_alike(*tensors: Tensor) -> None:
     """Assert one dtype and shape, contiguous, a multiple of 16 numbers, as C++ reads them."""
     assert len({(tensor.dtype, tensor.shape) for tensor in tensors}) == 1
-    assert all(tensor.is_contiguous() for tensor in tensors) and tensors[0].numel() % LANES == 0
+    assert tensors[0].dtype in (F32, BF16)
+    assert all(tensor.is_contiguous() for tensor in tensors) and tensors[0].numel() % STEP == 0
 
 
 class GatedBlocks(torch.autograd.Function):
@@ -404,7 +452,7 @@ class GatedBlocks(torch.autograd.Function):
 
     @staticmethod
     def fits(x: Tensor, gated: BlockDiagonalLinear, out: BlockDiagonalLinear) -> bool:
-        return paired(gated, out) and gated.weight.shape[1] % 16 == 0 and trains(x, gated.weight)
+        return paired(gated, out) and gated.weight.shape[1] % STEP == 0 and trains(x, gated.weight)
 
     @staticmethod
     def forward(ctx, x: Tensor, gated: Tensor, out: Tensor, dropout: float) -> Tensor:

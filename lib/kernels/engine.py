@@ -8,8 +8,10 @@
 Texts lie one after another, (T, D), without padding. The filters do not depend on the text, so the
 engine computes their spectra once for each FFT size and keeps them, up to a limit. One pass of
 mixer.cpp (`lib.kernels.cpu`) computes a layer's short convolution, gates and both long
-convolutions; torch computes the same if mixer.cpp cannot be compiled. The MLP reads one tile of
-tokens at a time, so its activations never leave the processor's cache.
+convolutions. The MLP reads one tile of tokens at a time, so its activations never leave the
+processor's cache. All layers write into the same memory, because the system clears what it hands
+out afresh. If mixer.cpp cannot be compiled, or does not take the model's width, the model's own
+`forward` computes.
 
 A rounding error of a filter or a weight is the same at all positions, and a long convolution sums
 over all positions. Therefore the spectra are stored in float16, scaled channel by channel. In long
@@ -21,6 +23,9 @@ The definition is lib/model/m2bert.py; tests/kernels/test_engine.py compares the
 Axes: n texts, T tokens of all texts, D width, K blocks.
 """
 
+import contextlib
+import math
+import mmap
 from collections import OrderedDict
 
 import torch
@@ -28,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.kernels import cpu, support
-from lib.operators.long_conv import circular_kernel, fft_length, short_conv
 from lib.operators.monarch import paired
 
 TILE = 1024  # tokens in one pass through an MLP
@@ -38,6 +42,7 @@ LONG = 1024  # a text of at least this many tokens has its own matrix multiplica
 SPECTRA = 3 * 2**30
 CHANNELS = 64  # channels whose spectra one thread computes at a time
 SAMPLE = 16  # numbers of each weight that are compared to notice a change
+HUGE = 2**21  # bytes of a huge page
 
 
 class Engine:
@@ -77,17 +82,23 @@ class Engine:
         if min(real) < 1 or max(real) > config.max_position_embeddings:
             limits = f"from 1 to the {config.max_position_embeddings} that the model reads"
             raise ValueError(f"texts of {min(real)} to {max(real)} tokens: {limits}")
+        weights = list(self.model.parameters())
+        dtypes = sorted({str(weight.dtype) for weight in weights})
+        if dtypes != ["torch.float32"]:
+            raise ValueError(f"a model of {', '.join(dtypes)}: the engine reads weights of float32")
+        if not self.native:
+            return self.forward(ids)
         if config.pad_to_max_length and not config.mask_padding:  # masked padding changes nothing
             longest = config.max_position_embeddings
             ids = [row + [config.pad_token_id] * (longest - len(row)) for row in ids]
-        self.refresh()
+        self.refresh(weights)
         lengths = [len(row) for row in ids]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         runs = self.runs(lengths)
-        self.make_room({self.fft(length) for length in lengths})
-        x = self.embed(torch.tensor([token for row in ids for token in row]), lengths)
+        self.make_room({cpu.size(length) for length in lengths})
+        x, room = self.embed(torch.tensor([token for row in ids for token in row]), lengths), Room()
         for number in range(len(self.layers)):
-            x = self.layer(number, x, starts, lengths, runs)
+            x = self.layer(number, x, starts, lengths, runs, room)
         if config.pooling == "cls":
             summary = x[starts[:-1]].float()
         else:
@@ -95,21 +106,35 @@ class Engine:
             summary = torch.stack(means)
         return torch.tanh(F.linear(summary, *self.pooler))
 
-    def refresh(self) -> None:
+    def forward(self, ids: list[list[int]]) -> Tensor:
+        """The pooled outputs of the model's own `forward`, texts of one length together."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        found, groups = torch.empty(len(ids), self.model.config.hidden_size), {}
+        for i, row in enumerate(ids):
+            groups.setdefault(len(row), []).append(i)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                for same in groups.values():
+                    batch = torch.tensor([ids[i] for i in same])
+                    found[same] = self.model(batch).pooler_output.float()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return found
+
+    def refresh(self, weights: list[Tensor]) -> None:
         """Copy the model's weights if they have changed since the last call."""
-        weights = list(self.model.parameters())
         versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
         sample = torch.cat([w.detach().flatten()[:: max(1, w.numel() // SAMPLE)] for w in weights])
         if self.seen is not None and versions == self.seen[0] and torch.equal(sample, self.seen[1]):
             return
-        dtypes = sorted({str(weight.dtype) for weight in weights})
-        if dtypes != ["torch.float32"]:
-            raise ValueError(f"a model of {', '.join(dtypes)}: the engine reads weights of float32")
         self.layers = [self.prepared(layer) for layer in self.model.layers]
         pooler = self.model.pooler
         self.pooler = pooler.weight.float(), pooler.bias.float()
-        # FFT size -> {layer: spectra}; the size used last is at the end.
+        # FFT size -> {layer: spectra}; the size used last is at the end. FFT size -> layers kept.
         self.tables: OrderedDict = OrderedDict()
+        self.kept: dict[int, int] = {}
         self.seen = versions, sample
 
     def prepared(self, layer) -> dict:
@@ -129,43 +154,42 @@ class Engine:
     def spectra(self, number: int, n: int):
         """The spectra of a layer's filters for FFTs of size n.
 
-        Spectra are kept if `make_room` found room for those of all layers; otherwise each batch
+        Spectra are kept if `make_room` found room for those of this layer; otherwise each batch
         computes them again. Returns a function from a slice of channels to their spectra, and the
         largest number of channels of a slice.
         """
         mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
-        kept = self.tables.get(n)
-        if kept is None or number not in kept:
-            back_end = native_spectra if self.native else torch_spectra
-            compute = back_end(mixer, n, self.model.config.max_position_embeddings, self.dtype)
-            group = CHANNELS * (torch.get_num_threads() if self.native else 1)
-            if kept is None:
+        keep, tables = number < self.kept.get(n, 0), self.tables.get(n, {})
+        if number not in tables:
+            longest = self.model.config.max_position_embeddings
+            compute = native_spectra(mixer, n, longest, self.dtype)
+            group = CHANNELS * torch.get_num_threads()
+            if not keep:
                 return compute, group
             starts = range(0, D, group)
-            kept[number] = joined([compute(slice(c, min(c + group, D))) for c in starts])
-        table = kept[number]
-        return table.channels if self.native else lambda channels: table[:, channels], D
+            tables[number] = joined([compute(slice(c, min(c + group, D))) for c in starts])
+        return tables[number].channels, D
 
     def make_room(self, sizes: set[int]) -> None:
-        """Choose which FFT sizes stay in the spectrum cache.
+        """Choose the spectra that stay in the cache: of which FFT sizes, and of how many layers.
 
         This batch's sizes come first (smallest first), then the most recently used, up to SPECTRA
         bytes.
         """
-        config = self.model.config
-        numbers = 4 if self.native else 2 * (1 + bool(config.residual_long_conv))
-        itemsize = 2 if self.native and self.dtype == torch.bfloat16 else 4
-
-        def bytes_of(n: int) -> int:
-            return len(self.layers) * config.hidden_size * (n // 2 + 1) * numbers * itemsize
-
+        itemsize = 2 if self.dtype == torch.bfloat16 else 4
         candidates = [*sorted(sizes), *(n for n in reversed(self.tables) if n not in sizes)]
-        room, kept = SPECTRA, []
+        room, self.kept = SPECTRA, {}
         for n in candidates:
-            if bytes_of(n) <= room:
-                room -= bytes_of(n)
-                kept.append(n)
-        self.tables = OrderedDict((n, self.tables.get(n, {})) for n in reversed(kept))
+            layer = self.model.config.hidden_size * (n // 2 + 1) * 4 * itemsize  # bytes
+            count = min(len(self.layers), room // layer)
+            if count:
+                room -= count * layer
+                self.kept[n] = count
+        tables = self.tables
+        self.tables = OrderedDict((n, {}) for n in reversed(self.kept))
+        for n, count in self.kept.items():
+            kept = tables.get(n, {}).items()
+            self.tables[n] = {number: table for number, table in kept if number < count}
 
     def embed(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """The output of the model's embeddings, (T,) -> (T, D)."""
@@ -174,10 +198,6 @@ class Engine:
         x = e.word_embeddings(ids)
         x += torch.cat([positions[:length] for length in lengths])
         return e.LayerNorm(x).to(self.dtype)
-
-    def fft(self, length: int) -> int:
-        """The FFT size for a text of `length` tokens."""
-        return cpu.size(length) if self.native else fft_length(2 * length - 1)
 
     def runs(self, lengths: list[int]) -> list[tuple[slice, bool]]:
         """Divide the tokens into runs, one matrix multiplication each: (tokens, is one long text).
@@ -195,38 +215,35 @@ class Engine:
             start += length
         return runs
 
-    def layer(self, number: int, x: Tensor, starts: Tensor, lengths: list, runs: list) -> Tensor:
+    def layer(self, number, x: Tensor, starts: Tensor, lengths: list, runs: list, room) -> Tensor:
         """One layer of the model, (T, D) -> (T, D)."""
-        weights = self.layers[number]
+        weights, (T, D) = self.layers[number], x.shape
         mixer = weights["layer"].mixer
         if mixer.layernorm is not None:
             x = mixer.layernorm(x.float()).to(self.dtype)
-        y = self.mix(number, each(weights["in"], x, runs), x, starts, lengths)
-        return self.mlp(weights, each(weights["out"], y, runs), runs)
+        p = each(weights["in"], x, runs, room("p", (T, 3 * D), self.dtype))
+        y = self.mix(number, p, x, starts, lengths, room("y", (T, D), self.dtype))
+        h = each(weights["out"], y, runs, room("p", (T, D), self.dtype))  # p was read
+        return self.mlp(weights, h, runs, x, room)
 
-    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list) -> Tensor:
-        """The mixer between its projections, (T, D), from p (T, 3D) and u (T, D)."""
-        short, y, D = self.layers[number]["short"], torch.empty_like(u), u.shape[1]
-        sizes = [self.fft(length) for length in lengths]
+    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list, y: Tensor):
+        """The mixer between its projections, y (T, D), from p (T, 3D) and u (T, D)."""
+        short, D = self.layers[number]["short"], u.shape[1]
+        sizes = [cpu.size(length) for length in lengths]
         spectra = {n: self.spectra(number, n) for n in set(sizes)}
         group = min(count for _, count in spectra.values())
         for c in range(0, D, group):
             channels = slice(c, min(c + group, D))
             tables = {n: compute(channels) for n, (compute, _) in spectra.items()}
-            if self.native:
-                cpu.mix(p, u, starts, *short, [tables[n] for n in sizes], y=y, channels=channels)
-                continue
-            for *text, out, n in zip(p.split(lengths), u.split(lengths), y.split(lengths), sizes):
-                out[:, channels] = in_torch(*text, channels, *short, tables[n], n)
+            cpu.mix(p, u, starts, *short, [tables[n] for n in sizes], y=y, channels=channels)
         return y
 
-    def mlp(self, weights: dict, h: Tensor, runs: list) -> Tensor:
-        """LayerNorm(h + MLP(h)), (T, D)."""
+    def mlp(self, weights: dict, h: Tensor, runs: list, y: Tensor, room) -> Tensor:
+        """y = LayerNorm(h + MLP(h)), (T, D)."""
         mlp, gated = weights["layer"].mlp, weights.get("gated")
         if gated is None:
             gate, value = mlp.gated_layers(h.float()).chunk(2, dim=-1)
             return mlp.layernorm(h.float() + mlp.wo(F.gelu(gate) * value)).to(self.dtype)
-        y = torch.empty_like(h)
         for run, long in runs:
             biases = [None] * len(gated)
             if long:
@@ -234,23 +251,59 @@ class Engine:
                 biases = [product.restoring(mean) for product, mean in zip(gated, means)]
             for start in range(run.start, run.stop, TILE):
                 tile = slice(start, min(start + TILE, run.stop))
-                total = self.blocks(weights, h[tile], biases, long)
-                y[tile] = mlp.layernorm(total.add_(h[tile].float()).add_(mlp.wo.bias))
+                total = self.blocks(weights, h[tile], biases, long, room)
+                cpu.add_norm(total, h[tile], mlp.wo.bias, mlp.layernorm, y[tile])
         return y
 
-    def blocks(self, weights: dict, h: Tensor, biases: list, long: bool) -> Tensor:
-        """W_o(GELU(a) · b), (a, b) = W_g h + biases, of one tile of t tokens; float32 (t, D)."""
-        gated, wo, K, outputs = weights["gated"], weights["wo"], len(weights["wo"]), []
-        inputs = [block.contiguous() for block in h.chunk(K, dim=1)]
+    def blocks(self, weights: dict, h: Tensor, biases: list, long: bool, room) -> Tensor:
+        """W_o(GELU(a) · b), (a, b) = W_g h + biases, of one tile of t tokens; (t, D)."""
+        gated, wo, K, t = weights["gated"], weights["wo"], len(weights["wo"]), len(h)
+        inputs, total = h.chunk(K, dim=1), room("total", h.shape, h.dtype)
+        outputs = total.chunk(K, dim=1)
         for k in range(K // 2):  # block k is the gate of the values of block k + K/2
-            gate, value = (gated[b](inputs[b], biases[b]) for b in (k, k + K // 2))
-            if self.native and gate.shape[1] % 16 == 0:
+            gate, value = (
+                gated[b](inputs[b], biases[b], room(name, (t, len(gated[b].weight)), h.dtype))
+                for b, name in ((k, "gate"), (k + K // 2, "value"))
+            )
+            if gate.shape[1] % cpu.STEP == 0:
                 m = cpu.glu(gate, value, gate)
             else:
                 m = F.gelu(gate) * value
-            for half, product in zip(m.chunk(2, dim=1), wo[2 * k : 2 * k + 2]):
-                outputs.append(each(product, half.contiguous(), [(slice(None), long)]))
-        return torch.cat(outputs, dim=1).float()
+            for half, b in zip(m.chunk(2, dim=1), (2 * k, 2 * k + 1)):
+                bias = wo[b].restoring(half.mean(dim=0, dtype=torch.float32)) if long else None
+                found = wo[b](half, bias, outputs[b])
+                if found is not outputs[b]:
+                    outputs[b].copy_(found)
+        return total
+
+
+class Room:
+    """Memory by name, which the layers and tiles of one call use again and again."""
+
+    def __init__(self):
+        self.memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape; it has what the last one of this name left there."""
+        count = math.prod(shape)
+        if name not in self.memory or len(self.memory[name]) < count:
+            self.memory[name] = fresh(count, dtype)
+        return self.memory[name][:count].view(shape)
+
+
+def fresh(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for so many numbers, in huge pages where Linux gives them.
+
+    A row of p is pages long, and the mixer goes through it row by row: with small pages it waits
+    for their addresses.
+    """
+    size = count * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype, device="cpu")
+    pages = mmap.mmap(-1, -(-size // HUGE) * HUGE)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
 
 
 class Product:
@@ -263,12 +316,15 @@ class Product:
         if dtype == torch.bfloat16 and support.takes_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + bias; None: the bias of the layer."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """W x + bias, in `out` unless oneDNN returns new memory; bias None: that of the layer."""
         bias = self.bias if bias is None else bias
-        if self.packed is None:
-            return F.linear(x, self.weight, None if bias is None else bias.to(x.dtype))
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        if self.packed is not None:
+            x = x.contiguous()
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        if bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(bias.to(x.dtype), x, self.weight.t(), out=out)
 
     def restoring(self, mean: Tensor) -> Tensor:
         """b + (W - W') mean, float32: the bias that restores the mean token's share of W - W'."""
@@ -278,13 +334,15 @@ class Product:
         return restored if self.bias is None else restored + self.bias
 
 
-def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]]) -> Tensor:
-    """The product of each run of tokens."""
+def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]], out: Tensor) -> Tensor:
+    """The product of each run of tokens, in `out` unless oneDNN returns new memory."""
 
     def bias(run: slice) -> Tensor:
         return product.restoring(x[run].mean(dim=0, dtype=torch.float32))
 
-    parts = [product(x[run], bias(run) if long else None) for run, long in runs]
+    parts = [product(x[run], bias(run) if long else None, out[run]) for run, long in runs]
+    if product.packed is None:
+        return out
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -303,45 +361,9 @@ def native_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
     return table
 
 
-def torch_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
-    """The function slice of channels -> spectra, for FFTs of size n and up to `longest` taps.
-
-    The spectra are complex64 (S, d, n/2 + 1), as torch.fft lays them out: of the gated filter, and
-    of the residual filter if there is one.
-    """
-    L, filters = min((n + 1) // 2, longest), (mixer.gated_filter, mixer.residual_filter)
-    filters = [(filter, filter.hidden(L)) for filter in filters if filter is not None]
-
-    def table(channels: slice) -> Tensor:
-        kernels = (
-            circular_kernel(*filter.taps(hidden, channels), filter.bias[channels], n)
-            for filter, hidden in filters
-        )
-        return torch.stack([torch.fft.rfft(kernel) for kernel in kernels])
-
-    return table
-
-
-def joined(tables: list):
+def joined(tables: list[cpu.Table]) -> cpu.Table:
     """The spectra of neighbouring groups of channels as one."""
     if len(tables) == 1:
         return tables[0]
-    if isinstance(tables[0], Tensor):
-        return torch.cat(tables, dim=1)
     values, scales = zip(*tables)
     return cpu.Table(torch.cat(values), None if scales[0] is None else torch.cat(scales))
-
-
-def in_torch(p, u, channels: slice, weight: Tensor, bias: Tensor, table, n: int) -> Tensor:
-    """Some channels of one text's mixer, (L, d), from p (L, 3D) and u (L, D)."""
-
-    def thirds(x: Tensor) -> Tensor:  # (…, 3D) -> (…, 3d), the channels of x1, x2 and v
-        return x.unflatten(-1, (3, -1))[..., channels].flatten(-2)
-
-    L, q = len(p), thirds(p).t().float()  # (3d, L)
-    x1, x2, v = short_conv(q[None], thirds(weight).t()[:, None], thirds(bias))[0].chunk(3)
-    u = u[:, channels].t().float()
-    y = torch.fft.irfft(torch.fft.rfft(x1 * v, n=n) * table[0], n=n)[:, :L] * x2
-    if len(table) > 1:
-        y = y + torch.fft.irfft(torch.fft.rfft(u, n=n) * table[1], n=n)[:, :L]
-    return y.t()
