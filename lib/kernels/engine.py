@@ -125,7 +125,7 @@ class Engine:
 
     def refresh(self, weights: list[Tensor]) -> None:
         """Copy the model's weights if they have changed since the last call."""
-        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        versions = [(w.data_ptr(), support.version(w)) for w in weights]
         sample = torch.cat([w.detach().flatten()[:: max(1, w.numel() // SAMPLE)] for w in weights])
         if self.seen is not None and versions == self.seen[0] and torch.equal(sample, self.seen[1]):
             return

@@ -101,7 +101,7 @@ def layer_spectra(layer, length: int) -> Tensor:
 
         return shared.once((layer, "spectra", H), compute)[0]
     weights = [weight for filter in filters for weight in filter.parameters()]
-    versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+    versions = [(w.data_ptr(), support.version(w)) for w in weights]
     now = length, versions
     if layer in _kept and _kept[layer][0] == now:
         return _kept[layer][1]
