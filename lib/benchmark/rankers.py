@@ -41,6 +41,7 @@ from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
 from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, renumbered
 from lib.benchmark.shards import ShardedEncoder
+from lib.model import token_rows
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
 from lib.pipeline.errors import WorkbenchError, require
@@ -83,6 +84,7 @@ def of(
         folder = data / "models" / (place or row)
         processes = params.settings(profile, "compute")["processes"]
         model, tokenizer = checkpoint.load(folder, M2BertForRetrieval)
+        token_rows.use(tokenizer, source or data / "corpus")
         if processes > 1:
             return ShardedEncoder(folder, processes, model.to(device), tokenizer)
         return Encoder(model.to(device), tokenizer, truncate=True)

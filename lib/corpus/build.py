@@ -9,6 +9,7 @@ or the hub's LoCoV1 instead, and writes LoCoV1's columns:
                                  shares of the document's characters
     pretrain.parquet             text, source, kind (short | long), split (train | validation);
                                  dataset (c4, wikipedia, …) if there are several
+    tokens/                      the tokens of documents and queries (lib/model/token_rows.py)
     tokenizer/                   WordPiece trained on the training text
     manifest.json                packages, counts, the sha256 of every file and of all texts
 
@@ -27,6 +28,8 @@ from lib.corpus.packages import PACKAGES, Library, assign, distinct, normal, rea
 from lib.corpus.pretraining import Row, embedded_text, folder_text, hub_text
 from lib.corpus.tasks import NATURAL, Tables, embedded_tasks, mirror
 from lib.corpus.tokenizer import make_tokenizer
+from lib.model import token_rows
+from lib.model.tokens import tokenize_whole
 from lib.pipeline import files
 from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
@@ -137,6 +140,7 @@ def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Lib
             except Exception as error:  # the library raises nothing more exact
                 raise OSError(str(error)) from None
             content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+            write_tokens(draft / "tokens", tables, tokenizer)
             manifest = {
                 "content": content.hexdigest(),
                 "packages": library.versions,
@@ -175,6 +179,18 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
         for line in lines:
             content.update(json.dumps([name, *line]).encode() + b"\n")
     return content
+
+
+def write_tokens(folder: Path, tables: Tables, tokenizer) -> None:
+    """The tokens of all documents and queries, so that no later stage has to tokenise them."""
+    texts = dict.fromkeys(
+        text
+        for split in SPLITS
+        for table, column in ((tables.documents, 2), (tables.queries, 2))
+        for text in (row[column] for row in table[split])
+        if text is not None
+    )
+    token_rows.write(folder, dict(zip(texts, tokenize_whole(list(texts), tokenizer))), tokenizer)
 
 
 def text_counts(rows: list[Row], kind: str) -> dict[str, int]:

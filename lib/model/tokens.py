@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lib.model import token_rows
 from lib.pipeline.errors import BUILD, CorpusError, require
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -139,7 +141,15 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
     options = dict(padding=False, return_attention_mask=False, return_token_type_ids=False)
     ids: list = [None] * len(texts)
     cut = [False] * len(texts)
-    pending, characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
+
+    def take(i: int, row: list[int]) -> None:
+        cut[i] = len(row) > max_length
+        keep_last = cut[i] and max_length > 1
+        ids[i] = row[: max_length - 1] + [row[-1]] if keep_last else row[:max_length]
+
+    pending, characters = [], CHARACTERS_PER_TOKEN * max_length
+    for i, row in enumerate(kept_rows(texts, tokenizer, max_length)):
+        pending.append(i) if row is None else take(i, row)
     while pending:
         again = []
         beginnings = ((i, beginning(encodable(texts[i]), characters)) for i in pending)
@@ -149,10 +159,8 @@ def tokenize(texts: list[str], tokenizer, max_length: int) -> tuple[list[list[in
             for i, part, row in zip(numbers, parts, encoded["input_ids"]):
                 if len(row) <= max_length and len(part) < len(texts[i]):
                     again.append(i)
-                    continue
-                cut[i] = len(row) > max_length
-                keep_last = cut[i] and max_length > 1
-                ids[i] = row[: max_length - 1] + [row[-1]] if keep_last else row[:max_length]
+                else:
+                    take(i, row)
         pending, characters = again, characters * 4
     return ids, cut
 
@@ -161,10 +169,11 @@ def tokenize_whole(texts: list[str], tokenizer) -> list[list[int]]:
     """All ids of each text, [CLS] … [SEP], tokenised in pieces that break no word."""
     check_texts(texts)
     first, last = tokenizer("")["input_ids"]
+    kept = list(kept_rows(texts, tokenizer))
 
     def pieces() -> Iterator[tuple[int, str]]:
         for i, text in enumerate(map(encodable, texts)):
-            while text:
+            while text and kept[i] is None:
                 part = beginning(text, PIECE)
                 yield i, part
                 text = text[len(part) :]
@@ -174,7 +183,19 @@ def tokenize_whole(texts: list[str], tokenizer) -> list[list[int]]:
     for numbers, parts in groups(pieces()):
         for i, encoding in zip(numbers, backend.encode_batch(parts, add_special_tokens=False)):
             ids[i] += encoding.ids
-    return [row + [last] for row in ids]
+    return [whole or row + [last] for whole, row in zip(kept, ids)]
+
+
+def kept_rows(
+    texts: list[str], tokenizer, max_length: int | None = None
+) -> Iterator[list[int] | None]:
+    """The rows that are kept on disk: whole, or one token longer than `max_length`; else None."""
+    rows = token_rows.known(tokenizer)
+    for text in texts:
+        row = None if rows is None else rows.get(text)
+        if row is not None and max_length is not None and len(row) > max_length + 1:
+            row = np.append(row[:max_length], row[-1])
+        yield None if row is None else row.tolist()
 
 
 def check_texts(texts: list[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lib.benchmark import locov1, statistics
+from lib.model import token_rows
 from lib.model.tokens import load_tokenizer, tokenize_whole
 from lib.pipeline import params
 from lib.report import audit, claims, comparison, display, results
@@ -55,7 +56,7 @@ class Overview:
         starts = ("warm_32k", "cold_32k")
         self.accuracy = {row: claims.mlm_accuracy(profile, row) for row in starts}
         self.tasks = locov1.every(corpus, params.settings(profile, "evaluate")["also"])
-        places = answers(self.tasks, load_tokenizer(corpus))
+        places = answers(self.tasks, token_rows.use(load_tokenizer(corpus), corpus))
         places = pd.DataFrame(places, columns=["task", "qid", "tokens", "depth"])
         everything = self.per_query[self.per_query["reads"] == "all"]
         self.answers = everything.merge(places, on=["task", "qid"])

@@ -23,7 +23,8 @@ from lib.corpus import build
 from lib.corpus.packages import Shingles, normal
 from lib.corpus.pretraining import held_out
 from lib.corpus.tokenizer import lengths, make_tokenizer
-from lib.model.tokens import SPECIAL, load_tokenizer
+from lib.model import token_rows
+from lib.model.tokens import SPECIAL, load_tokenizer, tokenize_whole
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "loco-real"
@@ -229,6 +230,15 @@ def test_the_manifest_counts_and_hashes_what_is_there(small, tasks):
         texts = pretraining_texts(folder, kind) + pretraining_texts(folder, kind, "validation")
         assert counts == {"texts": len(texts), "characters": sum(map(len, texts))} and texts
     assert manifest["vocabulary"] == len(load_tokenizer(folder)) == 1024
+
+
+def test_the_tokens_of_all_documents_and_queries_are_there(small, tasks):
+    texts = [text for task in tasks for text in (*task.documents.values(), *task.queries.values())]
+    tokenizer = load_tokenizer(small[0])
+    expected = tokenize_whole(texts, tokenizer)
+    rows = token_rows.known(token_rows.use(tokenizer, small[0]))
+    assert [rows.get(text).tolist() for text in texts] == expected
+    assert len(rows.row_of) == len(set(texts))
 
 
 def test_pretraining_text_keeps_whole_sources_for_validation(small):
