@@ -1,6 +1,6 @@
 """A start that retrieves before it is trained: another model's word vectors, as a weighted bag.
 
-    read(model)                               the word vectors of a sentence-transformers model
+    read(model, tokenizer)                    the word vectors of a sentence-transformers model
     start(encoder, vectors, frequencies, …)   put them into an M2-BERT, in place
 
 An M2-BERT normalises every token, so all tokens count alike in its mean, "the" as much as a name.
@@ -23,15 +23,15 @@ Axes: V words, D width of the encoder, D0 of the vectors.
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib.model import places
+from lib.model import places, token_rows
 from lib.model.m2bert import neutral
-from lib.pipeline.errors import WorkbenchError
+from lib.model.tokens import given_tokenizer
+from lib.pipeline.errors import WorkbenchError, require
 
 SMOOTHING = 1e-4  # a
 QUANTILE = 0.999
@@ -41,8 +41,8 @@ class WordVectorError(WorkbenchError):
     """A model has no word vectors that can be read, or they are another tokenizer's."""
 
 
-def read(model: str) -> tuple[np.ndarray, Path | str]:
-    """Word vectors (V, D0) of a model, and where it is.
+def read(model: str, tokenizer) -> np.ndarray:
+    """Word vectors (V, D0) of a model for the tokens of a tokenizer, which must be the model's own.
 
     They are the rows of its embedding table; of a BERT, what its first layer reads of a word at a
     mean position: LayerNorm(word + type 0 + mean position).
@@ -51,11 +51,15 @@ def read(model: str) -> tuple[np.ndarray, Path | str]:
         model: `package:<name>`, a folder, or a hub id; its own code is never run.
 
     Raises:
-        WordVectorError: it cannot be loaded.
+        WordVectorError: it cannot be loaded, or its tokenizer is another one.
     """
     from transformers import AutoModel
 
     where = places.of(model, WordVectorError)
+    own = token_rows.fingerprint(given_tokenizer(model))
+    other = f"word vectors of {model!r} are those of another tokenizer than the corpus has"
+    way = f"set data.<profile>.tokenizer to {model!r}"
+    require(own == token_rows.fingerprint(tokenizer), f"{other}: {way}", WordVectorError)
     try:
         source = AutoModel.from_pretrained(
             str(where), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
@@ -72,7 +76,7 @@ def read(model: str) -> tuple[np.ndarray, Path | str]:
             if hasattr(table, "token_type_embeddings"):
                 words = words + table.token_type_embeddings.weight[0]
             words = table.LayerNorm(words)
-    return words.detach().double().numpy(), where
+    return words.detach().double().numpy()
 
 
 def start(

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertModel
 
 from lib.model import word_vectors
 from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, neutral
+from lib.model.tokens import load_tokenizer
 from lib.model.word_vectors import WordVectorError
 
 V, SPECIAL = 60, [0, 1, 2, 3, 4]
@@ -99,22 +101,27 @@ def test_padding_and_unused_rows_stay_zero():
     assert not words[0].any() and not words[V:].any() and words[V - 1].any()
 
 
-def test_a_berts_vectors_are_what_its_first_layer_reads(tmp_path):
+def test_a_berts_vectors_are_what_its_first_layer_reads(tmp_path, tokenizer):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    n = len(tokenizer)
+    sizes = dict(vocab_size=n, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     bert = BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=8)).eval()
     bert.save_pretrained(tmp_path)
-    vectors, where = word_vectors.read(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path)
+    vectors = word_vectors.read(str(tmp_path), load_tokenizer(tmp_path))
     table = bert.embeddings
     with torch.no_grad():
         table.position_embeddings.weight[:] = table.position_embeddings.weight.mean(dim=0)
-        expected = table(torch.arange(V)[:, None])[:, 0]
+        expected = table(torch.arange(n)[:, None])[:, 0]
     np.testing.assert_allclose(vectors, expected.double().numpy(), atol=1e-6)
-    assert str(where) == str(tmp_path)
+    other = type(tokenizer)(tokenizer_object=Tokenizer(models.WordPiece({"[UNK]": 0})))
+    with pytest.raises(WordVectorError, match="of another tokenizer .*: set data.<profile>.token"):
+        word_vectors.read(str(tmp_path), other)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path):
+def test_a_model_that_is_not_there_is_named(tmp_path, tokenizer):
     with pytest.raises(WordVectorError, match="'no_such_model' is not installed: pip install"):
-        word_vectors.read("package:no_such_model")
+        word_vectors.read("package:no_such_model", tokenizer)
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(WordVectorError, match="word vectors of .*: an id of the hub, or a folder"):
-        word_vectors.read(str(tmp_path))
+        word_vectors.read(str(tmp_path), load_tokenizer(tmp_path))
