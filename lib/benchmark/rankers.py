@@ -41,7 +41,7 @@ from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
 from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, renumbered
 from lib.benchmark.shards import ShardedEncoder
-from lib.model import token_rows
+from lib.model import places, token_rows
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
 from lib.pipeline.errors import WorkbenchError, require
@@ -258,7 +258,7 @@ def load_model(name: str, revision: str | None, device: str):
 
     import lib.model.m2bert  # noqa: F401  registers ours
 
-    folder = packaged(name.removeprefix("package:")) if name.startswith("package:") else name
+    folder = places.of(name, RankerError)
     options = dict(trust_remote_code=False, model_kwargs={"use_safetensors": True})
     try:
         model = SentenceTransformer(str(folder), device=device, revision=revision, **options)
@@ -285,17 +285,6 @@ def positions(model) -> int | None:
     tables = (getattr(module, "position_embeddings", None) for module in transformer.modules())
     paddings = (getattr(table, "padding_idx", None) for table in tables)
     return places - max((index + 1 for index in paddings if index is not None), default=0)
-
-
-def packaged(package: str) -> Path:
-    """The folder of a model inside an installed package, whose code is not run."""
-    spec = find_spec(package) if package.isidentifier() else None
-    absent = f"package {package!r} is not installed: pip install {package.replace('_', '-')}"
-    require(spec is not None and spec.origin, absent, RankerError)
-    folders = sorted(path.parent for path in Path(spec.origin).parent.rglob("modules.json"))
-    models = f"package {package!r} holds {len(folders)} sentence-transformers models"
-    require(len(folders) == 1, f"{models}, should hold one", RankerError)
-    return folders[0]
 
 
 def hosted(settings: dict, tokenizer, folder: Path) -> ExternalEncoder:

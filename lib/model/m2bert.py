@@ -74,7 +74,7 @@ class M2BertConfig(PreTrainedConfig):
     # nothing, so their published embeddings are those of padded texts.
     pad_to_max_length: bool = False
     pooling: Literal["cls", "mean"] = "cls"  # token 0 (published), or the mean over real tokens
-    # As the authors do, or every layer starts close to x' = x.
+    # As the authors do, or every layer starts as x' = x (`start_at_identity`).
     initialization: Literal["reference", "identity"] = "reference"
 
 
@@ -206,25 +206,55 @@ class M2BertPreTrainedModel(PreTrainedModel):
 
 
 @torch.no_grad()
-def start_near_identity(model: "M2BertModel") -> None:
-    """Move every layer next to the identity, x' ≈ LayerNorm(x) = x, and the pooler to e ≈ tanh(h).
+def start_at_identity(model: "M2BertModel") -> None:
+    """Make every layer the identity, x' = LayerNorm(x) = x, and the pooler nearly linear.
 
-    A stack of random layers scrambles the word embeddings on which a young retriever depends; from
-    this start the loss reaches them in the first step.
+    A stack of random layers scrambles the word embeddings on which a young retriever depends. Here
+    the layers begin where a bag of words ends, and what they are worth has to be learned: the
+    weights below that are zero have gradients that are not.
+
+        x1 = 0, so that the gated convolution is silent; kernel of the residual one 0, its gain 1
+        W_out = I, W_o = 0 in the MLP; positions and token types 0
+        without a residual convolution: x1 = x2 = 1, v = u, kernel 0 and gain 1
+        e = tanh(0.3 (I - c cᵀ) h), c a direction in which no word differs from another (`neutral`)
     """
-    model.embeddings.position_embeddings.weight.mul_(0.1)
-    model.embeddings.token_type_embeddings.weight.mul_(0.1)
+    nn.init.zeros_(model.embeddings.position_embeddings.weight)
+    nn.init.zeros_(model.embeddings.token_type_embeddings.weight)
     for layer in model.layers:
-        nn.init.eye_(layer.mixer.out_linear.weight)
-        if layer.mixer.residual_filter is not None:
-            residual = layer.mixer.residual_filter
-            nn.init.ones_(residual.bias)
-            for mlp in filter(None, (residual.back, residual.ahead)):
-                mlp[3].weight.mul_(0.1)
-        layer.mlp.wo.weight.mul_(0.1)
+        mixer, D = layer.mixer, layer.mixer.out_linear.in_features
+        nn.init.eye_(mixer.out_linear.weight)
+        nn.init.zeros_(mixer.in_linear.bias)
+        x1, x2, v = (slice(i * D, (i + 1) * D) for i in range(3))
+        mixer.in_linear.weight[x1] = 0
+        mixer.short_filter.bias[x1] = 0
+        passing = mixer.residual_filter
+        if passing is None:
+            passing = mixer.gated_filter
+            mixer.in_linear.weight[x2] = 0
+            mixer.short_filter.bias[: 2 * D] = 1
+            mixer.short_filter.bias[v] = 0
+            nn.init.eye_(mixer.in_linear.weight[v])
+            mixer.short_filter.weight[v] = torch.tensor([0.0, 0.0, 1.0])
+        nn.init.ones_(passing.bias)
+        for mlp in filter(None, (passing.back, passing.ahead)):
+            nn.init.zeros_(mlp[3].weight)
+        nn.init.zeros_(layer.mlp.wo.weight)
         nn.init.zeros_(layer.mlp.wo.bias)
     if model.pooler is not None:
-        nn.init.eye_(model.pooler.weight)
+        c = neutral(model.config.hidden_size)
+        model.pooler.weight.copy_(0.3 * (torch.eye(len(c)) - torch.outer(c, c)))
+
+
+def neutral(D: int) -> Tensor:
+    """c, the direction of tokens that say nothing (lib/model/word_vectors.py): (D,), norm 1, sum 0.
+
+    +1, -1, +1, … over sqrt(D); the last of an odd number is 0.
+    """
+    c = torch.ones(D)
+    c[1::2] = -1.0
+    if D % 2:
+        c[-1] = 0.0
+    return c / c.norm()
 
 
 class M2BertModel(M2BertPreTrainedModel):
@@ -243,7 +273,7 @@ class M2BertModel(M2BertPreTrainedModel):
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
         self.post_init()
         if config.initialization == "identity":
-            start_near_identity(self)
+            start_at_identity(self)
 
     @can_return_tuple
     def forward(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.model import token_rows
+from lib.model import places, token_rows
 from lib.pipeline.errors import BUILD, CorpusError, require
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -63,11 +63,12 @@ def load_tokenizer(folder: str | Path):
 
 
 def given_tokenizer(name: str):
-    """The tokenizer of a folder with tokenizer.json or vocab.txt, or of a hub id.
+    """The tokenizer of a folder with tokenizer.json or vocab.txt, of `package:<name>` or a hub id.
 
     Raises:
-        CorpusError: `name` is no tokenizer's folder, and no id that can be fetched.
+        CorpusError: `name` is no tokenizer's folder or package, and no id that can be fetched.
     """
+    name = str(places.of(name, CorpusError))
     folder, vocab = Path(name), Path(name, "vocab.txt")
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)

@@ -92,6 +92,11 @@ class Data(Settings):
     hub_texts: Count
 
 
+class WordVectors(Settings):
+    model: str  # package:<name>, a hub id, or the absolute path of a folder
+    weights: Literal["sif", "none"]  # smooth inverse frequency, or every word alike
+
+
 class Model(Settings):
     hidden_size: Count
     num_hidden_layers: Amount
@@ -102,7 +107,15 @@ class Model(Settings):
     residual_long_conv: bool
     pooling: Literal["cls", "mean"]
     initialization: Literal["reference", "identity"]
+    word_vectors: WordVectors | None  # to start from, with `initialization: identity`
     mask_padding: bool
+
+    @model_validator(mode="after")
+    def vectors_stay(self):
+        message = "word_vectors: want initialization: identity, since random layers scramble them"
+        ready = self.word_vectors is None or self.initialization == "identity"
+        require(ready, message, ValueError)
+        return self
 
 
 class Pretrain(Settings):

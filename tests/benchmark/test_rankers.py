@@ -14,6 +14,7 @@ from lib.benchmark import rankers
 from lib.benchmark.bm25 import Bm25
 from lib.benchmark.hosted import HostedError
 from lib.benchmark.rankers import ExternalEncoder, RankerError
+from lib.model import places
 from lib.pipeline import params
 
 TEXT = "red fox runs by night the owl sleeps by day"  # ten tokens of the tests' tokenizer
@@ -302,9 +303,9 @@ def test_a_packages_model_is_found_without_running_its_code(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.machinery.PathFinder.invalidate_caches()
     with pytest.raises(RankerError, match="holds 0 sentence-transformers models"):
-        rankers.packaged("some_model")
+        places.of("package:some_model", RankerError)
     (package / "inside" / "modules.json").write_text("[]")
-    assert rankers.packaged("some_model") == package / "inside"
+    assert places.of("package:some_model", RankerError) == package / "inside"
     for name in ("no_such_package", "../etc", "os.path"):
         with pytest.raises(RankerError, match="is not installed"):
-            rankers.packaged(name)
+            places.of(f"package:{name}", RankerError)

