@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from lib.kernels.engine import Engine
+from lib.model.device import to_device
 from lib.model.tokens import pad, tokenize, tokenize_whole, windows
 from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
@@ -210,8 +211,8 @@ class Encoder:
         """The pooled outputs of one batch, float32, (n, D)."""
         if self.fast:
             return self.engine(ids).numpy()
-        device = next(self.model.parameters()).device
-        tensors = (tensor.to(device) for tensor in pad(ids, self.tokenizer.pad_token_id))
+        pad_id = self.tokenizer.pad_token_id
+        tensors = to_device(*pad(ids, pad_id), pad_id, self.model)
         return self.model(*tensors).pooler_output.float().cpu().numpy()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:

@@ -157,7 +157,7 @@ def backward(
 
     Args:
         ids, labels, mask: (B, L), of `PretrainingText.masked`.
-        targets: of the whole step: its loss is their mean.
+        targets: of the whole step: its loss is their mean, and 0 if there are none.
 
     Returns:
         The pass's part of the loss, and the number of targets predicted right.
@@ -176,13 +176,12 @@ def backward(
         x = x.requires_grad_()
         with context:
             logits = model.head(x)
-        part = F.cross_entropy(logits.float(), y, reduction="sum") / targets
+        part = F.cross_entropy(logits.float(), y, reduction="sum") / max(1, targets)
         part.backward()
         gradients.append(x.grad)
         with torch.no_grad():
             loss, hits = loss + part, hits + (logits.argmax(-1) == y).sum()
-    if gradients:
-        hidden.backward(torch.cat(gradients))
+    hidden.backward(torch.cat(gradients))
     return loss, hits
 
 

@@ -69,6 +69,14 @@ def test_a_pass_without_targets_adds_nothing(text, tiny):
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_a_step_without_targets_has_loss_0_and_leaves_the_gradient_at_0(text, tiny):
+    """Nothing was masked: the step of a text of three tokens and a rate of 0.15 may be one."""
+    model = tiny(M2BertForMaskedLM)
+    curve = learn(model, text, tokens=64, batch_tokens=32, mask_rate=0.0, lr=1e-3)
+    assert [line["loss"] for line in curve] == [0.0, 0.0]
+    assert [line["accuracy"] for line in curve] == [0.0, 0.0]
+
+
 def test_a_pass_reads_nothing_back_from_its_device(text, tiny, monkeypatch):
     """On the device "meta" there is nothing to read: whatever waits for a GPU raises there."""
     ids, labels, mask = next(text.masked(text.batch(0, 1, 200, "mixed", 0.3), 0.3, 1, 0))
