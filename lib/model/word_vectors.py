@@ -9,11 +9,12 @@ smooth inverse frequency (Arora et al. 2017), p the word's share of the tokens, 
 
     e <- rotated by principal components into D - 2 dimensions, orthogonal to 1 and to c
     s  = min(1, w |e| / q),  q the 99.9 % quantile of w |e|;  s = 0 for special tokens
-    row = sqrt(D) (s e / |e| + sqrt(1 - s²) c)
+    row = 0.02 sqrt(D) (s e / |e| + sqrt(1 - s²) c)
 
-Each row has mean 0 and variance 1, so LayerNorm leaves it alone; with layers that are the identity,
+Each row has mean 0 and one norm, so LayerNorm only scales it; with layers that are the identity,
 mean pooling adds up s e / |e|, and the pooler drops c and is nearly linear
-(`m2bert.start_at_identity`). The mixer can turn what lies in a direction: it may learn to weigh a
+(`m2bert.start_at_identity`). The factor is the standard deviation of untrained embeddings: a rate
+then moves both as fast, and the logits of the head, which shares the table, are as small. The mixer can turn what lies in a direction: it may learn to weigh a
 word by its neighbours.
 
 Before that, the mean of e is taken off, each word counted as often as it contributes, p w: it is
@@ -35,6 +36,7 @@ from lib.pipeline.errors import WorkbenchError, require
 
 SMOOTHING = 1e-4  # a
 QUANTILE = 0.999
+DEVIATION = 0.02  # of the entries of a row, as of untrained embeddings
 
 
 class WordVectorError(WorkbenchError):
@@ -88,9 +90,7 @@ def start(
 ) -> None:
     """Put word vectors into an M2-BERT (`initialization: identity`), in place.
 
-    A masked-language head, tied to the same table, is scaled so that its logits have a standard
-    deviation of 0.5 or less and predict the frequencies; rows of norm sqrt(D) would give logits
-    that are sure of something wrong.
+    A masked-language head, tied to the same table, then predicts the frequencies.
 
     Args:
         encoder: M2BertForMaskedLM or M2BertForRetrieval.
@@ -109,7 +109,6 @@ def start(
         words[encoder.config.pad_token_id] = 0.0
         if hasattr(encoder, "decoder"):
             nn.init.eye_(encoder.dense.weight)
-            nn.init.constant_(encoder.layernorm.weight, 0.5 / math.sqrt(D))
             seen = torch.from_numpy(np.log((frequencies + 0.5) / (frequencies + 0.5).sum()))
             encoder.decoder.bias.fill_(float(seen.min()))
             encoder.decoder.bias[: len(seen)] = seen.float()
@@ -128,7 +127,7 @@ def table(vectors: np.ndarray, p: np.ndarray, w: np.ndarray, D: int) -> np.ndarr
     directions = e / np.maximum(norm, 1e-12)[:, None]
     Q = basis(D)
     inside = (s[:, None] * directions) @ Q[:, 2 : 2 + k].T
-    return math.sqrt(D) * (inside + np.sqrt(1.0 - s**2)[:, None] * Q[:, 1])
+    return DEVIATION * math.sqrt(D) * (inside + np.sqrt(1.0 - s**2)[:, None] * Q[:, 1])
 
 
 def basis(D: int) -> np.ndarray:
