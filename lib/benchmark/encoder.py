@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lib.kernels.engine import Engine
 from lib.model.device import to_device
+from lib.model.m2bert import M2BertForRetrieval
 from lib.model.tokens import pad, tokenize, tokenize_whole, windows
 from lib.pipeline.errors import require
 from lib.pipeline.progress import bar
@@ -66,8 +67,6 @@ class Encoder:
         precision: str = "float32",
         engine: Engine | None = None,
     ):
-        from lib.model.m2bert import M2BertPreTrainedModel
-
         limit = model.config.max_position_embeddings
         self.max_length = min(max_length or limit, limit)
         room = f"max_length={self.max_length} leaves no room for a token between [CLS] and [SEP]"
@@ -82,7 +81,7 @@ class Encoder:
         self.stride = checked_stride(stride, self.max_length - 2, chunk)
         self.longer: list[bool] = []
         self.precision, self.engine = precision, None
-        if self.on_cpu and isinstance(model, M2BertPreTrainedModel):
+        if self.on_cpu and isinstance(model, M2BertForRetrieval):
             self.engine = Engine(model, getattr(torch, precision)) if engine is None else engine
             self.precision = str(self.engine.dtype).removeprefix("torch.")
 

@@ -41,7 +41,8 @@ from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
 from lib.benchmark.hosted import CachedEncoder, EmbeddingAPI, renumbered
 from lib.benchmark.shards import ShardedEncoder
-from lib.model import places, token_rows
+from lib.model import checkpoint, places, token_rows
+from lib.model.m2bert import M2BertForRetrieval
 from lib.model.tokens import encodable, load_tokenizer, windows
 from lib.pipeline import params
 from lib.pipeline.errors import WorkbenchError, require
@@ -78,9 +79,6 @@ def of(
     params.known(row, rows, "row of retrievers, published or baselines")
     data = params.data(profile)
     if row not in design["baselines"]:
-        from lib.model import checkpoint
-        from lib.model.m2bert import M2BertForRetrieval
-
         folder = data / "models" / (place or row)
         processes = params.settings(profile, "compute")["processes"]
         model, tokenizer = checkpoint.load(folder, M2BertForRetrieval)
@@ -256,7 +254,7 @@ def load_model(name: str, revision: str | None, device: str):
     require(find_spec("sentence_transformers") is not None, absent, RankerError)
     from sentence_transformers import SentenceTransformer
 
-    import lib.model.m2bert  # noqa: F401  registers ours
+    import lib.model.hub  # noqa: F401  registers ours
 
     folder = places.of(name, RankerError)
     options = dict(trust_remote_code=False, model_kwargs={"use_safetensors": True})

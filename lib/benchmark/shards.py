@@ -37,6 +37,7 @@ from lib.benchmark.encoder import BLOCK, Encoder, lengths_of, unit
 from lib.benchmark.sources import Beir, read_jsonl
 from lib.model import checkpoint
 from lib.model.device import use
+from lib.model.m2bert import M2BertForRetrieval
 from lib.pipeline import files
 from lib.pipeline.errors import WorkbenchError, require
 from lib.pipeline.progress import bar
@@ -380,8 +381,6 @@ def main(arguments: list[str]) -> int:
 
 def embedded(options: argparse.Namespace) -> str:
     """Make one shard of a collection."""
-    from lib.model.m2bert import M2BertForRetrieval
-
     threads = options.threads or torch.get_num_threads()
     device = use({"device": options.device, "threads": threads})
     model, tokenizer = checkpoint.load(options.model)

@@ -20,17 +20,22 @@ Axes: B texts, L tokens, D width, I intermediate width (`inner`), K blocks, O fi
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import BertConfig
 
 from lib.kernels import gpu
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 from lib.operators.long_conv import fft_length
 
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
-def twin(config: M2BertConfig) -> BertConfig:
+
+def twin(config: M2BertConfig) -> "BertConfig":
     """The Transformer of the same sizes, vocabulary and length, with heads of 64 channels."""
+    from transformers import BertConfig
+
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     return BertConfig(
         **{name: getattr(config, name) for name in (*same, "max_position_embeddings")},
@@ -42,9 +47,11 @@ def twin(config: M2BertConfig) -> BertConfig:
 
 def build(config) -> torch.nn.Module:
     """A model with random weights: M2-BERT or BERT, by the configuration's class."""
+    if isinstance(config, M2BertConfig):
+        return M2BertForRetrieval(config).eval()
     from transformers import BertModel
 
-    return (M2BertForRetrieval if isinstance(config, M2BertConfig) else BertModel)(config).eval()
+    return BertModel(config).eval()
 
 
 def parameters(config) -> int:
@@ -92,7 +99,7 @@ def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str,
     return of_layers(config, layer)
 
 
-def transformer_flops(config: BertConfig, length: int) -> dict[str, float]:
+def transformer_flops(config: "BertConfig", length: int) -> dict[str, float]:
     """Operations per text.
 
     projections   8 L D²        queries, keys, values, output
@@ -131,7 +138,7 @@ def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> flo
     return float(per_text + shared / batch)
 
 
-def transformer_activations(config: BertConfig, length: int, flash: bool = False) -> float:
+def transformer_activations(config: "BertConfig", length: int, flash: bool = False) -> float:
     """Numbers that one layer keeps for its backward pass, per text: L (9 D + 2 I) + heads · L².
 
     Flash attention recomputes the heads · L² attention weights: its L² is time, not memory.
@@ -157,7 +164,7 @@ def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: 
 
 
 def transformer_traffic(
-    config: BertConfig, length: int, itemsize: int = 4, batch: int = 1
+    config: "BertConfig", length: int, itemsize: int = 4, batch: int = 1
 ) -> float:
     """`m2bert_traffic` for a Transformer whose attention weights never leave the cache.
 

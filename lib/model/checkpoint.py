@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
+from lib.model.tokens import read_tokenizer
 from lib.pipeline import files
 from lib.pipeline.errors import WorkbenchError, require
 
@@ -35,6 +38,8 @@ RANDOM_STATE = [
 ]
 AGAIN = "delete the folder and train or fetch it again"
 WORDS = "model.embeddings.word_embeddings.weight"
+CLASSES = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
+HUB_KEYS = {"architectures", "dtype", "transformers_version"}  # of config.json, for transformers
 
 
 class CheckpointError(WorkbenchError):
@@ -54,7 +59,7 @@ def save(
 ) -> None:
     """Write the model to `folder`, replacing it whole: config, weights, tokenizer and record.
 
-    `SentenceTransformer(folder)` reads a retriever's folder too, after `import lib.model.m2bert`.
+    `SentenceTransformer(folder)` reads a retriever's folder too, after `import lib.model.hub`.
 
     Args:
         about: the model's origin, for training.json. The model's class and the sha256 of every file
@@ -64,13 +69,11 @@ def save(
     Raises:
         OSError: the disk is full or read-only. The old folder is unchanged.
     """
-    from lib.model.m2bert import M2BertForRetrieval
-
     record = dict(about or {})
     if record.get("settings"):
         record["settings_sha256"] = fingerprint(record["settings"])
     with files.replacing(folder) as draft, writing(folder):
-        model.save_pretrained(draft)
+        save_model(model, draft)
         if tokenizer is not None:
             limited = copy.deepcopy(tokenizer)
             limited.model_max_length = model.config.max_position_embeddings  # others truncate there
@@ -107,6 +110,20 @@ def writing(path: str | Path):
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write config.json and model.safetensors, as transformers writes and reads them."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("decoder.weight", None)  # safetensors stores a tied matrix once
+    content = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": str(weights[WORDS].dtype).removeprefix("torch."),
+        "transformers_version": version("transformers"),
+    }
+    write(folder / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_modules(model: nn.Module, folder: Path) -> None:
@@ -165,30 +182,23 @@ def load(folder: str | Path, architecture: type | None = None):
         CheckpointError: the folder is missing or incomplete, a file is damaged, or a weight is
             missing, unknown or of another shape.
     """
-    from transformers import AutoTokenizer
-
-    from lib.model.m2bert import M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval
-
     folder = Path(folder)
     saved, checksums = read_record(folder)
-    config = M2BertConfig.from_pretrained(folder)
-    model = (architecture or saved)(config).to(config.dtype or torch.float32)
+    config, dtype = read_config(folder / "config.json")
+    model = (architecture or saved)(config).to(dtype)
     state = read_weights(folder / "model.safetensors")
     if saved is M2BertForMaskedLM and isinstance(model, M2BertForRetrieval):
         fresh = {k: tensor for k, tensor in model.state_dict().items() if ".pooler." in k}
         state = {k: tensor for k, tensor in state.items() if k.startswith("model.")} | fresh
-    elif saved is M2BertForMaskedLM:  # safetensors stores the tied matrix once
+    elif saved is M2BertForMaskedLM and config.tie_word_embeddings:
         state.setdefault("decoder.weight", state.get(WORDS))
     load_strictly(model, state, folder)
-    tokenizer = None
-    if "tokenizer.json" in checksums:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder) if "tokenizer.json" in checksums else None
     return model.eval(), tokenizer
 
 
 def read_record(folder: Path) -> tuple[type, dict[str, str]]:
     """The class that was saved and {file: sha256}, after a check of every file."""
-    from lib.model.m2bert import M2BertForMaskedLM, M2BertForRetrieval
 
     def complete(names) -> None:
         missing = next((name for name in names if not (folder / name).is_file()), None)
@@ -204,13 +214,22 @@ def read_record(folder: Path) -> tuple[type, dict[str, str]]:
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({problem}); {AGAIN}") from None
-    classes = {cls.__name__: cls for cls in (M2BertForRetrieval, M2BertForMaskedLM)}
-    ensure(saved in classes, f"{path}: unknown architecture {saved!r}, known are {[*classes]}")
+    ensure(saved in CLASSES, f"{path}: unknown architecture {saved!r}, known are {[*CLASSES]}")
     complete(checksums)
     for name, checksum in checksums.items():
         message = f"{folder / name} is damaged: its sha256 is not the one in training.json; {AGAIN}"
         ensure(files.sha256(folder / name) == checksum, message)
-    return classes[saved], checksums
+    return CLASSES[saved], checksums
+
+
+def read_config(path: Path) -> tuple[M2BertConfig, torch.dtype]:
+    """The configuration in a config.json, and the dtype of the weights beside it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        options = {key: value for key, value in content.items() if key not in HUB_KEYS}
+        return M2BertConfig.from_dict(options), getattr(torch, content.get("dtype") or "float32")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is no config of an M2-BERT: {error}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

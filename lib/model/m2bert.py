@@ -11,42 +11,37 @@ dense one. One layer:
     M2BertForMaskedLM    the encoder with the pretraining head
     M2BertForRetrieval   a retriever: one vector for each text
 
+These are plain modules of torch; lib/model/hub.py makes them models of transformers.
+
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the layout of the published weights;
         reproduces the reference outputs in tests/golden within 2e-5.
 Axes:   B batch, L tokens, D width, I intermediate width, K blocks, V vocabulary.
 """
 
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
-from transformers.utils import can_return_tuple
 
 from lib import kernels
 from lib.operators.long_conv import ImplicitFilter, long_conv, short_conv
 from lib.operators.monarch import BlockDiagonalLinear
-from lib.pipeline.errors import require
+from lib.pipeline.errors import WorkbenchError, require
 
 
-@strict
-class M2BertConfig(PreTrainedConfig):
+@dataclass(kw_only=True)
+class M2BertConfig:
     """Sizes and switches of an M2-BERT; the defaults are the published 80M model at 128 tokens.
 
     Names that BERT has too mean the same as there; the others are explained here.
+
+    Raises:
+        WorkbenchError: a value is of another type, or none of the choices.
     """
 
-    model_type = "m2bert"
+    model_type: ClassVar[str] = "m2bert"
 
     vocab_size: int = 30528
     hidden_size: int = 768
@@ -76,6 +71,48 @@ class M2BertConfig(PreTrainedConfig):
     pooling: Literal["cls", "mean"] = "cls"  # token 0 (published), or the mean over real tokens
     # As the authors do, or every layer starts as x' = x (`start_at_identity`).
     initialization: Literal["reference", "identity"] = "reference"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(M2BertConfig).items():
+            if name == "model_type":
+                continue
+            value, allowed = getattr(self, name), get_args(hint) or (hint,)
+            fits = value in allowed if isinstance(allowed[0], str) else type(value) in allowed
+            choices = " or ".join(getattr(choice, "__name__", repr(choice)) for choice in allowed)
+            require(fits, f"{name}={value!r}: M2BertConfig takes {choices}", WorkbenchError)
+
+    def to_dict(self) -> dict:
+        """All options by name, and the model's type."""
+        return {"model_type": self.model_type} | asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: dict) -> "M2BertConfig":
+        """The inverse of `to_dict`; what is left out has its default.
+
+        Raises:
+            WorkbenchError: also of an option that is not known here.
+        """
+        known = M2BertConfig().to_dict()
+        unknown = min(options.keys() - known.keys(), default=None)
+        message = f"M2BertConfig has no option {unknown!r}: a newer version wrote it, or a typo"
+        require(unknown is None, message, WorkbenchError)
+        return M2BertConfig(**{key: options[key] for key in options if key != "model_type"})
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder makes of texts; see `M2BertModel.forward`."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class MaskedLMOutput(NamedTuple):
+    """What a masked language model makes of texts; see `M2BertForMaskedLM.forward`."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
 
 
 class Embeddings(nn.Module):
@@ -179,30 +216,24 @@ class Layer(nn.Module):
         return self.mlp(self.mixer(x, mask))
 
 
-class M2BertPreTrainedModel(PreTrainedModel):
-    config_class = M2BertConfig
-    base_model_prefix = "model"
-    _input_embed_layer = "word_embeddings"
-    _keep_in_fp32_modules_strict = {"gated_filter", "residual_filter"}  # see ImplicitFilter
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Linear and embedding weights from N(0, 0.02), zero biases; other modules as they draw."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-            if getattr(module, "padding_idx", None) is not None:
-                init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
-            bound = module.kernel_size[0] ** -0.5  # the fan-in of a depthwise one is its width
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter)):
-            module.reset_parameters()
+@torch.no_grad()
+def initialize(module: nn.Module) -> None:
+    """Linear and embedding weights from N(0, 0.02), zero biases; other modules as they draw."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+        if getattr(module, "padding_idx", None) is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv1d):
+        bound = module.kernel_size[0] ** -0.5  # the fan-in of a depthwise one is its width
+        nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.uniform_(module.bias, -bound, bound)
+    elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter)):
+        module.reset_parameters()
 
 
 @torch.no_grad()
@@ -257,7 +288,7 @@ def neutral(D: int) -> Tensor:
     return c / c.norm()
 
 
-class M2BertModel(M2BertPreTrainedModel):
+class M2BertModel(nn.Module):
     """The encoder: ids (B, L) -> hidden states (B, L, D) and an embedding (B, D).
 
         cls:   e = tanh(W h_0 + b)
@@ -267,23 +298,22 @@ class M2BertModel(M2BertPreTrainedModel):
     """
 
     def __init__(self, config: M2BertConfig, pooler: bool = True):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
-        self.post_init()
+        self.apply(initialize)
         if config.initialization == "identity":
             start_at_identity(self)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **_,
-    ) -> BaseModelOutputWithPooling:
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
         """Encode rows of ids.
 
         Args:
@@ -309,14 +339,12 @@ class M2BertModel(M2BertPreTrainedModel):
                 token_type_ids = F.pad(token_type_ids, (0, limit - L))
         mask = self.padding_mask(attention_mask)
         x = self.embeddings(input_ids, token_type_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         states = [x[:, :L]] if output_hidden_states else []
         for layer in self.layers:
             x = layer(x, mask)
             if output_hidden_states:
                 states.append(x[:, :L])
-        return BaseModelOutputWithPooling(
+        return EncoderOutput(
             last_hidden_state=x[:, :L],
             pooler_output=None if self.pooler is None else self.pool(x, attention_mask),
             hidden_states=tuple(states) or None,
@@ -348,49 +376,49 @@ class M2BertModel(M2BertPreTrainedModel):
             return torch.tanh(self.pooler(summary.to(self.pooler.weight.dtype)))
 
 
-class M2BertForRetrieval(M2BertPreTrainedModel):
+class M2BertForRetrieval(nn.Module):
     """A retriever: `pooler_output` (B, D) is the embedding, compared by cosine."""
 
     def __init__(self, config: M2BertConfig):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         self.model = M2BertModel(config)
-        self.post_init()
 
-    @can_return_tuple
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings.word_embeddings
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> EncoderOutput:
         """As `M2BertModel.forward`."""
-        return self.model(input_ids, attention_mask, return_dict=True, **kwargs)
+        return self.model(input_ids, attention_mask, **options)
 
 
-class M2BertForMaskedLM(M2BertPreTrainedModel):
+class M2BertForMaskedLM(nn.Module):
     """The encoder with BERT's head: LayerNorm(GELU(x W + b)) E^T + c, E the word embeddings."""
 
-    _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
-
     def __init__(self, config: M2BertConfig):
-        super().__init__(config)
+        super().__init__()
         D = config.hidden_size
+        self.config = config
         self.model = M2BertModel(config, pooler=False)
         self.dense = nn.Linear(D, D)
         self.layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(D, config.vocab_size)
-        self.post_init()
+        for part in (self.dense, self.layernorm, self.decoder):
+            initialize(part)
+        if config.tie_word_embeddings:
+            self.decoder.weight = self.get_input_embeddings().weight
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.decoder
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings.word_embeddings
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.decoder = value
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **options,
     ) -> MaskedLMOutput:
         """Logits (B, L, V); with labels, the loss and the logits of the labelled positions.
 
@@ -398,20 +426,15 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             labels: (B, L); 0 or less (-100) means "no label". The head, most of a small model's
                 cost, then computes logits (M, V) of the M labelled positions in reading order.
         """
-        out = self.model(input_ids, attention_mask, return_dict=True, **kwargs)
+        out = self.model(input_ids, attention_mask, **options)
         x = out.last_hidden_state
         if labels is not None:
             x, labels = x[labels > 0], labels[labels > 0]  # (M, D), (M,)
         logits = self.head(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = None if labels is None else F.cross_entropy(logits.to(wide), labels)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        return MaskedLMOutput(loss, logits, out.hidden_states)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, D)."""
         return self.decoder(self.layernorm(F.gelu(self.dense(x))))
-
-
-AutoConfig.register(M2BertConfig.model_type, M2BertConfig)
-AutoModel.register(M2BertConfig, M2BertForRetrieval)
-AutoModelForMaskedLM.register(M2BertConfig, M2BertForMaskedLM)

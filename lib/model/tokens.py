@@ -44,14 +44,12 @@ def load_tokenizer(folder: str | Path):
     Raises:
         CorpusError: tokenizer.json is missing, damaged, or lacks a special token.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = Path(folder, "tokenizer.json")
     if not path.is_file():
         path = Path(folder, "tokenizer", "tokenizer.json")
     require(path.is_file(), f"{path} is missing: {BUILD}")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, trust_remote_code=False)
+        tokenizer = read_tokenizer(path.parent)
     except Exception as error:  # the library's own, JSON's, KeyError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         message = f"{path} cannot be read ({reason}): fetch it again, or {BUILD}"
@@ -60,6 +58,13 @@ def load_tokenizer(folder: str | Path):
     require_special(path, unset.values(), tokenizer.get_vocab())
     tokenizer.add_special_tokens(unset)
     return tokenizer
+
+
+def read_tokenizer(folder: Path):
+    """The tokenizer of a folder with tokenizer.json, without AutoTokenizer's seconds of imports."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def given_tokenizer(name: str):

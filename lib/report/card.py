@@ -9,9 +9,10 @@ Everything comes from the model's config and from the record that goes into trai
 import json
 
 from lib.model.checkpoint import fingerprint
+from lib.model.m2bert import M2BertForMaskedLM
 
 PAPER = "[arXiv 2402.07440](https://arxiv.org/abs/2402.07440)"
-RETRIEVER = """import lib.model.m2bert  # registers the architecture: no remote code
+RETRIEVER = """import lib.model.hub  # registers the architecture: no remote code
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("path/to/this/folder")
@@ -61,8 +62,6 @@ def card(model, about: dict) -> str:
         about: any of `row`, `profile`, `starts_from`, `trained_on` and `metrics` (name: value
             each), `settings`; what is absent is called unknown.
     """
-    from lib.model.m2bert import M2BertForMaskedLM
-
     retrieves = not isinstance(model, M2BertForMaskedLM)
     profile = f" ({about['profile']})" if about.get("profile") else ""
     lineage = {"Starts from": about.get("starts_from"), **about.get("trained_on", {})}

@@ -16,7 +16,7 @@ sentence_transformers = pytest.importorskip(
 )
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 
-import lib.model.m2bert  # noqa: E402, F401  registers the architecture
+import lib.model.hub  # noqa: E402, F401  registers the architecture
 from lib.benchmark import locov1, metrics, rankers, search  # noqa: E402
 from lib.model import checkpoint, published  # noqa: E402
 from lib.model.tokens import given_tokenizer  # noqa: E402

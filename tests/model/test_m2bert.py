@@ -1,6 +1,7 @@
 """The encoder against the authors' reference values, its definition, and its promises."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from lib.model.m2bert import (
     neutral,
 )
 from lib.operators.long_conv import long_conv_direct
+from lib.pipeline.errors import WorkbenchError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = (
@@ -252,9 +254,7 @@ def test_groups_change_neither_type_nor_value_under_autocast(monkeypatch):
 
 
 def test_a_model_built_in_16_bits_has_float32_filters():
-    from transformers import AutoModel
-
-    built = AutoModel.from_config(tiny().config, dtype=torch.bfloat16)
+    built = tiny().to(torch.bfloat16)
     assert built.model.layers[0].mixer.in_linear.weight.dtype == torch.bfloat16
     assert {
         parameter.dtype for parameter in built.model.layers[0].mixer.gated_filter.parameters()
@@ -263,13 +263,11 @@ def test_a_model_built_in_16_bits_has_float32_filters():
 
 
 @torch.no_grad()
-def test_16_bit_weights_keep_the_kernels_of_a_long_model(tmp_path):
+def test_16_bit_weights_keep_the_kernels_of_a_long_model():
     """bfloat16 has 256 places for 4096 positions: kernels of rounded inputs would be steps."""
     model = tiny(max_position_embeddings=4096)
     kernel = model.model.layers[0].mixer.gated_filter(4096)[0]
-    model.save_pretrained(tmp_path)
-    loaded = M2BertForRetrieval.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for half in (loaded, model.to(torch.bfloat16), model.half()):
+    for half in (model.to(torch.bfloat16), model.half()):
         assert half.model.layers[0].mixer.in_linear.weight.dtype in (torch.bfloat16, torch.float16)
         assert torch.equal(half.model.layers[0].mixer.gated_filter(4096)[0], kernel)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -522,7 +520,7 @@ def test_too_long_a_text_is_refused_with_the_way_out():
 
 
 @torch.no_grad()
-def test_outputs_are_hugging_faces():
+def test_outputs_have_the_names_of_transformers():
     ids, labels = torch.randint(1, 50, (2, 30)), torch.full((2, 30), -100)
     labels[0, 3] = 7
     model = tiny()
@@ -539,15 +537,72 @@ def test_outputs_are_hugging_faces():
         assert len(whole.hidden_states) == 3 and torch.equal(
             whole.hidden_states[-1], out.last_hidden_state
         )
-    last, pooled = model(ids, return_dict=False)
-    assert torch.equal(last, out.last_hidden_state) and torch.equal(pooled, out.pooler_output)
-    model.config.return_dict = False
-    assert isinstance(model(ids), tuple)
-    model.config.return_dict, model.config.output_hidden_states = True, True
-    assert len(model(ids).hidden_states) == 3
     head = M2BertForMaskedLM(model.config).eval()
-    loss, logits, states = head(ids, labels=labels, return_dict=False)
+    loss, logits, states = head(ids, labels=labels, output_hidden_states=True)
     assert loss.ndim == 0 and logits.shape == (1, 50) and len(states) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("hidden_size", "16", "int"),
+        ("hidden_size", 16.0, "int"),
+        ("hidden_size", True, "int"),
+        ("mask_padding", 1, "bool"),
+        ("filter_length", 1.5, "int or NoneType"),
+        ("filter_frequency", "10", "float or int"),
+        ("pooling", "max", "'cls' or 'mean'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_name(option, value, choices):
+    message = re.escape(f"{option}={value!r}: M2BertConfig takes {choices}")
+    with pytest.raises(WorkbenchError, match=f"^{message}$"):
+        M2BertConfig(**{option: value})
+
+
+def test_a_config_comes_back_from_its_dictionary_and_an_unknown_option_is_refused():
+    config = M2BertConfig(hidden_size=32, filter_length=7, pooling="mean")
+    assert M2BertConfig.from_dict(config.to_dict()) == config != M2BertConfig()
+    with pytest.raises(WorkbenchError, match="no option 'hiden_size'"):
+        M2BertConfig.from_dict({"hiden_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sums", "after"),
+    [
+        (
+            M2BertForMaskedLM,
+            {
+                "model.embeddings.word_embeddings.weight": 2.475107,
+                "model.layers.0.mixer.short_filter.bias": 6.552001,
+                "model.layers.0.mixer.residual_filter.back.3.weight": 0.511291,
+                "model.layers.0.mlp.wo.weight": 8.985523,
+                "dense.weight": 0.792573,
+            },
+            0.186437,
+        ),
+        (
+            M2BertForRetrieval,
+            {
+                "model.embeddings.word_embeddings.weight": 2.428215,
+                "model.layers.0.mixer.short_filter.bias": 6.566724,
+                "model.layers.0.mixer.residual_filter.back.3.weight": 0.526825,
+                "model.layers.0.mlp.wo.weight": 8.043902,
+                "model.pooler.weight": 1.011153,
+            },
+            0.442843,
+        ),
+    ],
+)
+def test_a_seed_gives_the_weights_that_it_gave_in_version_0_5(architecture, sums, after):
+    """Sums of magnitudes, and the number drawn next; transformers initialised the model then."""
+    sizes = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, intermediate_size=16)
+    torch.manual_seed(7)
+    model = architecture(M2BertConfig(**sizes, max_position_embeddings=16, filter_order=4))
+    assert float(torch.rand(())) == pytest.approx(after, abs=1e-5)
+    for name, value in sums.items():
+        total = float(model.get_parameter(name).detach().double().abs().sum())
+        assert total == pytest.approx(value, rel=1e-5), name
 
 
 @torch.no_grad()
@@ -654,17 +709,6 @@ def test_extended_kernels_follow_their_equations():
             close(
                 kernel, (h @ mlp[3].weight.T * torch.exp(-t[:, None] * old.deltas().abs())).T, 1e-5
             )
-
-
-@torch.no_grad()
-def test_save_pretrained_round_trip_and_auto_classes(tmp_path):
-    from transformers import AutoModel
-
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=False).eval()
-    ids = torch.randint(1, 50, (2, 30))
-    close(model(ids).pooler_output, again(ids).pooler_output, 1e-6)
 
 
 @pytest.mark.parametrize("evaluating", [True, False])

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from lib.model import checkpoint
 from lib.pipeline import notebook
 
 ROOT = Path(__file__).parents[2]
 STAGE = {"IPython", "dvc", "nbconvert", "nbformat", "papermill"}
 PLOTS = {"matplotlib.pyplot", "pandas", "scipy", "sklearn"}
-MODELS = {"datasets", "tokenizers", "transformers"}
+MODELS = {"datasets", "huggingface_hub", "tokenizers", "transformers"}
 
 
 def modules(room: str) -> list[str]:
@@ -20,9 +21,9 @@ def modules(room: str) -> list[str]:
     return [f"lib.{room}.{name}" for name in names if name != "triton_kernels"]  # needs triton
 
 
-def imported(names: list[str]) -> set[str]:
-    """The modules of a fresh process after these imports."""
-    code = f"import os, sys, {', '.join(names)}\nprint(*sys.modules, flush=True)\nos._exit(0)"
+def imported(statements: str) -> set[str]:
+    """The modules of a fresh process after these statements."""
+    code = f"import os, sys\n{statements}\nprint(*sys.modules, flush=True)\nos._exit(0)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -45,15 +46,39 @@ def imported(names: list[str]) -> set[str]:
         (modules("operators") + modules("kernels"), {*MODELS, *PLOTS, *STAGE}),
         (modules("training"), {*MODELS, *PLOTS, *STAGE}),
         (
-            ["lib.model.checkpoint", "lib.model.extend", "lib.model.tokens", "lib.report.card"],
-            {*MODELS, *PLOTS, *STAGE},
+            [*(name for name in modules("model") if name != "lib.model.hub"), "lib.report.card"],
+            {"sympy", "torch._dynamo", *MODELS, *PLOTS, *STAGE},
         ),
-        (["lib.model.m2bert"], {"datasets", "matplotlib.pyplot", "pandas", *STAGE}),
+        (["lib.efficiency.estimate"], {*MODELS, *PLOTS, *STAGE}),
     ],
-    ids="scores pipeline report benchmark kernels training checkpoint m2bert".split(),
+    ids="scores pipeline report benchmark kernels training model estimate".split(),
 )
 def test_a_module_imports_only_what_it_uses(names, absent):
-    assert not absent & imported(names)
+    assert not absent & imported(f"import {', '.join(names)}")
+
+
+CELLS = """
+import torch
+from lib.benchmark.encoder import Encoder
+from lib.model import checkpoint
+from lib.training import finetune, optim, pretrain
+
+model, tokenizer = checkpoint.load({folder!r})
+ids = torch.tensor(tokenizer(["red fox runs", "owl sleeps by"])["input_ids"])
+optimizer = optim.optimizer(model, lr=1e-3, weight_decay=0.0)
+model.train()(ids).pooler_output.sum().backward()
+optimizer.step()
+Encoder(model, tokenizer).encode(["red fox"], show_progress=False)
+checkpoint.save(model, tokenizer, {folder!r}, {{}}, "text")
+"""
+
+
+def test_to_load_train_encode_and_save_a_model_needs_no_modelling_code(tiny, tokenizer, tmp_path):
+    """transformers' takes 4 s of each stage; its tokenizers are what is needed."""
+    checkpoint.save(tiny(), tokenizer, tmp_path / "model")
+    modules = imported(CELLS.format(folder=str(tmp_path / "model")))
+    heavy = {"transformers.modeling_utils", "transformers.models.auto", "datasets", "pandas"}
+    assert "transformers" in modules and not heavy & modules
 
 
 def test_a_kernel_preloads_what_its_notebook_imports_of_ours_and_of_the_slow_ones():
