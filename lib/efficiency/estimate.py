@@ -183,7 +183,9 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
 
 
 def finetuning(profile: str, row: str, known: Facts) -> Work:
-    """The work of a row of distilled or retrievers, with all its seeds; a teacher is left out.
+    """The work of a row of distilled or retrievers, with all its seeds and the trials of its rates.
+
+    A teacher is left out.
 
     A document brings up to `queries_per_document` of its queries, and MNRL's explicit negatives and
     hard ones are documents too. A pair's epoch is over when each of its kinds (`kinds`) was read.
@@ -208,7 +210,7 @@ def finetuning(profile: str, row: str, known: Facts) -> Work:
     passes = 3 if batch * read <= s["micro_batch_tokens"] else 4
     once = (1 + extra) * forward(shape, document, batch) + asked * forward(shape, query, batch)
     epochs = seen * asked / queries.sum() / max(1, steps_of_pair)
-    total = seen * len(params.trainings(profile, row))
+    total = seen * (len(params.trainings(profile, row)) + len(s["lr_choices"]) * s["trial_share"])
     return Work(row, "pairs", float(total * read), float(epochs), float(passes * total * once))
 
 

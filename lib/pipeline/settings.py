@@ -55,6 +55,13 @@ def distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def choices(rates: list[float]) -> list[float]:
+    chosen = not rates or len(rates) > 1 and len({*rates}) == len(rates) and min(rates) > 0
+    message = f"wants two or more different rates above 0, or none ([]: lr as given), got {rates}"
+    require(chosen, message, ValueError)
+    return rates
+
+
 # Names of rows and profiles reach shell lines and file names.
 Name = text(r"[a-z][a-z0-9_]*", "is no name: small letters, digits and _, a letter first")
 Notebook = text(r"\d\d_[a-z0-9_]+", "is no notebook's name, such as 00_start_here")
@@ -154,6 +161,8 @@ class Finetune(Settings):
     lr: Rate
     embedding_lr: Rate
     lr_documents: Count  # documents per step that the rates are meant for
+    lr_choices: Annotated[list[Rate], AfterValidator(choices)]  # tried on validation; []: lr
+    trial_share: Share  # of the row's documents, for a trial of a rate
     weight_decay: Rate
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
@@ -166,6 +175,22 @@ class Finetune(Settings):
 
     def of(self, seed: int) -> Self:
         return self.model_copy(update={"seeds": [seed]})
+
+    def at(self, lr: float) -> Self:
+        """The settings at another rate; `embedding_lr` keeps its proportion to `lr`."""
+        embedding_lr = self.embedding_lr * lr / self.lr
+        return self.model_copy(update={"lr": lr, "embedding_lr": embedding_lr, "lr_choices": []})
+
+    def trial(self, lr: float) -> Self:
+        """The settings of a trial of a rate: its share of the documents, the first seed."""
+        shorter = {"share": self.share * self.trial_share, "evaluations": 0}
+        return self.at(lr).of(self.seed).model_copy(update=shorter)
+
+    @model_validator(mode="after")
+    def rates_have_a_proportion(self):
+        message = "lr_choices: want an lr above 0, to which embedding_lr has its proportion"
+        require(self.lr or not self.lr_choices, message, ValueError)
+        return self
 
 
 class Evaluate(Settings):

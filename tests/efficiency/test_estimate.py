@@ -176,6 +176,13 @@ def test_gradient_caching_costs_a_fourth_pass(house, design):
     assert work("reads_32k").operations == pytest.approx(whole * 4 / 3)
 
 
+def test_the_trials_of_a_rate_are_trained_too(house, design):
+    alone, epochs = work("reads_32k").operations, work("reads_32k").epochs
+    design({"finetune.smoke.lr_choices": [1e-4, 1e-3, 1e-2], "finetune.smoke.trial_share": 0.5})
+    assert work("reads_32k").operations == pytest.approx(alone * (2 + 3 * 0.5) / 2)  # two seeds
+    assert work("reads_32k").epochs == epochs
+
+
 def test_explicit_negatives_are_read_too(house, design):
     alone = work("reads_32k").tokens
     design({"finetune.smoke.explicit_negatives": 1})

@@ -179,6 +179,16 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
         (("pretrain.laptop", None), ("pretrain.laptop", "{}")),
         (("finetune.laptop.lr", "2e-3"), ("finetune.laptop.lr", "a number", "'2e-3'")),
         (("finetune.laptop.lr", -1.0), ("finetune.laptop.lr", "at least 0")),
+        (
+            ("retrievers.opl.lr_choices", [1e-3]),
+            ("retrievers.opl.lr_choices", "two or more different rates", "[0.001]"),
+        ),
+        (("retrievers.opl.lr_choices", [1e-3, 1e-3]), ("opl.lr_choices", "different rates")),
+        (("retrievers.opl.lr_choices", [0.0, 1e-3]), ("opl.lr_choices", "above 0")),
+        (
+            ("retrievers.opl", {"pretrained": "warm_32k", "lr": 0.0, "lr_choices": [1e-4, 1e-3]}),
+            ("retrievers.opl.lr_choices: want an lr above 0",),
+        ),
         (("finetune.laptop.documents", 1.5), ("finetune.laptop.documents", "a whole number")),
         (
             ("finetune.laptop.documents", True),
