@@ -186,6 +186,11 @@ def with_interval(value: float, low: float, high: float, signed: bool = False) -
     return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
 
 
+def points(value: float) -> str:
+    """A fraction × 100 as text: `3.1`, or – if it is missing."""
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
 def each_seed(differences: list[float]) -> str:
     """The difference of each pair of trainings × 100: `+2.0, -0.3`; – if there is one pair.
 
