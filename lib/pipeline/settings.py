@@ -62,10 +62,20 @@ def choices(rates: list[float]) -> list[float]:
     return rates
 
 
+def picked(rows: list | dict) -> list | dict:
+    """The rows of a profile: names, or {name: what differs from the row that every profile has}."""
+    names = isinstance(rows, list) and all(isinstance(name, str) for name in rows)
+    changes = isinstance(rows, dict) and all(isinstance(own, dict) for own in rows.values())
+    message = f"wants a list of rows, or {{row: its changes}}, got {rows!r}"
+    require(names or changes, message, ValueError)
+    return rows
+
+
 # Names of rows and profiles reach shell lines and file names.
 Name = text(r"[a-z][a-z0-9_]*", "is no name: small letters, digits and _, a letter first")
 Notebook = text(r"\d\d_[a-z0-9_]+", "is no notebook's name, such as 00_start_here")
 Lengths = Annotated[dict[int, Count], AfterValidator(complete)]
+Picked = Annotated[object, AfterValidator(picked)]
 
 
 class Settings(BaseModel):
@@ -300,13 +310,15 @@ ROWS = {
     "lessons": row(notebook=Notebook),
 }
 TABLES = (*ROWS, "evaluated")
+Group = row(ablations=(list[str], []), rows=(list[str], []))
 
 Design = create_model(
     "Design",
     __base__=Settings,
     profile=str,
     lengths=dict[Name, Lengths],
-    rows=dict[str, dict[Literal[TABLES], list[str]]],
+    rows=dict[str, dict[Literal[TABLES], Picked]],
+    groups=dict[Name, dict],
     **dict.fromkeys(SECTIONS, dict[str, dict]),
     **dict.fromkeys(TABLES, dict[Name, dict]),
 )

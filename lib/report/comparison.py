@@ -156,8 +156,12 @@ def each_seed(values: pd.DataFrame, row: str) -> dict[int, float]:
 
 
 def compared(profile: str, key: str) -> list[str]:
-    """The rows of an ablation that the profile runs; all of them if it does not run this one."""
-    return params.rows(profile, "ablations").get(key, params.load()["ablations"][key])["rows"]
+    """The rows of an ablation that the profile runs; all of them if it does not run this one.
+
+    None of an ablation that other profiles have for themselves.
+    """
+    every = params.load()["ablations"] | params.rows(profile, "ablations")
+    return every.get(key, {"rows": []})["rows"]
 
 
 def ablation(profile: str, key: str) -> pd.DataFrame:
@@ -256,6 +260,17 @@ def seeds_and_spread(scores: dict[int, float]) -> str:
     kind = "range" if "range" in apart else "SD"
     number = apart.get("range", apart.get("deviation"))
     return f"{len(scores)} ({kind} {100 * number:.1f})" if apart else f"{len(scores)}"
+
+
+def finding(line: dict) -> str:
+    """The verdict on a question of our own, of a line of `ablation`: ahead, behind or undecided.
+
+    By the rule of `verdict`, with no expectation of the paper; "" for the reference.
+    """
+    if math.isnan(line["difference"]):
+        return ""
+    said = verdict(line["difference_low"], line["difference_high"], 1, line["p"], line["by_seed"])
+    return {REPRODUCES: "ahead", NOT_HERE: "behind"}.get(said, said)
 
 
 def verdict(

@@ -134,6 +134,27 @@ def test_what_could_not_have_been_seen_is_said():
     assert comparison.verdict(**seen, p=0.2) == "no power"
 
 
+@pytest.mark.parametrize(
+    "low, high, p, by_seed, said",
+    [
+        (0.1, 0.3, 0.01, [0.2, 0.1], "ahead"),
+        (-0.3, -0.1, 0.01, [-0.2], "behind"),
+        (0.1, 0.3, 0.06, [0.2], "undecided"),
+        (0.1, 0.3, 0.01, [0.3, -0.1], "undecided"),
+        (math.nan, math.nan, math.nan, math.nan, ""),
+    ],
+)
+def test_a_question_of_our_own_is_decided_by_the_same_rule(low, high, p, by_seed, said):
+    line = {"difference": (low + high) / 2, "p": p, "by_seed": by_seed}
+    assert comparison.finding(line | {"difference_low": low, "difference_high": high}) == said
+
+
+def test_an_ablation_that_only_other_profiles_have_compares_nothing(house):
+    assert comparison.compared("laptop", "of_another_profile") == []
+    frame = comparison.ablation("laptop", "of_another_profile")
+    assert frame.empty and comparison.ablation_table(frame, "laptop").empty
+
+
 def test_a_row_that_is_not_trained_adds_no_seeds_to_what_is_detectable(scored):
     rng = np.random.default_rng(2)
     opl, fixed = rng.random((2, 40)) + [[0.0], [0.2]], rng.random(40)
