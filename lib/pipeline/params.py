@@ -128,7 +128,7 @@ def rows(profile: str, table: str) -> dict[str, dict]:
     The profile that params.yaml names runs every row of the tables, and none of `rows`. Of an
     ablation, the rows that the profile runs are left.
     """
-    return select(load(), known_profile(profile))[table]
+    return select(load_with(profile), profile)[table]
 
 
 def group(profile: str, name: str) -> dict[str, list[str]]:
@@ -137,7 +137,7 @@ def group(profile: str, name: str) -> dict[str, list[str]]:
     Raises:
         ParamsError: no such group, or the profile runs none of its rows.
     """
-    found = groups(load(), known_profile(profile))
+    found = groups(load_with(profile), profile)
     known(name, found, f"group of {profile}")
     return found[name]
 
@@ -252,12 +252,14 @@ def load(path: str | Path | None = None) -> dict:
 
 def load_for(profile: str) -> dict:
     """The whole file with the profile's own rows, if it has this profile."""
-    return merged(load(), known_profile(profile))
+    return merged(load_with(profile), profile)
 
 
-def known_profile(profile: str) -> str:
-    known(profile, load()["lengths"], "profile")
-    return profile
+def load_with(profile: str) -> dict:
+    """The whole file, if it has this profile."""
+    design = load()
+    known(profile, design["lengths"], "profile")
+    return design
 
 
 @lru_cache(maxsize=8)

@@ -144,7 +144,7 @@ def changed(design: dict, profile: str, given: dict) -> dict:
     design = copying.deepcopy(design)
     for name, key in (("data", "source"), ("text", "pretraining")):
         if name in given:
-            design["data"].setdefault(profile, {})[key] = given[name]
+            design["data"][profile] = {**design["data"].get(profile, {}), key: given[name]}
     for text in given.get("set", ()):
         match = re.fullmatch(r"([^.=]*)\.([^=]*)=(.*)", text)
         example = "wants section.key=value, such as finetune.allow_test_training=true"
@@ -152,7 +152,8 @@ def changed(design: dict, profile: str, given: dict) -> dict:
         section, key, value = match.groups()
         params.known(section, params.STAGES, "section", f"SET={text}: ")
         value = params.parse(f"value: {value}", f"SET={text}")["value"]
-        design[section].setdefault(profile, {})[key] = value
+        # A new dict: profiles may share one, by an anchor of the file.
+        design[section][profile] = {**design[section].get(profile, {}), key: value}
     params.check(design)
     return design
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.pipeline import params
+from lib.pipeline import profile as pipeline
 from lib.pipeline.params import ParamsError
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,16 @@ def test_a_profile_has_rows_of_its_own_and_changes_others(edit):
     assert params.settings("laptop", "finetune", "reads_32k")["seeds"] == [42, 43]
     with pytest.raises(ParamsError, match="unknown row of .* 'opl_64'; did you mean 'opl'"):
         params.settings("laptop", "finetune", "opl_64")
+
+
+def test_a_setting_for_one_run_is_that_of_its_profile_alone(edit):
+    """Profiles that share their settings by an anchor of the file share one dict."""
+    edit()
+    small = {"hidden_size": 128}
+    design = params.load() | {"model": params.load()["model"] | {"study": small, "real": small}}
+    given = pipeline.changed(design, "study", {"set": ["model.hidden_size=64"]})
+    assert given["model"]["study"] == {"hidden_size": 64}
+    assert given["model"]["real"] == small == {"hidden_size": 128}
 
 
 def test_a_group_is_what_its_profile_runs_of_it_with_what_that_is_built_on(edit):

@@ -72,7 +72,7 @@ def test_a_row_was_trained_where_it_and_what_it_starts_from_were(house):
     write(
         {"machine": "A", "start": "random weights", "tokens": 5}, "pretrain", "mixed_8k", "laptop"
     )
-    write({"machine": "B", "start": "mixed_8k", "tokens": 5}, "continue", "warm_32k", "laptop")
+    write({"machine": "B", "tokens": 5}, "continue", "warm_32k", "laptop")
     write({"machine": "B", "tokens": 7}, "finetune", "opl", "laptop")
     write({"machine": "A", "tokens": 7}, "finetune", "reads_8k", "laptop")
     rows = ["opl", "reads_8k", "bm25", "cold"]
@@ -95,7 +95,7 @@ def test_a_learning_rate_stands_beside_those_that_were_tried(retrievers):
 def test_rows_start_from_the_weights_that_their_first_model_had(house):
     vectors = "the word vectors of package:x"
     write({"start": vectors, "tokens": 5}, "pretrain", "mixed_8k", "laptop")
-    write({"start": "mixed_8k", "tokens": 5}, "continue", "warm_32k", "laptop")
+    write({"start": vectors, "tokens": 5}, "continue", "warm_32k", "laptop")
     write({"tokens": 0}, "finetune", "pretrained_only", "laptop")
     write({"start": "random weights", "tokens": 0}, "pretrain", "untrained_32k", "laptop")
     write({"tokens": 0}, "finetune", "untrained", "laptop")
