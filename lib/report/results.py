@@ -137,7 +137,7 @@ def trainings_of(profile: str, row: str) -> list[dict]:
     design = params.load_for(profile)
     if row not in params.trained(design):
         return []
-    chain = [(name, own) for name, own in params.ancestors(design, row)]
+    chain = params.ancestors(design, row)
     steps = ["pretrain" if "length" in own else "finetune" for _, own in chain]
     paths = [source(profile, step, name) for step, (name, _) in zip(steps, chain)]
     return [read_json(path / "metrics.json") for path in paths]
