@@ -4,6 +4,7 @@ PROFILE ?=
 DATA    ?=
 TEXT    ?=
 SET     ?=
+GROUP   =
 ARGS    ?=
 JOBS    ?= 2
 EXTRA   ?= cpu
@@ -26,6 +27,7 @@ help:
 	@echo 'make repro                      every table and figure, at the profile that params.yaml names'
 	@echo 'make repro PROFILE=smoke        the same at another profile, in .work/smoke'
 	@echo 'make repro ARGS=finetune@opl    one row, and what it needs (any arguments of `dvc repro`)'
+	@echo 'make repro PROFILE=study GROUP=loss   the rows that answer one question, and what they need (groups: params.yaml)'
 	@echo 'make repro DATA=/path/to/mine   everything on your collection, in a folder of its own (also hub, longembed; any PROFILE)'
 	@echo '           TEXT=/path/to/texts  … pretrained on your text (a folder of parquet, jsonl or txt; also hub)'
 	@echo '           SET="section.key=value …"   … with other settings than params.yaml, for this run alone'
@@ -43,11 +45,11 @@ help:
 	@echo 'EXTRA=gpu                       faiss-gpu in place of faiss-cpu (Linux, CUDA 12)'
 
 # A path reaches the recipe through the environment: it may hold blanks and quotes.
-export DATA TEXT SET
+export DATA TEXT SET GROUP
 COLLECTION = $(if $(DATA),"--data=$$DATA") $(if $(TEXT),"--text=$$TEXT") $(if $(SET),"--set=$$SET")
 
 repro: environment
-	@$(BIN)/python -m lib.pipeline repro $(PROFILE) $(COLLECTION) $(ARGS)
+	@$(BIN)/python -m lib.pipeline repro $(PROFILE) $(COLLECTION) $(if $(GROUP),"--group=$$GROUP") $(ARGS)
 
 # Two processes of one thread each: the longest tests wait for one thread.
 test: environment

@@ -4,12 +4,16 @@
     paired(a, b)                  the same of the difference of two retrievers on the same queries
     p_value(a, b)                 the paired randomisation test
     holm(p_values)                p-values that hold for all comparisons together
+    standard_error(a, b)          of a difference, over queries and trainings
+    detectable(error)             the smallest difference that a comparison finds with 80 % power
     spread(by_seed)               how far the trainings of a row lie apart
 
-Source: Fisher 1935; Holm 1979; Smucker et al. 2007.
+Source: Fisher 1935; Holm 1979; Smucker et al. 2007; Bloom 1995 (minimum detectable effects).
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -115,6 +119,61 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty_like(p)
     corrected[order] = np.maximum.accumulate(np.minimum(1, (len(p) - np.arange(len(p))) * p[order]))
     return corrected.tolist()
+
+
+def standard_error(*systems: np.ndarray) -> float:
+    """The standard error of a mean, or of the difference of two, over queries and trainings.
+
+        SE² = s_d² / n + τ² Σ_r 1 / S_r
+        τ²  = max(0, mean over systems of (variance of the S_r means - σ_r² / n))
+
+    A score is a_sq = μ + seed_s + query_q + rest_sq. s_d² is the variance over queries of the
+    difference of the systems' means over trainings; it holds the queries and the rest. σ_r² is the
+    mean square of the rest. τ² is the variance of the seeds, the same for both systems and weighted
+    by their degrees of freedom S_r - 1. It is 0 if each system was trained once: then nothing is
+    known of another training.
+
+    Args:
+        systems: one or two, (S_r, n) each: S_r trainings on the same n queries; the first minus the
+            second. A system that is not trained has no seeds: subtract it from the other.
+
+    Returns:
+        NaN if there is only one query.
+    """
+    scores = [np.asarray(system, dtype=np.float64) for system in systems]
+    n = scores[0].shape[1]
+    if n < 2:
+        return math.nan
+    means = [system.mean(axis=0) for system in scores]
+    of_queries = np.var(means[0] - means[1] if len(means) > 1 else means[0], ddof=1) / n
+    several = [system for system in scores if len(system) > 1]
+    degrees = [len(system) - 1 for system in several]
+    of_seeds = (
+        np.average([seed_variance(own) for own in several], weights=degrees) if several else 0
+    )
+    return math.sqrt(of_queries + max(0.0, of_seeds) * sum(1 / len(own) for own in scores))
+
+
+def seed_variance(scores: np.ndarray) -> float:
+    """τ² of one system, (S, n) with S > 1: of the seeds' means what the rest does not explain."""
+    S, n = scores.shape
+    rest = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+    square = (rest**2).sum() / ((S - 1) * (n - 1))
+    return float(np.var(scores.mean(axis=1), ddof=1) - square / n)
+
+
+def detectable(error: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true difference that a two-sided test at `alpha` finds with this power.
+
+        (z_{1 - α/2} + z_power) SE = 2.80 SE
+
+    It is that of one comparison. A correction for several asks for more.
+
+    Args:
+        error: the standard error of the difference.
+    """
+    z = NormalDist().inv_cdf
+    return (z(1 - alpha / 2) + z(power)) * error
 
 
 def spread(by_seed: dict[int, float]) -> dict:

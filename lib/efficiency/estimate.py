@@ -183,7 +183,9 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
 
 
 def finetuning(profile: str, row: str, known: Facts) -> Work:
-    """The work of a row of distilled or retrievers, with all its seeds; a teacher is left out.
+    """The work of a row of distilled or retrievers, with all its seeds and the trials of its rates.
+
+    A teacher is left out.
 
     A document brings up to `queries_per_document` of its queries, and MNRL's explicit negatives and
     hard ones are documents too. A pair's epoch is over when each of its kinds (`kinds`) was read.
@@ -201,14 +203,14 @@ def finetuning(profile: str, row: str, known: Facts) -> Work:
     steps_of_pair = kinds(s)
     if steps_of_pair:  # a step is one pair or triplet
         asked, extra = 1.0, float(s["loss"] == "triplet")
-    L = params.length(profile, params.paper_length(row))
+    L = params.length(profile, params.paper_length(row, profile))
     document, query = np.minimum(sizes, L).mean(), min(known.query, s["query_length"], L)
     shape, batch = config(profile, row, L, known.vocabulary), s["documents"]
     read = (1 + extra) * document + asked * query
     passes = 3 if batch * read <= s["micro_batch_tokens"] else 4
     once = (1 + extra) * forward(shape, document, batch) + asked * forward(shape, query, batch)
     epochs = seen * asked / queries.sum() / max(1, steps_of_pair)
-    total = seen * len(params.trainings(profile, row))
+    total = seen * (len(params.trainings(profile, row)) + len(s["lr_choices"]) * s["trial_share"])
     return Work(row, "pairs", float(total * read), float(epochs), float(passes * total * once))
 
 
@@ -301,8 +303,8 @@ def announce(profile: str, folder: str | Path, row: str | None = None) -> None:
     """Print what training will read and how long it takes, before its first step.
 
     stderr, since a time differs from run to run and an executed notebook keeps none. With a row its
-    line, and a warning if it repeats itself; else a line for each row and one for all of them. Of
-    several processes the first prints, and the rate is its own times their number.
+    line, and a warning if it repeats itself; else a line for each row, each group and all of them.
+    Of several processes the first prints, and the rate is its own times their number.
     """
     if processes.is_follower():
         return
@@ -311,11 +313,25 @@ def announce(profile: str, folder: str | Path, row: str | None = None) -> None:
     todo = [work(profile, t, r, known) for t, r in trained(profile) if row in (None, r)]
     lines = [line(w, speed) for w in todo]
     if row is None:
+        lines += [
+            f"group {name}: about {duration(operations / speed)} for {len(group)} rows"
+            for name, (group, operations) in by_group(profile, todo).items()
+        ]
         total = sum(w.operations for w in todo) / speed
         lines.append(f"all rows, one after the other: about {duration(total)} on this machine")
     else:
         lines += [f"{what}: {which}" for what, which in repetitions(todo).items()]
     print(*lines, sep="\n", file=sys.stderr)
+
+
+def by_group(profile: str, done: list[Work]) -> dict[str, tuple[set[str], float]]:
+    """{group: (its rows with what they are built on, the operations of their training)}."""
+    groups = params.groups(params.load(), profile)
+    rows = {name: params.needs(profile, group["rows"]) for name, group in groups.items()}
+    return {
+        name: (group, sum(w.operations for w in done if w.row in group))
+        for name, group in rows.items()
+    }
 
 
 def line(done: Work, speed: float) -> str:

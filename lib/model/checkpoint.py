@@ -1,6 +1,7 @@
 """Our models on disk: a Hugging Face folder with a record of every file's sha256, training.json.
 
     save(model, tokenizer, folder, about, readme)   write the folder, whole or not at all
+    record(folder)                                  what `about` said of a model's origin
     load(folder)                                    model and tokenizer; every file is checked
 
 This module unpickles nothing, runs no code from a checkpoint, and fills no missing weight with
@@ -230,6 +231,12 @@ def read_config(path: Path) -> tuple[M2BertConfig, torch.dtype]:
         return M2BertConfig.from_dict(options), getattr(torch, content.get("dtype") or "float32")
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is no config of an M2-BERT: {error}") from None
+
+
+def record(folder: str | Path) -> dict:
+    """What `save` was told about a model's origin; {} if there is no such model."""
+    path = Path(folder) / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

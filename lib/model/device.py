@@ -1,11 +1,15 @@
 """The device and the number of threads of a process, and a batch's way to the device.
 
 use(compute)                           the device, after setting the number of threads
+kind(device)                           what decides the last bits of a result, for its record
 to_device(ids, mask, pad_id, model)    a batch where its model is
 """
 
 import math
+import platform
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,25 @@ def use(compute: dict) -> torch.device:
     message = f"device {name!r}: no CUDA device here; set compute.device to auto or cpu"
     require(possible, message, WorkbenchError)
     return torch.device(name)
+
+
+def kind(device: torch.device) -> str:
+    """The kind of machine that computes: the GPU, or the processor, its SIMD unit and the threads.
+
+    Two kinds give other last bits from the same settings, and training makes them grow. So rows
+    that are compared should come from one kind.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type}, {platform.machine()}"
+    about = Path("/proc/cpuinfo")
+    text = about.read_text(encoding="utf-8", errors="replace") if about.is_file() else ""
+    known = re.search(r"^model name\s*:\s*(.+)", text, re.M)
+    name = known[1] if known else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    threads = f"{threads} thread{'s' * (threads > 1)}"
+    return f"{' '.join(name.split())}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
 
 
 def to_device(ids: Tensor, mask: Tensor, pad_id: int, model: nn.Module) -> tuple[Tensor, Tensor]:

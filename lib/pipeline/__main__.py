@@ -4,12 +4,13 @@ python -m lib.pipeline strip notebooks data/source      notebooks without output
 python -m lib.pipeline strip --in-place notebooks       the same in place, before a commit
 python -m lib.pipeline run 03_pretrain pretrain mixed_2k --profile laptop
 python -m lib.pipeline repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value]
-                             [arguments of `dvc repro`, such as finetune@opl]
+                             [--group=loss] [arguments of `dvc repro`, such as finetune@opl]
 python -m lib.pipeline report [PROFILE] [--data=FOLDER]
 
 --data   the tasks: a folder in any layout of lib/benchmark/sources.py, hub, or longembed
 --text   the pretraining text: a folder of parquet, jsonl or txt, or hub
 --set    "section.key=value …", over what params.yaml says for this run alone
+--group  the rows of one group of params.yaml, and what they are built on
 """
 
 import argparse

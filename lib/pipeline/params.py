@@ -3,6 +3,7 @@
     settings(profile, stage, row)     base  <  profile  <  row, key by key
     length(profile, 2048)             what a paper length is in a profile
     rows(profile, "retrievers")       the rows a profile runs
+    group(profile, "loss")            the part of them that answers one question
     trainings(profile, "opl")         the seeds of a row, and the folder of each one's model
 
 `base` of a stage holds every key that its notebooks read, and gives each its
@@ -19,7 +20,16 @@ from pathlib import Path
 
 from lib.pipeline.errors import require
 from lib.pipeline.settings import PAPER_LENGTHS as PAPER_LENGTHS
-from lib.pipeline.settings import ROWS, SECTIONS, TABLES, Design, ParamsError, nearest, validate
+from lib.pipeline.settings import (
+    ROWS,
+    SECTIONS,
+    TABLES,
+    Design,
+    Group,
+    ParamsError,
+    nearest,
+    validate,
+)
 
 STAGES = tuple(SECTIONS)
 MODELS = TABLES[:4]  # each of their rows is a model trained here
@@ -102,18 +112,58 @@ def length(profile: str, paper_length: int) -> int:
     return load_for(profile)["lengths"][profile][paper_length]
 
 
-def paper_length(row: str) -> int:
-    """The paper's length of a trained row: its own, or that of the model that it starts from."""
-    return next(own["length"] for _, own in ancestors(load(), row) if "length" in own)
+def paper_length(row: str, profile: str | None = None) -> int:
+    """The paper's length of a trained row: its own, or that of the model that it starts from.
+
+    Args:
+        profile: where the row may be one of the profile's own.
+    """
+    design = load_for(profile) if profile else load()
+    return next(own["length"] for _, own in ancestors(design, row) if "length" in own)
 
 
 def rows(profile: str, table: str) -> dict[str, dict]:
     """The rows of a table that a profile runs, by name, in the file's order.
 
-    The profile that params.yaml names runs every row. Of an ablation, the rows that the profile
-    runs are left.
+    The profile that params.yaml names runs every row of the tables, and none of `rows`. Of an
+    ablation, the rows that the profile runs are left.
     """
-    return select(load_for(profile), profile)[table]
+    return select(load_with(profile), profile)[table]
+
+
+def group(profile: str, name: str) -> dict[str, list[str]]:
+    """{"ablations", "rows"} of a group that a profile runs; the rows of its ablations are in rows.
+
+    Raises:
+        ParamsError: no such group, or the profile runs none of its rows.
+    """
+    found = groups(load_with(profile), profile)
+    known(name, found, f"group of {profile}")
+    return found[name]
+
+
+def groups(design: dict, profile: str) -> dict[str, dict[str, list[str]]]:
+    """The groups of which a profile runs a row, as `group` returns each."""
+    tables, found = select(design, profile), {}
+    run = {**tables["evaluated"], **tables["baselines"]}
+    for name, own in design["groups"].items():
+        ablations = [key for key in own.get("ablations", []) if key in tables["ablations"]]
+        names = sum((tables["ablations"][key]["rows"] for key in ablations), [])
+        names = [row for row in run if row in (*names, *own.get("rows", []))]
+        if names:
+            found[name] = {"ablations": ablations, "rows": names}
+    return found
+
+
+def needs(profile: str, rows: Iterable[str]) -> set[str]:
+    """These rows, and the trained ones that they are built on: starts and teachers."""
+    models, found, fresh = trained(load_for(profile)), set(), set(rows)
+    while fresh:
+        found |= fresh
+        own = [models.get(row, {}) for row in fresh]
+        fresh = {keys[key] for keys in own for key in ("pretrained", "teacher") if key in keys}
+        fresh -= found
+    return found
 
 
 def own(row: str, table: str) -> dict | None:
@@ -135,9 +185,25 @@ def trainings(profile: str, row: str) -> dict[int, str]:
     return {first: row} | {seed: f"{row}/seed_{seed}" for seed in others}
 
 
+def merged(design: dict, profile: str) -> dict:
+    """The design with the changes and the new rows that a profile's `rows` have."""
+    tables = {}
+    for table, rows in chosen_by(design, profile).items():
+        changes = rows if isinstance(rows, dict) else {}
+        own = {name: {**design[table].get(name, {}), **keys} for name, keys in changes.items()}
+        tables[table] = {**design[table], **own}
+    design = {**design, **tables}
+    return design | {"evaluated": {**design["retrievers"], **design["published"]}}
+
+
+def chosen_by(design: dict, profile: str) -> dict[str, list | dict]:
+    """The rows that a profile names, by table; {} for the file's own profile: DVC runs them all."""
+    return {} if profile == design["profile"] else design["rows"].get(profile, {})
+
+
 def select(design: dict, profile: str) -> dict[str, dict]:
-    """The tables as `rows` of the design cuts them for a profile."""
-    chosen = {} if profile == design["profile"] else design["rows"].get(profile, {})
+    """The tables as `rows` of the design changes and cuts them for a profile."""
+    chosen, design = chosen_by(design, profile), merged(design, profile)
     tables = {
         table: {
             name: own
@@ -185,6 +251,11 @@ def load(path: str | Path | None = None) -> dict:
 
 
 def load_for(profile: str) -> dict:
+    """The whole file with the profile's own rows, if it has this profile."""
+    return merged(load_with(profile), profile)
+
+
+def load_with(profile: str) -> dict:
     """The whole file, if it has this profile."""
     design = load()
     known(profile, design["lengths"], "profile")
@@ -235,9 +306,11 @@ def check(design: dict) -> None:
     for profile, chosen in design["rows"].items():
         known(profile, design["lengths"], "profile", "rows: ")
         for table, names in chosen.items():
-            for name in names:
+            for name in names if isinstance(names, list) else ():
                 known(name, design[table], f"row of {table}", f"rows.{profile}.{table}: ")
+        check_own_rows(design, profile)
         check_subset(design, profile)
+    check_groups(design)
 
 
 def check_stage(stage: str, schema: type, section: dict, profiles: Iterable) -> None:
@@ -285,9 +358,34 @@ def check_references(design: dict) -> None:
         raise ParamsError(f"rows wait for each other: {circle}") from None
 
 
+def check_own_rows(design: dict, profile: str) -> None:
+    """The rows that only this profile has, and those that it changes."""
+    whole = merged({**design, "profile": None}, profile)
+    try:
+        validate("", Design, {**whole, "profile": profile})
+        check_rows(whole)
+        check_references(whole)
+    except ParamsError as error:
+        raise ParamsError(f"rows.{profile}: {error}") from None
+
+
+def check_groups(design: dict) -> None:
+    """A group names ablations and rows that some profile has."""
+    every = [merged({**design, "profile": None}, profile) for profile in design["lengths"]]
+    tables = {"ablations": ("ablations",), "rows": ("evaluated", "baselines")}
+    for group, own in design["groups"].items():
+        validate(f"groups.{group}", Group, own)
+        for key, names in own.items():
+            there = dict.fromkeys(n for whole in every for t in tables[key] for n in whole[t])
+            for name in names:
+                what = "ablation" if key == "ablations" else "row of retrievers or baselines"
+                known(name, there, what, f"groups.{group}.{key}: ")
+
+
 def check_subset(design: dict, profile: str) -> None:
     """What the rows that a profile picks are built on is picked too."""
-    tables = select({**design, "profile": None}, profile)
+    design = merged({**design, "profile": None}, profile)
+    tables = select(design, profile)
     for (table, key), targets in REFERENCES.items():
         for row, own in tables[table].items() if table != "ablations" else ():
             home = next(target for target in targets if own[key] in design[target])

@@ -32,6 +32,9 @@ from lib.pipeline.params import ParamsError
 
 SOURCES = ("embedded", "hub", "longembed")
 WANTED = {"data": "a folder, hub, longembed", "text": "a folder, hub", "set": "section.key=value"}
+WANTED |= {"group": "a group of params.yaml"}
+# What shows rows. It waits for every row, so the pages of a group are asked for by themselves.
+PAGES = ("overview", "site")
 COPIED = (
     "lib notebooks data/paper dvc.yaml .dvcignore .dvc/config .dvc/config.local requirements.lock"
 ).split()
@@ -41,23 +44,28 @@ def repro(arguments: list[str]) -> int:
     """Run `dvc repro` for a profile; DVC's exit code.
 
     Args:
-        arguments: the profile's name, if it is not the one of params.yaml; --data, --text and --set
-            with their values; then what `dvc repro` takes.
+        arguments: the profile's name, if it is not the one of params.yaml; --data, --text, --set
+            and --group with their values; then what `dvc repro` takes. With a group, the rows of
+            the group alone; the report shows the others as they last ran.
 
     Raises:
-        ParamsError: a wrong design, profile, stage, row, folder or setting; nothing has run then.
+        ParamsError: a wrong design, profile, stage, row, folder, group or setting; nothing has run
+            then.
     """
     root, design = params.root(), params.load()
     given, arguments = options(arguments)
     stages = foreach(root / "dvc.yaml")
     profile, arguments = split(arguments, design, stages)
+    group = given.pop("group", None)
+    commands = [[]] if group is None else of_group(profile, group)
+    commands[0] += arguments
     home = folder(root, profile, given)
     name = profile if home == root else home.name
     if home == root:
         make_folders(root, profile, stages)
         if not (root / ".git").exists():
             configure(root, root)
-        code = dvc(root, ["repro", *arguments])
+        code = dvc(root, commands)
     else:
         design = changed(design, profile, given)
         home.mkdir(parents=True, exist_ok=True)
@@ -68,7 +76,7 @@ def repro(arguments: list[str]) -> int:
             values = {**design["data"]["base"], **design["data"].get(profile, {})}
             folders = {values["source"], values["pretraining"]} - set(SOURCES)
             depend(home / "dvc.yaml", sorted(folders))
-            code = dvc(home, ["repro", *arguments])
+            code = dvc(home, commands)
             report = home / "data" / "report" / profile
             if code == 0 and report.is_dir():
                 with files.replacing(root / "data" / "report" / name) as draft:
@@ -88,8 +96,23 @@ def options(arguments: list[str]) -> tuple[dict, list[str]]:
     for name, values in given.items():
         empty = f"--{name}: says nothing; it wants {WANTED[name]}"
         require(all(map(str.strip, values)), empty, ParamsError)
-        given[name] = " ".join(values).split() if name == "set" else collection(name, values[-1])
+        given[name] = read_option(name, values)
     return given, rest
+
+
+def read_option(name: str, values: list[str]) -> str | list[str]:
+    if name == "set":
+        return " ".join(values).split()
+    return values[-1].strip() if name == "group" else collection(name, values[-1])
+
+
+def of_group(profile: str, name: str) -> list[list[str]]:
+    """The targets of two runs of `dvc repro`: the rows of a group, then what shows them."""
+    group, baselines = params.group(profile, name), params.rows(profile, "baselines")
+    stages = {row: "baseline" if row in baselines else "evaluate" for row in group["rows"]}
+    rows = [f"{stage}@{row}" for row, stage in stages.items()]
+    pages = [f"ablation@{ablation}" for ablation in group["ablations"]]
+    return [[*rows, "efficiency"], ["--single-item", *pages, *PAGES]]
 
 
 def collection(name: str, value: str) -> str:
@@ -121,7 +144,7 @@ def changed(design: dict, profile: str, given: dict) -> dict:
     design = copying.deepcopy(design)
     for name, key in (("data", "source"), ("text", "pretraining")):
         if name in given:
-            design["data"].setdefault(profile, {})[key] = given[name]
+            design["data"][profile] = {**design["data"].get(profile, {}), key: given[name]}
     for text in given.get("set", ()):
         match = re.fullmatch(r"([^.=]*)\.([^=]*)=(.*)", text)
         example = "wants section.key=value, such as finetune.allow_test_training=true"
@@ -129,7 +152,8 @@ def changed(design: dict, profile: str, given: dict) -> dict:
         section, key, value = match.groups()
         params.known(section, params.STAGES, "section", f"SET={text}: ")
         value = params.parse(f"value: {value}", f"SET={text}")["value"]
-        design[section].setdefault(profile, {})[key] = value
+        # A new dict: profiles may share one, by an anchor of the file.
+        design[section][profile] = {**design[section].get(profile, {}), key: value}
     params.check(design)
     return design
 
@@ -201,7 +225,8 @@ def copy(root: Path, home: Path, design: dict, profile: str) -> None:
             shutil.copytree(source, target, ignore=unwanted)
         elif source.is_file():
             shutil.copy2(source, target)
-    own = {"profile": profile, "rows": {}, **params.select(design, profile)}
+    own = {"profile": profile, "rows": {}, "groups": params.groups(design, profile)}
+    own |= params.select(design, profile)
     YAML().dump({**design, **own}, home / "params.yaml")
     configure(root, home)
 
@@ -232,8 +257,16 @@ def configure(root: Path, home: Path) -> None:
 # ------------------------------------------------------------------ DVC
 
 
-def dvc(folder: Path, arguments: list[str]) -> int:
-    """DVC in a folder, its stages with this Python; it ends when we are ended."""
+def dvc(folder: Path, commands: list[list[str]]) -> int:
+    """`dvc repro` in a folder, for each list of arguments until one fails; the exit code.
+
+    Its stages run with this Python, and it ends when we are ended.
+    """
+    codes = (reproduced(folder, arguments) for arguments in commands)
+    return next((code for code in codes if code), 0)
+
+
+def reproduced(folder: Path, arguments: list[str]) -> int:
 
     def with_parent() -> None:
         if sys.platform == "linux":
@@ -241,7 +274,7 @@ def dvc(folder: Path, arguments: list[str]) -> int:
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", "dvc", "repro", *arguments],
         cwd=folder,
         env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},  # DVC would take fish, which is not sh
         preexec_fn=with_parent,

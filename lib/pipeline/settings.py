@@ -55,10 +55,27 @@ def distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def choices(rates: list[float]) -> list[float]:
+    chosen = not rates or len(rates) > 1 and len({*rates}) == len(rates) and min(rates) > 0
+    message = f"wants two or more different rates above 0, or none ([]: lr as given), got {rates}"
+    require(chosen, message, ValueError)
+    return rates
+
+
+def picked(rows: list | dict) -> list | dict:
+    """The rows of a profile: names, or {name: what differs from the row that every profile has}."""
+    names = isinstance(rows, list) and all(isinstance(name, str) for name in rows)
+    changes = isinstance(rows, dict) and all(isinstance(own, dict) for own in rows.values())
+    message = f"wants a list of rows, or {{row: its changes}}, got {rows!r}"
+    require(names or changes, message, ValueError)
+    return rows
+
+
 # Names of rows and profiles reach shell lines and file names.
 Name = text(r"[a-z][a-z0-9_]*", "is no name: small letters, digits and _, a letter first")
 Notebook = text(r"\d\d_[a-z0-9_]+", "is no notebook's name, such as 00_start_here")
 Lengths = Annotated[dict[int, Count], AfterValidator(complete)]
+Picked = Annotated[object, AfterValidator(picked)]
 
 
 class Settings(BaseModel):
@@ -154,6 +171,8 @@ class Finetune(Settings):
     lr: Rate
     embedding_lr: Rate
     lr_documents: Count  # documents per step that the rates are meant for
+    lr_choices: Annotated[list[Rate], AfterValidator(choices)]  # tried on validation; []: lr
+    trial_share: Share  # of the row's documents, for a trial of a rate
     weight_decay: Rate
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
@@ -166,6 +185,22 @@ class Finetune(Settings):
 
     def of(self, seed: int) -> Self:
         return self.model_copy(update={"seeds": [seed]})
+
+    def at(self, lr: float) -> Self:
+        """The settings at another rate; `embedding_lr` keeps its proportion to `lr`."""
+        embedding_lr = self.embedding_lr * lr / self.lr
+        return self.model_copy(update={"lr": lr, "embedding_lr": embedding_lr, "lr_choices": []})
+
+    def trial(self, lr: float) -> Self:
+        """The settings of a trial of a rate: its share of the documents, the first seed."""
+        shorter = {"share": self.share * self.trial_share, "evaluations": 0}
+        return self.at(lr).of(self.seed).model_copy(update=shorter)
+
+    @model_validator(mode="after")
+    def rates_have_a_proportion(self):
+        message = "lr_choices: want an lr above 0, to which embedding_lr has its proportion"
+        require(self.lr or not self.lr_choices, message, ValueError)
+        return self
 
 
 class Evaluate(Settings):
@@ -275,13 +310,15 @@ ROWS = {
     "lessons": row(notebook=Notebook),
 }
 TABLES = (*ROWS, "evaluated")
+Group = row(ablations=(list[str], []), rows=(list[str], []))
 
 Design = create_model(
     "Design",
     __base__=Settings,
     profile=str,
     lengths=dict[Name, Lengths],
-    rows=dict[str, dict[Literal[TABLES], list[str]]],
+    rows=dict[str, dict[Literal[TABLES], Picked]],
+    groups=dict[Name, dict],
     **dict.fromkeys(SECTIONS, dict[str, dict]),
     **dict.fromkeys(TABLES, dict[Name, dict]),
 )

@@ -59,12 +59,14 @@ def card(model, about: dict) -> str:
     """README.md of a saved model.
 
     Args:
-        about: any of `row`, `profile`, `starts_from`, `trained_on` and `metrics` (name: value
-            each), `settings`; what is absent is called unknown.
+        about: any of `row`, `profile`, `starts_from`, `start` (the weights before any training),
+            `trained_on` and `metrics` (name: value each), `settings`; what is absent is called
+            unknown.
     """
     retrieves = not isinstance(model, M2BertForMaskedLM)
     profile = f" ({about['profile']})" if about.get("profile") else ""
-    lineage = {"Starts from": about.get("starts_from"), **about.get("trained_on", {})}
+    lineage = {"Starts from": about.get("starts_from"), "First weights": about.get("start")}
+    lineage |= about.get("trained_on", {})
     settings = "Unknown."
     if about.get("settings"):
         text = json.dumps(about["settings"], indent=1, sort_keys=True)

@@ -9,6 +9,7 @@ and the needle's p-value stands alone.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Evidence(NamedTuple):
     """What was measured for a claim.
 
     Attributes:
-        ours: (difference, low, high); p, by_seed: see `comparison.verdict`.
+        ours: (difference, low, high); p, by_seed, detectable: see `comparison.verdict`.
         cells: cells of the map that differ from the claim's own words.
         missing: the reason if nothing was measured; always: `next` is shown whatever the verdict.
     """
@@ -36,6 +37,7 @@ class Evidence(NamedTuple):
     ours: tuple[float, float, float] = NOT_MEASURED
     p: float = math.nan
     by_seed: list[float] = []
+    detectable: float = math.nan
     cells: dict = {}
     missing: str = ""
     always: bool = False
@@ -65,8 +67,9 @@ def paper_map(profile: str, tasks: Iterable[Task]) -> pd.DataFrame:
 
 def line(claim: dict, evidence: Evidence) -> dict:
     """A line of the map."""
-    ours, p, by_seed, cells, missing, always = evidence
+    ours, p, by_seed, detectable, cells, missing, always = evidence
     run, expected = not math.isnan(ours[0]), claim.get("expected", 0)
+    verdict = comparison.verdict(*ours[1:], expected, p, by_seed, detectable, effect(claim))
     cells = {
         "claim": claim["claim"],
         "paper": claim["paper"],
@@ -77,13 +80,20 @@ def line(claim: dict, evidence: Evidence) -> dict:
         "n": 0,
         "seeds": "–",
         "seed by seed": display.each_seed(by_seed),
+        "detectable": display.points(detectable),
         "the paper's": claim.get("printed", "–"),
         "p, Holm": display.chance(p),
-        "verdict": comparison.verdict(*ours[1:], expected, p, by_seed),
+        "verdict": verdict,
     } | cells
-    undecided = cells["verdict"] in (comparison.NOT_HERE, comparison.UNDECIDED)
-    answer = claim.get("next", "") if undecided or always else missing or "–"
+    unsettled = verdict in (comparison.NOT_HERE, comparison.UNDECIDED, comparison.NO_POWER)
+    answer = claim.get("next", "") if unsettled or always else missing or "–"
     return cells | {"tried, and what would settle it": answer}
+
+
+def effect(claim: dict) -> float:
+    """The size of the paper's own difference, a fraction; NaN if the paper gives none."""
+    printed = str(claim.get("printed", ""))
+    return abs(float(printed)) / 100 if re.fullmatch(r"[-+]?\d+(\.\d+)?", printed) else math.nan
 
 
 # ------------------------------------------------------------------ measures
@@ -95,6 +105,7 @@ def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     every = results.per_query(profile, rows)
     values = queries.of(every[every["reads"] == "all"])
     ours, p, by_seed = comparison.against(values, *rows)
+    detectable = comparison.detectable(values, *rows)
     seeds = [comparison.each_seed(values, row) for row in rows]
     absent = [row for row in rows if not (every["row"] == row).any()]
     missing = f"{' and '.join(absent)}: {ABSENT}" if absent else ""
@@ -104,19 +115,23 @@ def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
         "n": 0 if math.isnan(ours[0]) else len(comparison.seeds_mean(values, rows[0])),
         "seeds": ", ".join(map(comparison.seeds_and_spread, seeds)),
     }
-    return Evidence(ours, p, by_seed, cells, missing if queries.queries else queries.why)
+    missing = missing if queries.queries else queries.why
+    return Evidence(ours, p, by_seed, detectable, cells, missing)
 
 
 def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     """MLM accuracy of two pretrained models: the ends of the intervals against each other.
 
-    The result is wider than an interval of paired differences, never narrower.
+    The result is wider than an interval of paired differences, never narrower. What is detectable
+    follows from half its width, 1.96 standard errors.
     """
     rows = claim["rows"]
     (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in rows)
     missing = f"{rows[1]}: {ABSENT}" if math.isnan(a - b) else ""
     cells = {"rows": " − ".join(rows), "seeds": "1, 1"}
-    return Evidence((a - b, a_low - b_high, a_high - b_low), cells=cells, missing=missing)
+    low, high = a_low - b_high, a_high - b_low
+    detectable = statistics.detectable((high - low) / 2 / 1.96)
+    return Evidence((a - b, low, high), detectable=detectable, cells=cells, missing=missing)
 
 
 def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
@@ -141,7 +156,11 @@ def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     by_seed = (means[START[1]] - means[START[0]]).tolist()
     cells = {"n": len(places), "seeds": str(len(by_seed))}
     p = statistics.p_value(last, first)
-    return Evidence(statistics.paired(last, first), p, by_seed, cells, always=True)
+    by_place = seeds.pivot(index=["place", "qid"], columns="seed", values="ndcg@10").sort_index()
+    fall = (by_place.loc[START[1]] - by_place.loc[START[0]]).to_numpy().T  # (seeds, queries)
+    detectable = statistics.detectable(statistics.standard_error(fall))
+    ours = statistics.paired(last, first)
+    return Evidence(ours, p, by_seed, detectable, cells, always=True)
 
 
 def counted(claim: dict, profile: str, tasks: list[Task]) -> Evidence:

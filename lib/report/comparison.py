@@ -3,6 +3,7 @@
     groups(tasks)                       tasks that ask the same question
     queries_where(tasks, depth)         queries whose answer stands deep in its document, or first
     against(values, row, reference)     one row minus another
+    detectable(values, row, reference)  the smallest difference that this comparison could have seen
     ablation(profile, key)              the rows of an ablation against its first row
     ablation_table(frame, profile, …)   the same as the table of notebooks 07 to 09
     verdict(low, high, expected, …)     whether the paper's sign was found
@@ -24,7 +25,7 @@ from lib.pipeline import params
 from lib.report import display, results
 
 REPRODUCES, NOT_HERE = "reproduces", "does not reproduce at this scale"
-UNDECIDED, NO_CLAIM = "undecided", "no claim"
+UNDECIDED, NO_POWER, NO_CLAIM = "undecided", "no power", "no claim"
 FEW = 30  # queries: fewer are no group of their own
 WHERE = {"deep": "in the second half", "shallow": "in the first 15 %"}
 SCORE = ["ndcg@10", "low", "high"]
@@ -119,6 +120,28 @@ def against(values: pd.DataFrame, row: str, reference: str) -> tuple[tuple, floa
     return statistics.paired(*pair), statistics.p_value(*pair), by_seed
 
 
+def detectable(values: pd.DataFrame, row: str, reference: str) -> float:
+    """The true difference that a comparison of two rows finds with 80 % power; NaN if not run.
+
+    2.80 standard errors over queries and trainings (`statistics.standard_error`). If both rows were
+    trained once, it is over queries alone, and another training may need more.
+    """
+    a, b = (trainings(values, name) for name in (row, reference))
+    if a.empty or b.empty:
+        return math.nan
+    # Seed 0: a row that is not trained here (`params.trainings`), so it has no luck of a seed.
+    fixed = [name.columns.tolist() == [0] for name in (a, b)]
+    a, b = a.to_numpy().T, b.to_numpy().T
+    systems = [a - b] if any(fixed) else [a, b]
+    return statistics.detectable(statistics.standard_error(*systems))
+
+
+def trainings(values: pd.DataFrame, row: str) -> pd.DataFrame:
+    """nDCG@10 of a row: a line per (task, qid), in their order, and a column per seed."""
+    own = values[values["row"] == row]
+    return own.pivot(index=["task", "qid"], columns="seed", values="ndcg@10").sort_index()
+
+
 def seeds_mean(values: pd.DataFrame, row: str) -> pd.Series:
     """nDCG@10 of each (task, qid), averaged over the seeds of the row."""
     return values[values["row"] == row].groupby(["task", "qid"])["ndcg@10"].mean()
@@ -133,16 +156,20 @@ def each_seed(values: pd.DataFrame, row: str) -> dict[int, float]:
 
 
 def compared(profile: str, key: str) -> list[str]:
-    """The rows of an ablation that the profile runs; all of them if it does not run this one."""
-    return params.rows(profile, "ablations").get(key, params.load()["ablations"][key])["rows"]
+    """The rows of an ablation that the profile runs; all of them if it does not run this one.
+
+    None of an ablation that other profiles have for themselves.
+    """
+    every = params.load()["ablations"] | params.rows(profile, "ablations")
+    return every.get(key, {"rows": []})["rows"]
 
 
 def ablation(profile: str, key: str) -> pd.DataFrame:
     """The rows of an ablation against its first row, one line per group of tasks and row.
 
     Columns: row, tasks, queries (0: not run), seeds (nDCG@10 with each), by_seed (the differences),
-    ndcg@10, low, high, difference, difference_low, difference_high and p, corrected after Holm for
-    all comparisons of the table (NaN for the reference).
+    ndcg@10, low, high, difference, difference_low, difference_high, detectable (`detectable`) and
+    p, corrected after Holm for all comparisons of the table (NaN for the reference).
     """
     rows = compared(profile, key)
     values = results.per_query(profile, rows)
@@ -153,7 +180,17 @@ def ablation(profile: str, key: str) -> pd.DataFrame:
         for group, tasks in groups(sorted(values["task"].unique()), sources).items()
         for row in rows
     ]
-    columns = ["row", "tasks", "queries", "seeds", "by_seed", *SCORE, *DIFFERENCE, "p"]
+    columns = [
+        "row",
+        "tasks",
+        "queries",
+        "seeds",
+        "by_seed",
+        *SCORE,
+        *DIFFERENCE,
+        "detectable",
+        "p",
+    ]
     frame = pd.DataFrame(lines, columns=columns)
     tested = frame["p"].notna()
     frame.loc[tested, "p"] = statistics.holm(frame.loc[tested, "p"].tolist())
@@ -169,6 +206,7 @@ def compare(values: pd.DataFrame, row: str, reference: str) -> dict:
     if row != reference:
         gap, line["p"], line["by_seed"] = against(values, row, reference)
         line |= zip(DIFFERENCE, gap)
+        line["detectable"] = detectable(values, row, reference)
     return line
 
 
@@ -186,24 +224,28 @@ def ablation_table(
         before: row -> {column: cell} after its name; paper: row -> the paper's number.
         expected: row -> the paper's sign of its difference to the first row; 0: no claim.
     """
-    lines = []
+    lines, reference = [], frame["row"].iloc[0] if len(frame) else None
     for line in frame.to_dict("records"):
         row, by_seed = line["row"], line["by_seed"]
         score, gap = ([line[key] for key in keys] for keys in (SCORE, DIFFERENCE))
-        sign = expected(row)
+        sign, seen = expected(row), line["detectable"]
+        effect = abs(paper(row) - paper(reference)) / 100
         lines.append(
             {"row": results.marked(profile, row)}
             | before(row)
             | {
                 "tasks": line["tasks"],
                 "nDCG@10": display.with_interval(*score) if line["queries"] else results.NOT_RUN,
-                f"minus {frame['row'].iloc[0]}": display.with_interval(*gap, signed=True),
+                f"minus {reference}": display.with_interval(*gap, signed=True),
                 "p, Holm": display.chance(line["p"]),
                 "queries": line["queries"],
                 "seeds": seeds_and_spread(line["seeds"]),
                 "seed by seed": display.each_seed(by_seed),
+                "detectable": display.points(seen),
                 "paper": paper(row),
-                "the paper's order": verdict(*gap[1:], sign, line["p"], by_seed) if sign else "",
+                "the paper's order": (
+                    verdict(*gap[1:], sign, line["p"], by_seed, seen, effect) if sign else ""
+                ),
             }
         )
     return pd.DataFrame(lines)
@@ -220,8 +262,25 @@ def seeds_and_spread(scores: dict[int, float]) -> str:
     return f"{len(scores)} ({kind} {100 * number:.1f})" if apart else f"{len(scores)}"
 
 
+def finding(line: dict) -> str:
+    """The verdict on a question of our own, of a line of `ablation`: ahead, behind or undecided.
+
+    By the rule of `verdict`, with no expectation of the paper; "" for the reference.
+    """
+    if math.isnan(line["difference"]):
+        return ""
+    said = verdict(line["difference_low"], line["difference_high"], 1, line["p"], line["by_seed"])
+    return {REPRODUCES: "ahead", NOT_HERE: "behind"}.get(said, said)
+
+
 def verdict(
-    low: float, high: float, expected: int, p: float = math.nan, by_seed: list[float] = ()
+    low: float,
+    high: float,
+    expected: int,
+    p: float = math.nan,
+    by_seed: list[float] = (),
+    detectable: float = math.nan,
+    printed: float = math.nan,
 ) -> str:
     """Has a difference the sign that the paper found, beyond chance?
 
@@ -229,13 +288,16 @@ def verdict(
         low, high: the ends of its interval; expected: +1 or -1, the paper's sign; 0: no claim.
         p: corrected for the other comparisons of a table; from 0.05 on nothing is decided.
         by_seed: one difference per pair of trainings; seeds that disagree decide nothing.
+        detectable: the smallest difference that the comparison could have seen; if it is larger
+            than the paper's own difference, `printed`, what is undecided has no power.
     """
     if math.isnan(low) or math.isnan(high):
         return results.NOT_RUN
     if not expected:
         return NO_CLAIM
+    undecided = NO_POWER if detectable > abs(printed) else UNDECIDED
     if p >= 0.05 or by_seed and min(by_seed) <= 0 <= max(by_seed):
-        return UNDECIDED
+        return undecided
     if expected < 0:
         low, high = -high, -low
-    return REPRODUCES if low > 0 else NOT_HERE if high < 0 else UNDECIDED
+    return REPRODUCES if low > 0 else NOT_HERE if high < 0 else undecided

@@ -61,7 +61,7 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
     """Write <name>.svg with its caption inside, close the figure, and show both."""
     import matplotlib.pyplot as plt
 
-    caption = f"{caption} {note(profile)}"
+    caption = " ".join([caption, *remarks(name, profile)])
     path, stream = results.folder(out, profile) / f"{name}.svg", StringIO()
     fig.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(fig)
@@ -75,6 +75,51 @@ def figure(fig, name: str, out, profile: str, caption: str) -> None:
     files.write(path, picture)
     show({"image/svg+xml": picture, "text/plain": f"figure {path.stem}: {caption}"})
     show({"text/markdown": f"*{caption}*", "text/plain": ""})
+
+
+def remarks(name: str, profile: str) -> list[str]:
+    """What a caption ends with; of what shows rows, also what they start from and where they ran.
+
+    Args:
+        name: of the figure or table, a path in the report.
+    """
+    stage, *row = name.split("/")[:-1] or [""]
+    shown = []
+    if stage == "overview":
+        shown = list(params.rows(profile, "retrievers"))
+    elif stage == "ablation":
+        shown = params.rows(profile, "ablations").get(row[0], {"rows": []})["rows"]
+    texts = origin(results.starts(profile, shown)), machine(results.machines(profile, shown))
+    return [text for text in (*texts, note(profile)) if text]
+
+
+def origin(starts: dict[str, list[str]]) -> str:
+    """From which weights rows start, and whose idea that is; "" if no row has run.
+
+    Args:
+        starts: of `results.starts`.
+    """
+    if not starts:
+        return ""
+    text = f"Encoders start from {by_rows(starts)}."
+    if any("word vectors" in start for start in starts):
+        text += " Word vectors are ours: the paper's encoders start from random weights."
+    return text
+
+
+def machine(kinds: dict[str, list[str]]) -> str:
+    """On which kind of machine rows were trained; a warning if it was more than one."""
+    if len(kinds) < 2:
+        return "".join(f"Trained on {kind}." for kind in kinds)
+    part = "which may be a part of a difference"
+    return f"Trained on several kinds of machine, {part}: {by_rows(kinds)}."
+
+
+def by_rows(found: dict[str, list[str]]) -> str:
+    """`a`, or `d (row, row); a (the others)`: of the largest group, the rows are not listed."""
+    *others, (most, _) = sorted(found.items(), key=lambda item: len(item[1]))
+    listed = [f"{what} ({', '.join(rows)})" for what, rows in others]
+    return "; ".join([*listed, f"{most} (the others)"]) if others else most
 
 
 def note(profile: str) -> str:
@@ -129,7 +174,7 @@ def table(frame: pd.DataFrame, caption: str) -> None:
 
 def save_table(frame: pd.DataFrame, name: str, out, profile: str, caption: str) -> None:
     """Write <name>.md (rounded, with the caption) and <name>.csv (six digits), and show it."""
-    caption = f"{caption} {note(profile)}"
+    caption = " ".join([caption, *remarks(name, profile)])
     path = results.folder(out, profile) / name
     files.write(f"{path}.md", markdown(frame, caption))
     files.write(f"{path}.csv", results.csv(frame))
@@ -184,6 +229,11 @@ def with_interval(value: float, low: float, high: float, signed: bool = False) -
         return "–"
     form = "{:+.1f}" if signed else "{:.1f}"
     return f"{form} [{form}, {form}]".format(100 * value, 100 * low, 100 * high)
+
+
+def points(value: float) -> str:
+    """A fraction × 100 as text: `3.1`, or – if it is missing."""
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def each_seed(differences: list[float]) -> str:

@@ -127,6 +127,7 @@ def row_line(o: Overview, row: str) -> dict:
         "pretraining tokens": learned.get("tokens"),
         ACCURACY: percent(learned.get("mlm_accuracy_validation.mean")),
         "loss": tuned.get("loss_name") or results.NOT_RUN,
+        "lr": results.learning_rate(o.finetuning, row),
         "documents": tuned.get("documents_seen"),
         "fine-tuning tokens": tuned.get("tokens"),
         "validation": percent(tuned.get("validation.ndcg@10")),

@@ -3,6 +3,7 @@
     metric(values, stage, row, …), curve(frame, stage, row, …)   written
     load_metrics, scores, per_query, needles, curves             read; a missing row is "not run"
     over_seeds(values)                                           each query's mean over the seeds
+    machines, starts                                             where rows were trained, from what
     paper(name)                                                  the numbers that the paper printed
 
 Each stage owns one folder: data/report/<profile>/<stage>/, or <stage>/<row>/ if it has rows.
@@ -44,7 +45,7 @@ def folder(out, profile: str, step: str = "", row: str | None = None) -> Path:
     profile_folder = Path(out) / "report" / profile
     if row is None:
         return profile_folder / step
-    design, tables = params.load(), STAGES.get(step, {})
+    design, tables = params.load_for(profile), STAGES.get(step, {})
     return profile_folder / next((s for s in tables if row in design[tables[s]]), step) / row
 
 
@@ -129,6 +130,58 @@ def scores(profile: str) -> pd.DataFrame:
             shared = {"row": row, "reads": reads, "reads_tokens": values["reads_tokens"]}
             lines += [shared | {"task": task, "source": ""} | own for task, own in tasks.items()]
     return pd.DataFrame(lines, columns=SCORES)
+
+
+def trainings_of(profile: str, row: str) -> list[dict]:
+    """The metrics of a row's training, then of those of the rows that it starts from."""
+    design = params.load_for(profile)
+    if row not in params.trained(design):
+        return []
+    chain = params.ancestors(design, row)
+    steps = ["pretrain" if "length" in own else "finetune" for _, own in chain]
+    paths = [source(profile, step, name) for step, (name, _) in zip(steps, chain)]
+    return [read_json(path / "metrics.json") for path in paths]
+
+
+def machines(profile: str, rows: Iterable[str]) -> dict[str, list[str]]:
+    """{kind of machine (`lib.model.device.kind`): the rows that have a training on it}."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        kinds = {own["machine"] for own in trainings_of(profile, row) if "machine" in own}
+        for kind in sorted(kinds):
+            found.setdefault(kind, []).append(row)
+    return found
+
+
+def starts(profile: str, rows: Iterable[str]) -> dict[str, list[str]]:
+    """{what the weights of the first model were: the rows that start from it}, of rows that ran."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        *tuned, first = trainings_of(profile, row) or [{}]
+        if "start" in first:
+            seen = sum(own.get("tokens", 0) for own in (*tuned, first))
+            untrained = "" if seen else ", with nothing trained"
+            found.setdefault(first["start"] + untrained, []).append(row)
+    return found
+
+
+def learning_rate(metrics: pd.DataFrame, row: str) -> str:
+    """`0.001 of 0.0003, 0.001`: the rate of a row, and those that were tried on validation.
+
+    < or > mark the smallest and the largest one tried: beyond it a better one may lie. –: not run.
+
+    Args:
+        metrics: `load_metrics(profile, "finetune")`.
+    """
+    own = metrics.loc[row] if row in metrics.index else {}
+    if pd.isna(own.get("lr")):
+        return "–"
+    trials = own.get("trials")
+    tried = [trial["lr"] for trial in trials] if isinstance(trials, list) else []
+    if not tried:
+        return f"{own['lr']:g}"
+    edge = {min(tried): "<", max(tried): ">"}.get(own["lr"], "")
+    return f"{edge}{own['lr']:g} of {', '.join(f'{lr:g}' for lr in tried)}"
 
 
 def marked(profile: str, row: str) -> str:

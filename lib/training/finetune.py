@@ -1,6 +1,7 @@
 """Fine-tuning: turn a pretrained encoder into a retriever.
 
     finetune(model, pairs, settings)    minimise a loss of pairs, in place
+    choose(settings, score)             the learning rate that is best on validation
 
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3 and appendix A.3. Batches and
         losses of a step: lib/training/steps.py. Gradients: lib/training/gradients.py.
@@ -8,11 +9,14 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3 and appendix A
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lib.pipeline.errors import TrainingError
 from lib.pipeline.settings import Finetune
+from lib.training import ranks
 from lib.training.gradients import backward
 from lib.training.negatives import mined
 from lib.training.optim import autocast, compile_kernels, optimizer, train, warmup_then_linear
@@ -100,6 +104,60 @@ def finetune(
     optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)
     name = f"fine-tuning ({s.loss})"
     return train(model, optim, shares, gradient, name, s.seed, checkpoints, show_progress)
+
+
+# ------------------------------------------------------------------ the learning rate
+
+
+class Choice(NamedTuple):
+    """The learning rate of a row.
+
+    Attributes:
+        settings: those that the row is trained with.
+        trials: {rate: nDCG@10 on validation, or None if the trial's loss was not finite}, in the
+            order of `lr_choices`; {} if no rate was tried.
+    """
+
+    settings: Finetune
+    trials: dict[float, float | None]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the smallest or the largest one that was tried."""
+        return bool(self.trials) and self.settings.lr in (min(self.trials), max(self.trials))
+
+
+def choose(settings: Finetune, score: Callable[[Finetune], float]) -> Choice:
+    """Train a trial at each of `lr_choices`, and take the rate that is best on validation.
+
+    Each loss and batch size has a best rate of its own; two losses at one rate differ in how well
+    it suits them. The test split has no part in the choice. Of equal scores the smaller rate is
+    taken.
+
+    Args:
+        score: trains a model with the settings of a trial (`Finetune.trial`), and returns its
+            nDCG@10 on validation.
+
+    Raises:
+        TrainingError: no trial could be trained; the reason is that of the first one.
+    """
+    if settings.loss == "none" or not budget(settings) or not settings.lr_choices:
+        return Choice(settings, {})
+    trials, problems = {}, []
+    for lr in settings.lr_choices:
+        try:
+            trials[lr] = float(score(settings.trial(lr)))
+        except TrainingError as error:
+            trials[lr] = None
+            problems.append(error)
+    known = {lr: value for lr, value in trials.items() if value is not None}
+    if not known:
+        raise problems[0]
+    best = min(known, key=lambda lr: (-known[lr], lr))
+    return Choice(settings.at(float(ranks.told(repr(best)))), trials)
+
+
+# ------------------------------------------------------------------ validation in between
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

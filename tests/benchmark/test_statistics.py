@@ -151,3 +151,51 @@ def test_the_spread_over_seeds_is_a_range_of_two_and_a_deviation_of_more():
     two, three = {42: 0.5, 43: 0.25}, {1: 0.1, 2: 0.3, 3: 0.2}
     assert statistics.spread(two) == {"by_seed": two, "range": 0.25}
     assert statistics.spread(three) == {"by_seed": three, "deviation": pytest.approx(0.1)}
+
+
+# ------------------------------------------------------------------ power
+
+
+def experiment(rng, seeds=(3, 3), queries=80, tau=0.02, difference=0.0):
+    """Scores of two systems, (S, n) each: queries, system by query, seeds and the rest vary."""
+    query = 0.3 * rng.normal(size=queries)
+    systems = []
+    for S, mean in zip(seeds, (difference, 0.0)):
+        own, training = 0.15 * rng.normal(size=queries), tau * rng.normal(size=(S, 1))
+        systems.append(mean + query + own + training + 0.1 * rng.normal(size=(S, queries)))
+    return systems
+
+
+def test_a_standard_error_by_hand():
+    a, b = np.array([[1.0, 3.0, 2.0]]), np.array([[0.0, 1.0, 2.0]])
+    assert statistics.standard_error(a) == pytest.approx(np.sqrt(1 / 3))
+    assert statistics.standard_error(a, b) == pytest.approx(np.sqrt(1 / 3))  # 1, 2, 0
+    # Two trainings that differ by 2 on each query: no rest, and the means' variance is 2.
+    two = np.concatenate([a, a + 2])
+    assert statistics.standard_error(two) == pytest.approx(np.sqrt(1 / 3 + 2 / 2))
+    assert statistics.standard_error(two, b) == pytest.approx(np.sqrt(1 / 3 + 2 * (1 / 2 + 1)))
+    assert np.isnan(statistics.standard_error(np.ones((2, 1))))
+    assert statistics.detectable(1.0) == pytest.approx(1.960 + 0.842, abs=1e-3)
+    assert statistics.detectable(2.0, power=0.5) == pytest.approx(2 * 1.960, abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [(3, 3), (4, 2), (5, 1)])
+@pytest.mark.parametrize("tau", [0.0, 0.03])
+def test_the_squared_error_is_the_variance_of_the_difference(seeds, tau):
+    """Over experiments with new queries and new seeds, as far as the bound at 0 lets it be."""
+    rng = np.random.default_rng(0)
+    runs = [experiment(rng, seeds, tau=tau) for _ in range(1_500)]
+    variance = np.var([a.mean() - b.mean() for a, b in runs])
+    stated = np.mean([statistics.standard_error(a, b) ** 2 for a, b in runs])
+    assert 0.9 * variance < stated < (1.3 if tau == 0 else 1.1) * variance
+
+
+def test_the_stated_power_holds():
+    """A difference of that size is found in 80 of 100 experiments, and none in 5."""
+    rng = np.random.default_rng(1)
+    runs = [experiment(rng, tau=0.02) for _ in range(2_000)]
+    errors = np.array([statistics.standard_error(a, b) for a, b in runs])
+    difference = statistics.detectable(np.sqrt(np.mean(errors**2)))
+    gaps = np.array([a.mean() - b.mean() for a, b in runs])
+    assert np.mean(gaps + difference > 1.96 * errors) == pytest.approx(0.80, abs=0.04)
+    assert np.mean(np.abs(gaps) > 1.96 * errors) < 0.10  # the error of few seeds is itself noisy

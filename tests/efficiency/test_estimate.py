@@ -176,6 +176,23 @@ def test_gradient_caching_costs_a_fourth_pass(house, design):
     assert work("reads_32k").operations == pytest.approx(whole * 4 / 3)
 
 
+def test_the_trials_of_a_rate_are_trained_too(house, design):
+    alone, epochs = work("reads_32k").operations, work("reads_32k").epochs
+    design({"finetune.smoke.lr_choices": [1e-4, 1e-3, 1e-2], "finetune.smoke.trial_share": 0.5})
+    assert work("reads_32k").operations == pytest.approx(alone * (2 + 3 * 0.5) / 2)  # two seeds
+    assert work("reads_32k").epochs == epochs
+
+
+def test_a_group_costs_its_rows_and_what_they_are_built_on(house, design):
+    design({"groups": {"loss": {"rows": ["opl"]}, "length": {"rows": ["reads_32k", "opl"]}}})
+    done = estimate.works("smoke", KNOWN)
+    cost = {w.row: w.operations for w in done}
+    groups = estimate.by_group("smoke", done)
+    assert groups["loss"][0] == {"opl", "warm_32k", "mixed_8k"}
+    assert groups["loss"][1] == pytest.approx(sum(cost[row] for row in groups["loss"][0]))
+    assert groups["length"][1] == pytest.approx(sum(cost.values()))
+
+
 def test_explicit_negatives_are_read_too(house, design):
     alone = work("reads_32k").tokens
     design({"finetune.smoke.explicit_negatives": 1})
@@ -247,7 +264,8 @@ def test_the_rate_of_this_machine_uses_up_no_random_number(house):
 def test_the_estimate_goes_to_the_log_alone(corpus, capsys):
     estimate.announce("smoke", corpus)
     out, err = capsys.readouterr()
-    rows = ["mixed_8k", "warm_32k", "reads_32k", "opl", "all rows"]
+    rows = ["mixed_8k", "warm_32k", "reads_32k", "opl"]
+    rows += [f"group {name}" for name in params.groups(params.load(), "smoke")] + ["all rows"]
     assert (
         out == ""
         and [line.partition(":")[0].partition(",")[0] for line in err.splitlines()] == rows

@@ -168,6 +168,7 @@ def test_the_record_says_how_the_model_came_about(folder):
     record = json.loads((folder / "training.json").read_text())
     assert record["row"] == "opl" and record["architecture"] == "M2BertForRetrieval"
     assert sha256(folder / "model.safetensors") in json.dumps(record)
+    assert checkpoint.record(folder) == record and checkpoint.record(folder / "none") == {}
 
 
 def test_saving_twice_gives_the_same_bytes_and_no_place(folder, tiny, tokenizer):

@@ -60,6 +60,18 @@ def test_a_filled_batch_has_the_same_embeddings(tiny):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
+def test_the_kind_of_a_machine_names_what_decides_the_last_bits():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        name, unit, one = device.kind(torch.device("cpu")).rsplit(", ", 2)
+        torch.set_num_threads(2)
+        assert device.kind(torch.device("cpu")) == f"{name}, {unit}, 2 threads"
+    finally:
+        torch.set_num_threads(threads)
+    assert name and unit == torch.backends.cpu.get_cpu_capability() and one == "1 thread"
+
+
 def test_a_device_that_is_not_there_is_named_with_the_way_out():
     threads = torch.get_num_threads()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.pipeline import params
+from lib.pipeline import profile as pipeline
 from lib.pipeline.params import ParamsError
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_the_committed_design_loads_and_every_profile_has_settings_for_every_row
                     and params.settings(profile, "model", row).keys()
                     == design["model"]["base"].keys()
                 )
-                assert params.length(profile, params.paper_length(row)) > 0
+                assert params.length(profile, params.paper_length(row, profile)) > 0
 
 
 def test_a_row_overrides_its_profile_and_a_profile_overrides_base(edit):
@@ -116,7 +117,7 @@ def test_a_rate_by_length_stands_between_the_profile_and_the_row(edit):
 def test_what_is_the_papers_in_pretraining_is_left_out_where_bits_must_stay(edit):
     edit()
     dropped = {p: params.settings(p, "pretrain")["dropout"] for p in params.load()["lengths"]}
-    assert dropped == {"smoke": 0, "laptop": 0, "real": 0, "gpu": 0, "paper": 0.1}
+    assert dropped == {"smoke": 0, "laptop": 0, "study": 0, "real": 0, "gpu": 0, "paper": 0.1}
 
 
 def test_a_models_shape_is_that_of_the_row_pretrained_from_scratch(edit):
@@ -151,6 +152,67 @@ def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
     assert params.rows("smoke", "retrievers") == params.load()["retrievers"]
 
 
+def test_a_profile_has_rows_of_its_own_and_changes_others(edit):
+    """A change is laid over the row of that name; the other profiles do not see it."""
+    edit(
+        (
+            "rows.smoke.retrievers",
+            {
+                "reads_32k": {"seeds": [1, 2, 3]},
+                "opl": {},
+                "opl_64": {"pretrained": "warm_32k", "loss": "opl", "documents": 64},
+            },
+        ),
+        ("rows.smoke.ablations", {"loss": {"rows": ["opl_64", "opl", "mnrl"]}}),
+    )
+    assert list(params.rows("smoke", "retrievers")) == ["reads_32k", "opl", "opl_64"]
+    changed_row = params.settings("smoke", "finetune", "reads_32k")
+    assert changed_row["seeds"] == [1, 2, 3] and changed_row["pretrained"] == "warm_32k"
+    assert params.settings("smoke", "finetune", "opl_64")["documents"] == 64
+    assert params.trainings("smoke", "reads_32k")[3] == "reads_32k/seed_3"
+    assert params.paper_length("opl_64", "smoke") == 32768
+    assert params.rows("smoke", "ablations")["loss"]["rows"] == ["opl_64", "opl"]
+    assert "opl_64" in params.rows("smoke", "evaluated")
+    assert params.settings("laptop", "finetune", "reads_32k")["seeds"] == [42, 43]
+    with pytest.raises(ParamsError, match="unknown row of .* 'opl_64'; did you mean 'opl'"):
+        params.settings("laptop", "finetune", "opl_64")
+
+
+def test_a_setting_for_one_run_is_that_of_its_profile_alone(edit):
+    """Profiles that share their settings by an anchor of the file share one dict."""
+    edit()
+    small = {"hidden_size": 128}
+    design = params.load() | {"model": params.load()["model"] | {"study": small, "real": small}}
+    given = pipeline.changed(design, "study", {"set": ["model.hidden_size=64"]})
+    assert given["model"]["study"] == {"hidden_size": 64}
+    assert given["model"]["real"] == small == {"hidden_size": 128}
+
+
+def test_a_group_is_what_its_profile_runs_of_it_with_what_that_is_built_on(edit):
+    edit(
+        (
+            "groups",
+            {
+                "loss": {"ablations": ["loss"]},
+                "length": {"ablations": ["warm_start"], "rows": ["reads_128", "bm25"]},
+                "books": {"rows": ["reads_2k"]},
+            },
+        )
+    )
+    loss = params.group("smoke", "loss")
+    assert loss == {"ablations": ["loss"], "rows": ["reads_32k", "opl"]}  # the file's order
+    assert params.needs("smoke", loss["rows"]) == {"reads_32k", "opl", "warm_32k", "mixed_8k"}
+    assert params.group("laptop", "length") == {
+        "ablations": ["warm_start"],
+        "rows": ["reads_128", "reads_32k", "cold", "bm25"],
+    }
+    assert params.group("smoke", "length") == {"ablations": [], "rows": ["bm25"]}
+    assert {"prototype_32k", "reads_128", "mixed_128"} <= params.needs("laptop", ["prototype"])
+    assert list(params.groups(params.load(), "smoke")) == ["loss", "length"]
+    with pytest.raises(ParamsError, match="unknown group of smoke 'books'; there is loss, length"):
+        params.group("smoke", "books")
+
+
 def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
     edit()
     (tmp_path / "notebooks").mkdir()
@@ -179,6 +241,16 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
         (("pretrain.laptop", None), ("pretrain.laptop", "{}")),
         (("finetune.laptop.lr", "2e-3"), ("finetune.laptop.lr", "a number", "'2e-3'")),
         (("finetune.laptop.lr", -1.0), ("finetune.laptop.lr", "at least 0")),
+        (
+            ("retrievers.opl.lr_choices", [1e-3]),
+            ("retrievers.opl.lr_choices", "two or more different rates", "[0.001]"),
+        ),
+        (("retrievers.opl.lr_choices", [1e-3, 1e-3]), ("opl.lr_choices", "different rates")),
+        (("retrievers.opl.lr_choices", [0.0, 1e-3]), ("opl.lr_choices", "above 0")),
+        (
+            ("retrievers.opl", {"pretrained": "warm_32k", "lr": 0.0, "lr_choices": [1e-4, 1e-3]}),
+            ("retrievers.opl.lr_choices: want an lr above 0",),
+        ),
         (("finetune.laptop.documents", 1.5), ("finetune.laptop.documents", "a whole number")),
         (
             ("finetune.laptop.documents", True),
@@ -280,6 +352,27 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
         ),
         (("evaluate.laptop.also", [7]), ("evaluate.laptop.also", "7")),
         (("rows.smok", {}), ("smok", "did you mean 'smoke'")),
+        (("rows.smoke.retrievers", "opl"), ("rows.smoke.retrievers", "a list of rows", "'opl'")),
+        (("rows.smoke.retrievers", {"opl": None}), ("rows.smoke.retrievers", "its changes")),
+        (
+            ("rows.smoke.retrievers", {"opl": {"los": "opl"}}),
+            ("rows.smoke: retrievers.opl", "'los'", "did you mean 'loss'"),
+        ),
+        (
+            ("rows.smoke.retrievers", {"olp": {"loss": "opl"}}),
+            ("rows.smoke: retrievers.olp", "'pretrained' is missing"),
+        ),
+        (
+            ("rows.smoke.retrievers", {"mixed_8k": {"pretrained": "mixed_8k"}}),
+            ("rows.smoke: retrievers.mixed_8k", "the only one"),
+        ),
+        (
+            ("rows.smoke.retrievers", {"mine": {"pretrained": "warm_32"}}),
+            ("rows.smoke: retrievers.mine.pretrained", "'warm_32'", "did you mean 'warm_32k'"),
+        ),
+        (("groups.loss.ablation", ["loss"]), ("groups.loss", "did you mean 'ablations'")),
+        (("groups.loss.ablations", ["los"]), ("groups.loss.ablations", "did you mean 'loss'")),
+        (("groups.loss.rows", ["op"]), ("groups.loss.rows", "'op'")),
         (("rows.smoke.ablations", ["mixture"]), ("rows.smoke", "mixture", "leave it out")),
         (("rows.smoke.continued", []), ("rows.smoke", "needs 'warm_32k'", "rows.smoke.continued")),
     ],

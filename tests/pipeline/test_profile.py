@@ -128,6 +128,83 @@ def test_an_archive_without_git_runs_in_place_one_row_at_a_time(house):
     assert not (house / "data/report/smoke/index.html").exists()
 
 
+GROUPED = """\
+stages:
+  evaluate:
+    foreach: ${evaluated}
+    do:
+      cmd: echo ${key} >> "$COUNT" && mkdir -p data/runs && echo ${key} > data/runs/${key}
+      params: ['retrievers.${key}']
+      outs: ['data/runs/${key}']
+  baseline:
+    foreach: ${baselines}
+    do:
+      cmd: echo ${key} >> "$COUNT" && mkdir -p data/runs && echo ${key} > data/runs/${key}
+      params: ['baselines.${key}']
+      outs: ['data/runs/${key}']
+  ablation:
+    foreach: ${ablations}
+    do:
+      cmd: ls data/runs > data/ablation-${key}
+      deps: [data/runs]
+      outs: ['data/ablation-${key}']
+  efficiency:
+    cmd: echo efficiency >> "$COUNT" && echo x > data/efficiency
+    outs: [data/efficiency]
+  overview:
+    cmd: mkdir -p data/report/${profile} && ls data/runs > data/report/${profile}/overview
+    deps: [data/runs, data/efficiency]
+    plots:
+      - data/report/${profile}/overview: {cache: false}
+  site:
+    cmd: cp data/report/${profile}/overview data/report/${profile}/index.html
+    deps: ['data/report/${profile}/overview']
+    plots:
+      - data/report/${profile}/index.html: {cache: false}
+"""
+
+
+def test_a_group_runs_its_rows_and_the_report_grows_from_group_to_group(house):
+    (house / "dvc.yaml").write_text(GROUPED)
+    replace(
+        house / "params.yaml",
+        "    retrievers: [reads_32k, opl]",
+        "    retrievers: [reads_32k, opl, mnrl]",
+    )
+    path = house / "params.yaml"
+    path.write_text(
+        re.sub(
+            r"(?m)^groups:\n(  .*\n)+",
+            """groups:
+  loss: {rows: [opl, reads_32k]}
+  length: {rows: [reads_32k, bm25]}
+""",
+            path.read_text(encoding="utf-8"),
+        ),
+        encoding="utf-8",
+    )
+    done = repro("smoke", "--group=loss")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert sorted(trained()) == ["efficiency", "opl", "reads_32k"]
+    page = house / "data/report/smoke/index.html"
+    assert page.read_text().split() == ["opl", "reads_32k"]
+
+    assert repro("smoke", "--group=loss").returncode == 0 and trained() == []
+    done = repro("smoke", "--group=length")
+    assert done.returncode == 0 and trained() == ["bm25"], done.stderr  # the rest is there
+    assert page.read_text().split() == ["bm25", "opl", "reads_32k"]
+    assert not (house / ".work/smoke/data/ablation-loss").exists()  # no ablation of these groups
+    done = repro("smoke")
+    assert done.returncode == 0 and trained() == ["mnrl"], done.stderr
+    assert (
+        house / ".work/smoke/data/ablation-loss"
+    ).read_text().split() == page.read_text().split()
+
+    done = repro("smoke", "--group=los")
+    assert done.returncode == 1
+    assert done.stderr == "unknown group of smoke 'los'; did you mean 'loss'?\n"
+
+
 def test_a_failing_run_leaves_the_last_report_alone(house):
     report = house / "data/report/smoke/index.html"
     report.parent.mkdir(parents=True)

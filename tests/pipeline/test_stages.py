@@ -50,7 +50,9 @@ def notebooks(stage: str) -> list[str]:
     names = re.findall(r"lib\.pipeline run (\S+) ", body(stage)["cmd"])
     if names == ["${item.notebook}"]:
         table = re.sub(r"\W", "", PIPELINE[stage]["foreach"])
-        return [row["notebook"] for row in DESIGN[table].values()]
+        designs = [params.merged(DESIGN, profile) for profile in DESIGN["lengths"]]
+        rows = [row for design in designs for row in design[table].values()]
+        return list(dict.fromkeys(row["notebook"] for row in rows))
     return names
 
 

@@ -14,6 +14,7 @@ ABOUT = {
     "profile": "laptop",
     "stage": "finetune",
     "starts_from": "warm_32k",
+    "start": "random weights",
     "settings": {"loss": "opl", "lr": 5e-6, "tasks": ["*"]},
     "trained_on": {"Tasks": "book_512_deep, tail", "Documents seen": 3072},
     "metrics": {"nDCG@10, validation of tail": 0.31412, "a | b": "x\ny"},
@@ -25,6 +26,7 @@ def test_the_card_names_where_the_model_comes_from_and_what_was_measured(tiny):
     for part in (
         "# opl (laptop)",
         "| Starts from | warm_32k |",
+        "| First weights | random weights |",
         "| Documents seen | 3,072 |",
         "| nDCG@10, validation of tail | 0.3141 |",
         "| a \\| b | x y |",

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -112,7 +113,27 @@ def test_the_needles_places_are_compared_query_by_query(printed, scored):
     line = lines()["needle_fades"]
     assert line["ours"] == "-50.0 [-50.0, -50.0]" and line["n"] == 12
     assert (line["seeds"], line["seed by seed"]) == ("2", "-100.0, +0.0")
-    assert line["verdict"] == "undecided"  # one of the two trainings shows nothing
+    # One of the two trainings shows nothing: 2.80 times the root of 0.5 / 2 is more than 81.2.
+    assert (line["verdict"], line["detectable"]) == ("no power", "140.1")
+
+
+def test_a_comparison_that_could_not_have_seen_the_papers_difference_has_no_power(printed, scored):
+    rng = np.random.default_rng(0)
+    for row, noise in (("reads_32k", 0.3), ("reads_8k", 0.3), ("reads_128", 0.01)):
+        tasks = {task.name: 0.5 + noise * rng.standard_normal(40) for task in TASKS}
+        scored("laptop", row, tasks)
+    line = lines()["reads_more_than_8k"]  # the paper: +4.2
+    assert float(line["detectable"]) > 4.2 and line["verdict"] == "no power"
+    assert line["tried, and what would settle it"] not in ("", "–")
+    line = lines()["reads_more_than_128"]  # +21.0, which 40 queries would have shown
+    assert float(line["detectable"]) < 21 and line["verdict"] == "undecided"
+
+
+def test_the_papers_difference_is_read_as_a_number_where_it_is_one(printed):
+    sizes = {entry["id"]: claims.effect(entry) for entry in claims.entries()}
+    assert sizes["opl_beats_mnrl"] == pytest.approx(0.243)
+    assert sizes["needle_fades"] == pytest.approx(0.812)
+    assert math.isnan(sizes["cheaper_than_transformer"]) and math.isnan(sizes["reading_control"])
 
 
 def test_accuracies_are_compared_end_against_end(printed):
@@ -122,4 +143,5 @@ def test_accuracies_are_compared_end_against_end(printed):
         results.metric(metrics, stage, row, params.data("laptop"), "laptop")
     line = lines()["warm_start_accuracy"]
     assert line["ours"] == "+20.0 [+10.0, +30.0]" and line["verdict"] == "reproduces"
+    assert line["detectable"] == "14.3"  # 2.80 / 1.96 of half the interval
     assert math.isnan(claims.mlm_accuracy("laptop", "mixed_2k")[0])

@@ -122,6 +122,73 @@ def test_what_is_not_certain_among_many_comparisons_is_undecided():
     assert comparison.verdict(math.nan, math.nan, 1, p=0.06) == "not run"
 
 
+def test_what_could_not_have_been_seen_is_said():
+    """No power: the paper's own difference is smaller than what the comparison finds."""
+    undecided = dict(low=-0.1, high=0.3, expected=1)
+    assert comparison.verdict(**undecided, detectable=0.28, printed=0.2) == "no power"
+    assert comparison.verdict(**undecided, detectable=0.28, printed=-0.3) == "undecided"
+    assert comparison.verdict(**undecided, detectable=0.28) == "undecided"  # the paper gives none
+    seen = dict(low=0.1, high=0.3, expected=1, detectable=0.28, printed=0.2)
+    assert comparison.verdict(**seen) == "reproduces"  # found, so it could be
+    assert comparison.verdict(**seen, by_seed=[0.3, -0.1]) == "no power"
+    assert comparison.verdict(**seen, p=0.2) == "no power"
+
+
+@pytest.mark.parametrize(
+    "low, high, p, by_seed, said",
+    [
+        (0.1, 0.3, 0.01, [0.2, 0.1], "ahead"),
+        (-0.3, -0.1, 0.01, [-0.2], "behind"),
+        (0.1, 0.3, 0.06, [0.2], "undecided"),
+        (0.1, 0.3, 0.01, [0.3, -0.1], "undecided"),
+        (math.nan, math.nan, math.nan, math.nan, ""),
+    ],
+)
+def test_a_question_of_our_own_is_decided_by_the_same_rule(low, high, p, by_seed, said):
+    line = {"difference": (low + high) / 2, "p": p, "by_seed": by_seed}
+    assert comparison.finding(line | {"difference_low": low, "difference_high": high}) == said
+
+
+def test_an_ablation_that_only_other_profiles_have_compares_nothing(house):
+    assert comparison.compared("laptop", "of_another_profile") == []
+    frame = comparison.ablation("laptop", "of_another_profile")
+    assert frame.empty and comparison.ablation_table(frame, "laptop").empty
+
+
+def test_a_row_that_is_not_trained_adds_no_seeds_to_what_is_detectable(scored):
+    rng = np.random.default_rng(2)
+    opl, fixed = rng.random((2, 40)) + [[0.0], [0.2]], rng.random(40)
+    for seed, values in zip((42, 43), opl):
+        scored("laptop", "opl", {BOOK: values}, seed=seed)
+    scored("laptop", "bm25", {BOOK: fixed})
+    scored("laptop", "mnrl", {BOOK: fixed})
+    values = results.per_query("laptop", ["opl", "bm25", "mnrl"])
+    order = np.argsort([f"q{i}" for i in range(40)])
+    error = statistics.standard_error((opl - fixed)[:, order])
+    assert comparison.detectable(values, "opl", "bm25") == pytest.approx(2.8016 * error, rel=1e-4)
+    assert comparison.detectable(values, "bm25", "opl") == pytest.approx(2.8016 * error, rel=1e-4)
+    trained = comparison.detectable(values, "opl", "mnrl")
+    assert trained > 1.2 * 2.8 * error  # the other row's seed is unknown, and varies as much
+    assert math.isnan(comparison.detectable(values, "opl", "reads_2k"))
+
+
+def test_a_real_difference_of_the_detectable_size_gets_its_verdict():
+    """In most of many experiments: intervals, p-value and agreeing seeds ask for a little more."""
+    found, rng = [], np.random.default_rng(3)
+    for _ in range(40):
+        query = rng.normal(0.5, 0.2, 60)
+        rows = query + 0.1 * rng.normal(size=(2, 1, 60)) + 0.05 * rng.normal(size=(2, 3, 60))
+        error = statistics.standard_error(*rows)
+        rows[0] += statistics.detectable(np.sqrt(2 * (0.1**2 + 0.05**2 / 3) / 60))
+        keys = [str(i) for i in range(60)]
+        a, b = (dict(zip(keys, own.mean(axis=0))) for own in rows)
+        _, low, high = statistics.paired(a, b, resamples=500)
+        p = statistics.p_value(a, b, resamples=500)
+        by_seed = [x.mean() - y.mean() for x in rows[0] for y in rows[1]]
+        found.append(comparison.verdict(low, high, 1, p, by_seed, error, 1.0))
+    assert found.count("reproduces") >= 26 and {*found} <= {"reproduces", "undecided"}
+
+
 # ------------------------------------------------------------------ which queries are compared
 
 

@@ -68,6 +68,39 @@ def test_a_note_says_which_lengths_stand_for_the_papers_and_which_collection(hou
     assert display.note("gpu") == "Profile gpu on LoCoV1, the paper's own lengths."
 
 
+def test_a_caption_says_from_what_rows_start_and_where_they_were_trained(house):
+    def write(stage, row, **values):
+        results.metric(values, stage, row, params.data("laptop"), "laptop")
+
+    def remarks(name):
+        *texts, last = display.remarks(name, "laptop")
+        assert last == display.note("laptop")
+        return texts
+
+    assert remarks("overview/rows") == []  # nothing has run
+    vectors = "the word vectors of package:x"
+    write("pretrain", "mixed_2k", start=vectors, tokens=1, machine="A")
+    write("pretrain", "short_2k", start=vectors, tokens=1, machine="A")
+    write("pretrain", "cold_32k", start="random weights", tokens=1, machine="B")
+    for row in ("reads_2k", "short_2k_mlm"):
+        write("finetune", row, tokens=1, machine="A")
+    ours = "Word vectors are ours: the paper's encoders start from random weights."
+    assert remarks("ablation/mixture/ablation_mixture") == [
+        f"Encoders start from {vectors}. {ours}",
+        "Trained on A.",
+    ]
+    assert remarks("overview/rows") == [
+        f"Encoders start from random weights (cold); {vectors} (the others). {ours}",
+        "Trained on several kinds of machine, which may be a part of a difference: B (cold); A"
+        " (the others).",
+    ]
+    assert remarks("ablation/warm_start/x") == [
+        "Encoders start from random weights.",
+        "Trained on B.",
+    ]
+    assert remarks("data/data_lengths") == remarks("table") == []
+
+
 @pytest.mark.parametrize(
     "name, shown",
     [

@@ -68,6 +68,46 @@ def test_without_any_metric_every_row_is_not_run(house):
     assert list(frame.columns) == ["status"] and set(frame["status"]) == {"not run"}
 
 
+def test_a_row_was_trained_where_it_and_what_it_starts_from_were(house):
+    write(
+        {"machine": "A", "start": "random weights", "tokens": 5}, "pretrain", "mixed_8k", "laptop"
+    )
+    write({"machine": "B", "tokens": 5}, "continue", "warm_32k", "laptop")
+    write({"machine": "B", "tokens": 7}, "finetune", "opl", "laptop")
+    write({"machine": "A", "tokens": 7}, "finetune", "reads_8k", "laptop")
+    rows = ["opl", "reads_8k", "bm25", "cold"]
+    assert results.machines("laptop", rows) == {"A": ["opl", "reads_8k"], "B": ["opl"]}
+    assert results.machines("laptop", ["bm25", "cold"]) == {}
+
+
+def test_a_learning_rate_stands_beside_those_that_were_tried(retrievers):
+    first, second = retrievers
+    write({"lr": 1e-3, "trials": []}, "finetune", first)
+    scores = results.load_metrics("smoke", "finetune")
+    assert [results.learning_rate(scores, row) for row in (*retrievers, "x")] == ["0.001", "–", "–"]
+    for lr, text in ((2e-5, "<2e-05"), (1e-3, "0.001"), (5e-3, ">0.005")):
+        tried = [{"lr": value, "ndcg@10": 0.5} for value in (1e-3, 2e-5, 5e-3)]
+        write({"lr": lr, "trials": tried}, "finetune", second)
+        scores = results.load_metrics("smoke", "finetune")
+        assert results.learning_rate(scores, second) == f"{text} of 0.001, 2e-05, 0.005"
+
+
+def test_rows_start_from_the_weights_that_their_first_model_had(house):
+    vectors = "the word vectors of package:x"
+    write({"start": vectors, "tokens": 5}, "pretrain", "mixed_8k", "laptop")
+    write({"start": vectors, "tokens": 5}, "continue", "warm_32k", "laptop")
+    write({"tokens": 0}, "finetune", "pretrained_only", "laptop")
+    write({"start": "random weights", "tokens": 0}, "pretrain", "untrained_32k", "laptop")
+    write({"tokens": 0}, "finetune", "untrained", "laptop")
+    write({"tokens": 9}, "finetune", "scratch", "laptop")
+    rows = ["pretrained_only", "untrained", "scratch", "bm25", "reads_128"]
+    assert results.starts("laptop", rows) == {
+        vectors: ["pretrained_only"],
+        "random weights, with nothing trained": ["untrained"],
+        "random weights": ["scratch"],
+    }
+
+
 # ------------------------------------------------------------------ scores, queries, curves
 
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from toys import judged, task, tune, weights
+from toys import FINETUNE, judged, task, tune, weights
 
 from lib.benchmark import metrics
 from lib.benchmark.encoder import Encoder
 from lib.benchmark.search import rank
 from lib.pipeline.errors import TrainingError
+from lib.pipeline.settings import Finetune
 from lib.training import pairs as module
-from lib.training.finetune import evaluation_steps
+from lib.training.finetune import budget, choose, evaluation_steps, finetune
 from lib.training.gradients import embed
 from lib.training.pairs import Pairs
+from lib.training.resume import Checkpoints
 
 
 @pytest.mark.parametrize("loss", ["mnrl", "opl", "contrastive", "triplet"])
@@ -216,3 +218,92 @@ def test_validation_adds_its_score_to_the_curve_and_changes_no_bit(pairs, tiny, 
     scores = [line.pop("ndcg@10", None) for line in curve]
     assert scores[::2] == seen and scores[1::2] == [None] * 3
     assert curve == plain
+
+
+# ---------------------------------------------------------------- the learning rate
+
+TRIED = FINETUNE | dict(
+    documents=3, documents_seen=24, lr=1e-3, embedding_lr=1e-2, seeds=[7, 8], evaluations=5
+)
+
+
+def tried(*rates: float, **changes) -> Finetune:
+    return Finetune(**TRIED | {"lr_choices": list(rates)} | changes)
+
+
+def test_a_trial_has_its_rate_a_share_of_the_documents_and_the_first_seed():
+    settings = tried(2e-4, 4e-3, share=0.5, trial_share=0.25)
+    trial = settings.trial(2e-4)
+    assert (trial.lr, trial.embedding_lr) == (2e-4, pytest.approx(2e-3))  # ten times, as in the row
+    assert trial.seeds == [7] and trial.evaluations == 0 and trial.lr_choices == []
+    assert budget(settings) == 12 and budget(trial) == 3
+    unchanged = settings.model_dump().keys() - {"lr", "embedding_lr", "share", "seeds"}
+    unchanged -= {"evaluations", "lr_choices"}
+    assert all(getattr(trial, key) == getattr(settings, key) for key in unchanged)
+
+
+@pytest.mark.parametrize(
+    "scores, best, at_edge",
+    [
+        ((0.1, 0.3, 0.2), 1e-3, False),
+        ((0.1, 0.2, 0.3), 1e-2, True),
+        ((0.3, 0.2, 0.1), 1e-4, True),
+        ((0.2, 0.3, 0.3), 1e-3, False),  # of equal ones the smaller rate
+        ((0.2, 0.1, None), 1e-4, True),  # None: not finite
+    ],
+)
+def test_the_rate_that_is_best_on_validation_is_taken(scores, best, at_edge):
+    by_rate = dict(zip((1e-2, 1e-4, 1e-3), (scores[2], scores[0], scores[1])))
+
+    def score(settings):
+        if by_rate[settings.lr] is None:
+            raise TrainingError(f"not finite at {settings.lr:g}")
+        return by_rate[settings.lr]
+
+    choice = choose(tried(*by_rate), score)
+    assert choice.trials == by_rate and choice.at_edge is at_edge
+    assert (choice.settings.lr, choice.settings.embedding_lr) == (best, pytest.approx(10 * best))
+    assert choice.settings.seeds == [7, 8] and budget(choice.settings) == 24
+
+
+def test_without_choices_nothing_is_tried_and_without_a_score_nothing_is_chosen():
+    def score(settings):
+        raise TrainingError(f"not finite at {settings.lr:g}")
+
+    for settings in (tried(), tried(1e-4, 1e-3, loss="none"), tried(1e-4, 1e-3, share=0.0)):
+        assert choose(settings, score) == (settings, {})
+        assert not choose(settings, score).at_edge
+    with pytest.raises(TrainingError, match="not finite at 0.0001"):
+        choose(tried(1e-4, 1e-3), score)
+
+
+def test_a_choice_that_was_stopped_goes_on_to_the_same_bits(pairs, tiny, tmp_path):
+    """The first trial is done and the second is stopped; the row is trained as if by hand."""
+    taken = []
+
+    def train(settings, checkpoints=None):
+        torch.manual_seed(settings.seed)
+        model = tiny(hidden_dropout_prob=0.1)
+        curve = finetune(model, pairs, settings, checkpoints=checkpoints, show_progress=False)
+        return model, curve
+
+    def run(folder, stop_at=None):
+        def score(settings):
+            if settings.lr == stop_at:
+                raise KeyboardInterrupt
+            kept = Checkpoints(folder, f"{settings.lr:g}", minutes=0) if folder else None
+            before = len(list(folder.glob(f"{settings.lr:g}/*"))) if folder else 0
+            model, curve = train(settings, kept)
+            taken.append((settings.lr, before > 0))
+            return float(weights(model).std())  # some number that the training decides
+
+        return choose(tried(1e-3, 5e-3, 1e-2, trial_share=0.5), score)
+
+    whole = run(None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_at=5e-3)
+    taken.clear()
+    assert run(tmp_path) == whole
+    assert taken == [(1e-3, True), (5e-3, False), (1e-2, False)]
+    by_hand = Finetune(**TRIED | {"lr": whole.settings.lr, "embedding_lr": 10 * whole.settings.lr})
+    assert torch.equal(weights(train(whole.settings)[0]), weights(train(by_hand)[0]))
