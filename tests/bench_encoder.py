@@ -47,7 +47,7 @@ def shape(length: int, width: int = 768, layers: int = 12) -> M2BertConfig:
 def encoders(lengths: list[int], threads: int, budget_s: float, out: Path | None) -> None:
     entries = race.contenders(shape(max(lengths)), shallow_from=8192)
     twin = "Transformer twin, bfloat16"
-    for name in ("definition, float32", "model, float32", twin):
+    for name in ("definition, float32", "model, float32", "attention twin, float32", twin):
         entries[name]["until"] = 32768
     dtype = support.matmul_dtype(torch.bfloat16, torch.device("cpu"))
     if dtype == torch.float32:

@@ -84,6 +84,8 @@ class Encoder:
         if self.on_cpu and isinstance(model, M2BertForRetrieval):
             self.engine = Engine(model, getattr(torch, precision)) if engine is None else engine
             self.precision = str(self.engine.dtype).removeprefix("torch.")
+            if model.config.mixer != "long_conv":  # which the engine knows alone
+                self.engine = None
 
     @property
     def on_cpu(self) -> bool:
@@ -212,7 +214,9 @@ class Encoder:
             return self.engine(ids).numpy()
         pad_id = self.tokenizer.pad_token_id
         tensors = to_device(*pad(ids, pad_id), pad_id, self.model)
-        return self.model(*tensors).pooler_output.float().cpu().numpy()
+        rounded = self.on_cpu and self.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            return self.model(*tensors).pooler_output.float().cpu().numpy()
 
     def tokenize(self, texts: list[str]) -> list[list[list[int]]]:
         """The windows of each text (one, unless `chunk`), [CLS] … [SEP] in each; sets `longer`."""

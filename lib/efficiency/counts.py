@@ -2,9 +2,9 @@
 
 A clock measures one implementation on one machine (lib/efficiency/race.py); a count says what every
 implementation has to compute. The Transformer twin of an M2-BERT is a BERT of the same width, depth
-and intermediate size.
+and intermediate size. An M2-BERT with `mixer: attention` differs in less: it keeps the MLP.
 
-    twin(config)                     the twin's configuration
+    twin(config)                     the twin's configuration: BERT
     m2bert_flops(config, length)     operations of one forward pass, part by part
     transformer_flops(config, length)
     m2bert_activations(config, length), transformer_activations(config, length)
@@ -30,6 +30,15 @@ from lib.operators.long_conv import fft_length
 
 if TYPE_CHECKING:
     from transformers import BertConfig
+
+# The parts of each mixer of an M2-BERT (lib/model/twins.py).
+PARTS = {
+    "long_conv": ("projections", "short_conv", "long_conv", "kernels"),
+    "ungated": ("projections", "short_conv", "long_conv", "kernels"),
+    "short_conv": ("projections", "short_conv"),
+    "attention": ("projections", "attention"),
+    "none": (),
+}
 
 
 def twin(config: M2BertConfig) -> "BertConfig":
@@ -75,13 +84,14 @@ def attention_flops(length: int) -> float:
 
 
 def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str, float]:
-    """Operations per text.
+    """Operations per text, part by part; other mixers than `long_conv` have fewer parts.
 
-    projections   8 L D²                                in (D -> 3D) and out
-    short_conv    18 L D                                width 3 on 3D channels
+    projections   8 L D²                                in (D -> 3D) and out; ungated: 4 L D²
+    short_conv    18 L D                                width 3 on 3D channels; ungated: 6 L D
     long_conv     D · convolution_flops                 gated and residual
     kernels       4 · 2 L (E O + 2 O² + O D) / B  + …   the filters' MLPs and spectra: once per
                                                         forward pass, shared by its B texts
+    attention     4 L² D                                in place of the convolutions
     mlp           6 L D I / K                           block-diagonal, gated
     pooler        2 D²
     """
@@ -89,14 +99,16 @@ def m2bert_flops(config: M2BertConfig, length: int, batch: int = 1) -> dict[str,
     filters, directions = 1 + config.residual_long_conv, 1 + config.bidirectional
     order, E, n = config.filter_order, config.filter_emb_dim, fft_length(2 * length - 1)
     taps = 2 * L * (E * order + 2 * order**2 + order * D)
+    streams = 1 if config.mixer == "ungated" else 3  # that W_in makes of u
     layer = {
-        "projections": 8 * L * D**2,
-        "short_conv": 18 * L * D,
+        "projections": 2 * (streams + 1) * L * D**2,
+        "short_conv": 6 * streams * L * D,
         "long_conv": D * convolution_flops(L, filters),
         "kernels": filters * (directions * taps + D * 2.5 * n * math.log2(n)) / batch,
+        "attention": D * attention_flops(L),
         "mlp": 6 * L * D * inner / K,
     }
-    return of_layers(config, layer)
+    return of_layers(config, {part: layer[part] for part in (*PARTS[config.mixer], "mlp")})
 
 
 def transformer_flops(config: "BertConfig", length: int) -> dict[str, float]:
@@ -126,6 +138,7 @@ def m2bert_activations(config: M2BertConfig, length: int, batch: int = 1) -> flo
     output at its full FFT size, and the inputs of the output projection, of the MLP and of its
     norm. Per token: 4 I in the gated MLP. The batch shares the filters and their MLPs.
     """
+    assert config.mixer == "long_conv", config.mixer  # the other mixers' are not counted
     L, D, inner, n = (
         length,
         config.hidden_size,
@@ -155,11 +168,17 @@ def m2bert_traffic(config: M2BertConfig, length: int, itemsize: int = 4, batch: 
     each token    projections in D + 3D, mixer 3D + D + D, projection out D + D, MLP D + D
     each text     spectra: 2 D (n/2 + 1) complex numbers, n ≥ 2L - 1 a power of two
     B texts       weights: 4 D² + 3 D I / K
+
+    With attention the mixer is 3D + D, and there are no spectra.
     """
+    assert config.mixer in ("long_conv", "attention"), config.mixer  # no other one is timed
     D, inner, K = config.hidden_size, config.intermediate_size, config.mlp_blocks
     n = 1 << max(0, 2 * length - 2).bit_length()
     weights = (4 * D**2 + 3 * D * inner / K) / batch
-    numbers = 13 * length * D + weights + 4 * D * (n // 2 + 1)
+    if config.mixer == "attention":
+        numbers = 12 * length * D + weights
+    else:
+        numbers = 13 * length * D + weights + 4 * D * (n // 2 + 1)
     return float(itemsize * config.num_hidden_layers * numbers)
 
 
@@ -183,9 +202,9 @@ def cost(config, length: int, itemsize: int, batch: int = 1) -> tuple[float, flo
     """
     if isinstance(config, M2BertConfig):
         parts = m2bert_flops(config, length, batch)
-        products, total = parts["projections"] + parts["mlp"], sum(parts.values())
-        moved = m2bert_traffic(config, length, itemsize, batch)
-        return products, total - parts["kernels"], moved
+        products = parts["projections"] + parts["mlp"] + parts.get("attention", 0.0)
+        total = sum(parts.values()) - parts.get("kernels", 0.0)
+        return products, total, m2bert_traffic(config, length, itemsize, batch)
     total = sum(transformer_flops(config, length).values())
     return total, total, transformer_traffic(config, length, itemsize, batch)
 

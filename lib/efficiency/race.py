@@ -16,6 +16,7 @@ Axes: B texts, L tokens, D width.
 """
 
 import contextlib
+import copy
 import ctypes
 import json
 import logging
@@ -90,12 +91,15 @@ def contenders(
         )
 
     twin = counts.twin(config)
+    attention = copy.copy(config)
+    attention.mixer = "attention"
     if device == "cpu":
         return {
             "definition, float32": entry("definition", "float32", shallow=shallow_from),
             "model, float32": entry("forward", "float32", shallow=shallow_from),
             "engine, float32": entry("engine", "float32"),
             "engine, bfloat16": entry("engine", "bfloat16"),
+            "attention twin, float32": entry("forward", "float32", attention, shallow_from),
             "Transformer twin, bfloat16": entry("forward", "bfloat16", twin, shallow_from),
         }
     large, giant = bert(1024, 24, 4096, 16), bert(4096, 32, 18432, 32)

@@ -63,7 +63,7 @@ def warm_up(model: nn.Module, lengths: Iterable[int], dtype: torch.dtype) -> Non
 
     def ask() -> None:
         for layer in model.modules():
-            if hasattr(layer, "short_filter"):
+            if hasattr(layer, "gated_filter"):
                 for length in lengths:
                     for gradients in (False, True):
                         gpu.serves(layer, length, dtype, gradients)

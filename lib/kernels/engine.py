@@ -10,8 +10,8 @@ engine computes their spectra once for each FFT size and keeps them, up to a lim
 mixer.cpp (`lib.kernels.cpu`) computes a layer's short convolution, gates and both long
 convolutions. The MLP reads one tile of tokens at a time, so its activations never leave the
 processor's cache. All layers write into the same memory, because the system clears what it hands
-out afresh. If mixer.cpp cannot be compiled, or does not take the model's width, the model's own
-`forward` computes.
+out afresh. If mixer.cpp cannot be compiled, or does not take the model's width or its mixer, the
+model's own `forward` computes.
 
 A rounding error of a filter or a weight is the same at all positions, and a long convolution sums
 over all positions. Therefore the spectra are stored in float16, scaled channel by channel. In long
@@ -65,7 +65,8 @@ class Engine:
             raise ValueError(f"dtype {dtype}: float32 or bfloat16")
         self.model = getattr(model, "model", model)
         self.dtype, self.seen = support.matmul_dtype(dtype, torch.device("cpu")), None
-        self.native = cpu.fits(self.model.config.hidden_size)
+        config = self.model.config
+        self.native = config.mixer == "long_conv" and cpu.fits(config.hidden_size)
 
     @torch.no_grad()
     def __call__(self, ids: list[list[int]]) -> Tensor:

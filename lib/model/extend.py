@@ -27,13 +27,18 @@ def extend(model: nn.Module, new_length: int, filters: str = "stretch") -> nn.Mo
     first N of them zero. Its intention is `tile`. `stretch` is the default because it keeps the
     kernels' shape.
 
+    The rotary positions of an attention twin go on as they are, which is `extrapolate`.
+
     Raises:
-        ValueError: new_length is shorter than the model's length, or no whole number.
+        ValueError: new_length is shorter than the model's length, or no whole number; or attention
+            with another choice than `extrapolate`.
     """
     config = copy.deepcopy(model.config)
     old = config.max_position_embeddings
     message = f"extend to {new_length!r} tokens: a whole number, and the model already reads {old}"
     require(type(new_length) is int and new_length >= old, message, ValueError)
+    message = f"extend_filters: {filters} is for filters, and attention has none: extrapolate"
+    require(config.mixer != "attention" or filters == "extrapolate", message, ValueError)
     config.max_position_embeddings = new_length
     if filters == "extrapolate":
         config.filter_length = config.filter_length or old

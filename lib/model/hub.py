@@ -38,7 +38,8 @@ class M2BertPreTrainedModel(PreTrainedModel):
 
     config_class = M2BertConfig
     base_model_prefix = "model"
-    _keep_in_fp32_modules_strict = {"gated_filter", "residual_filter"}  # see ImplicitFilter
+    # See ImplicitFilter.
+    _keep_in_fp32_modules_strict = {"gated_filter", "residual_filter", "long_filter"}
     plain: type[nn.Module]  # the class in lib/model/m2bert.py
 
     def __init__(self, config: M2BertConfig):

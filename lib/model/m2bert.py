@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import kernels
+from lib.model.twins import MIXERS, Gain
 from lib.operators.long_conv import ImplicitFilter, long_conv, short_conv
 from lib.operators.monarch import BlockDiagonalLinear
 from lib.pipeline.errors import WorkbenchError, require
@@ -60,6 +61,8 @@ class M2BertConfig:
     filter_length: int | None = None  # their time unit in tokens; None: max_position_embeddings
     bidirectional: bool = True  # a second kernel looks ahead
     residual_long_conv: bool = True  # an ungated one beside the gated one: the layer's skip path
+    # What brings tokens together: `SequenceMixer`, or one of lib/model/twins.py to compare it with.
+    mixer: Literal["long_conv", "ungated", "short_conv", "attention", "none"] = "long_conv"
     mixer_layer_norm: bool = False  # in front of the mixer; only the oldest published model has it
     # Set padded positions to zero before every convolution and leave them out of the pooling, so
     # that an embedding depends neither on its padding nor on its batch. Published models: False.
@@ -182,6 +185,30 @@ class SequenceMixer(nn.Module):
             y = y + long_conv(u, *residual(u.shape[-1]), residual.bias)
         return self.out_linear(y.transpose(1, 2))  # (B, L, D)
 
+    def start_at_identity(self) -> None:
+        """y = u.
+
+        x1 = 0, so that the gated convolution is silent; kernel of the residual one 0, its gain 1;
+        W_out = I. Without a residual convolution: x1 = x2 = 1, v = u, kernel 0 and gain 1.
+        """
+        D = self.out_linear.in_features
+        nn.init.eye_(self.out_linear.weight)
+        nn.init.zeros_(self.in_linear.bias)
+        x1, x2, v = (slice(i * D, (i + 1) * D) for i in range(3))
+        self.in_linear.weight[x1] = 0
+        self.short_filter.bias[x1] = 0
+        passing = self.residual_filter
+        if passing is None:
+            passing = self.gated_filter
+            self.in_linear.weight[x2] = 0
+            self.short_filter.bias[: 2 * D] = 1
+            self.short_filter.bias[v] = 0
+            nn.init.eye_(self.in_linear.weight[v])
+            self.short_filter.weight[v] = torch.tensor([0.0, 0.0, 1.0])
+        nn.init.ones_(passing.bias)
+        for mlp in filter(None, (passing.back, passing.ahead)):
+            nn.init.zeros_(mlp[3].weight)
+
 
 class MLP(nn.Module):
     """LayerNorm(h + W_o(GELU(a) · b)), (a, b) = W_g h, both block-diagonal."""
@@ -209,7 +236,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: M2BertConfig):
         super().__init__()
-        self.mixer = SequenceMixer(config)
+        self.mixer = {"long_conv": SequenceMixer, **MIXERS}[config.mixer](config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -232,7 +259,7 @@ def initialize(module: nn.Module) -> None:
         bound = module.kernel_size[0] ** -0.5  # the fan-in of a depthwise one is its width
         nn.init.uniform_(module.weight, -bound, bound)
         nn.init.uniform_(module.bias, -bound, bound)
-    elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter)):
+    elif isinstance(module, (BlockDiagonalLinear, ImplicitFilter, Gain)):
         module.reset_parameters()
 
 
@@ -244,31 +271,14 @@ def start_at_identity(model: "M2BertModel") -> None:
     the layers begin where a bag of words ends, and what they are worth has to be learned: the
     weights below that are zero have gradients that are not.
 
-        x1 = 0, so that the gated convolution is silent; kernel of the residual one 0, its gain 1
-        W_out = I, W_o = 0 in the MLP; positions and token types 0
-        without a residual convolution: x1 = x2 = 1, v = u, kernel 0 and gain 1
+        the mixer passes its input on, see its own `start_at_identity`
+        W_o = 0 in the MLP; positions and token types 0
         e = tanh(0.3 (I - c cᵀ) h), c a direction in which no word differs from another (`neutral`)
     """
     nn.init.zeros_(model.embeddings.position_embeddings.weight)
     nn.init.zeros_(model.embeddings.token_type_embeddings.weight)
     for layer in model.layers:
-        mixer, D = layer.mixer, layer.mixer.out_linear.in_features
-        nn.init.eye_(mixer.out_linear.weight)
-        nn.init.zeros_(mixer.in_linear.bias)
-        x1, x2, v = (slice(i * D, (i + 1) * D) for i in range(3))
-        mixer.in_linear.weight[x1] = 0
-        mixer.short_filter.bias[x1] = 0
-        passing = mixer.residual_filter
-        if passing is None:
-            passing = mixer.gated_filter
-            mixer.in_linear.weight[x2] = 0
-            mixer.short_filter.bias[: 2 * D] = 1
-            mixer.short_filter.bias[v] = 0
-            nn.init.eye_(mixer.in_linear.weight[v])
-            mixer.short_filter.weight[v] = torch.tensor([0.0, 0.0, 1.0])
-        nn.init.ones_(passing.bias)
-        for mlp in filter(None, (passing.back, passing.ahead)):
-            nn.init.zeros_(mlp[3].weight)
+        layer.mixer.start_at_identity()
         nn.init.zeros_(layer.mlp.wo.weight)
         nn.init.zeros_(layer.mlp.wo.bias)
     if model.pooler is not None:

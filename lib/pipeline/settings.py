@@ -122,6 +122,7 @@ class Model(Settings):
     filter_order: Count
     pad_vocabulary: Count
     residual_long_conv: bool
+    mixer: Literal["long_conv", "ungated", "short_conv", "attention", "none"]
     pooling: Literal["cls", "mean"]
     initialization: Literal["reference", "identity"]
     word_vectors: WordVectors | None  # to start from, with `initialization: identity`

@@ -21,6 +21,13 @@ MASKED_LM = """from lib.model import checkpoint
 
 model, tokenizer = checkpoint.load("path/to/this/folder")
 logits = model(**tokenizer(["a [MASK] text"], return_tensors="pt")).logits"""
+MIXERS = {
+    "long_conv": "attention replaced by gated long convolutions",
+    "ungated": "its long convolutions without gates, for a comparison",
+    "short_conv": "its long convolutions taken out, for a comparison",
+    "attention": "attention in the place of its long convolutions, for a comparison",
+    "none": "its long convolutions taken out and nothing in their place, for a comparison",
+}
 CARD = """---
 library_name: {library}
 pipeline_tag: {task}
@@ -29,7 +36,7 @@ tags: [m2-bert, monarch-mixer, long-context, retrieval]
 
 # {title}
 
-An M2-BERT {kind}: attention replaced by gated long convolutions, the MLP block-diagonal ({paper}).
+An M2-BERT {kind}: {mixer}, the MLP block-diagonal ({paper}).
 
 With `loco-workbench` installed, whose `lib` is imported here:
 
@@ -76,6 +83,7 @@ def card(model, about: dict) -> str:
         task="sentence-similarity" if retrieves else "fill-mask",
         title=about.get("row", "M2-BERT") + profile,
         kind="text encoder for retrieval" if retrieves else "masked language model",
+        mixer=MIXERS[model.config.mixer],
         paper=PAPER,
         use=RETRIEVER if retrieves else MASKED_LM,
         facts=table(facts(model, retrieves)),

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
@@ -33,7 +36,7 @@ IDS = torch.arange(96).reshape(1, 96) % 90 + 5
 
 def matmuls(model) -> int:
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, sdpa_kernel(SDPBackend.MATH):  # of fused attention torch counts nothing
         model.requires_grad_(False)(IDS)
     return counter.get_total_flops()
 
@@ -55,6 +58,47 @@ def test_m2bert_flops_equal_torchs_own_count_of_the_matrix_products(in_torch):
     assert matmuls(build(CONFIG)) == pytest.approx(
         counted, rel=0.01
     )  # the short convolution pads by two positions
+
+
+@pytest.mark.parametrize("mixer", ["attention", "none", "ungated", "short_conv"])
+def test_flops_of_the_other_mixers_equal_torchs_own_count(in_torch, mixer):
+    config = copy.copy(CONFIG)
+    config.mixer = mixer
+    parts = m2bert_flops(config, 96)
+    assert ("attention" in parts) == (mixer == "attention")
+    taps = 2 * 96 * (5 * 16 + 2 * 16**2 + 16 * 64) if mixer == "ungated" else 0
+    by_fft = ("long_conv", "kernels")
+    counted = sum(flops for part, flops in parts.items() if part not in by_fft) + 2 * 4 * taps
+    assert matmuls(build(config)) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("D", [64, 128])
+def test_parameters_of_the_mixers_follow_their_arithmetic(D, residual):
+    V, L, inner, E, order, K, paths = 100, 96, 256, 5, 16, 4, 1 + residual
+    filter = L * E + order + D + 2 * (E * order + 2 * order**2 + 3 * order + order * D)
+    square = D * D + D
+    mixers = {
+        "long_conv": 4 * square + 3 * D * 4 + paths * filter,
+        "ungated": 2 * square + D * 4 + paths * filter,
+        "short_conv": 4 * square + 3 * D * 4 + paths * D,
+        "attention": 4 * square,
+        "none": 0,
+    }
+    for mixer, weights in mixers.items():
+        config = M2BertConfig(
+            vocab_size=V,
+            hidden_size=D,
+            num_hidden_layers=2,
+            intermediate_size=inner,
+            max_position_embeddings=L,
+            filter_order=order,
+            residual_long_conv=residual,
+            mixer=mixer,
+        )
+        mlp = 3 * D * inner // K + D + 2 * D
+        embeddings = V * D + L * D + 2 * D + 2 * D
+        assert parameters(config) == embeddings + 2 * (weights + mlp) + square, mixer
 
 
 def test_transformer_flops_equal_torchs_own_count():
@@ -133,6 +177,8 @@ def test_bytes_by_hand_at_four_tokens():
     assert m2bert_traffic(config, 4, itemsize=2, batch=4) == 2 * 2 * (
         13 * 4 * 8 + weights / 4 + spectra
     )
+    config.mixer = "attention"
+    assert m2bert_traffic(config, 4, itemsize=2) == 2 * 2 * (12 * 4 * 8 + weights)
     assert transformer_traffic(twin(config), 4) == 4 * 2 * (
         4 * (12 * 8 + 2 * 16) + 4 * 64 + 2 * 8 * 16
     )
@@ -148,6 +194,14 @@ def test_what_a_roofline_needs_adds_up():
     )
     bert = twin(CONFIG)
     assert cost(bert, 96, 2)[0] == cost(bert, 96, 2)[1] == sum(transformer_flops(bert, 96).values())
+
+
+def test_with_attention_all_is_matrix_products_but_the_pooler():
+    config = copy.copy(CONFIG)
+    config.mixer = "attention"
+    products, operations, _ = cost(config, 96, 4)
+    assert operations - products == 2 * 64**2
+    assert products == 2 * (8 * 96 * 64**2 + 4 * 96**2 * 64 + 6 * 96 * 64 * 256 / 4)
 
 
 def test_a_token_of_the_published_shape_costs_a_tenth_of_a_gigaflop_in_products():

@@ -107,7 +107,7 @@ def test_a_race_takes_turns_and_reports_each_models_memory(monkeypatch):
     )
     found = race.table(turns, entries)
     assert (
-        len(found) == 9
+        len(found) == 11
         and found[["tokens_s", "gflops", "of_products", "of_bandwidth"]].gt(0).all().all()
     )
     assert len(race.figure(found, turns).axes) == 3

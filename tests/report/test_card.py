@@ -57,6 +57,13 @@ def test_the_card_says_what_padding_does(tiny, changes, words):
     assert words in card.card(tiny(**changes), ABOUT)
 
 
+def test_the_card_of_a_twin_does_not_call_it_a_long_convolution(tiny):
+    long_conv, attention = card.card(tiny(), ABOUT), card.card(tiny(mixer="attention"), ABOUT)
+    assert "attention replaced by gated long convolutions" in long_conv
+    assert "attention in the place of its long convolutions" in attention
+    assert "replaced by" not in attention
+
+
 def test_the_head_is_what_the_hub_reads(tiny):
     for model, library, task in (
         (tiny(), "sentence-transformers", "sentence-similarity"),

@@ -11,6 +11,7 @@ from toys import FINETUNE, judged, task, tune, weights
 from lib.benchmark import metrics
 from lib.benchmark.encoder import Encoder
 from lib.benchmark.search import rank
+from lib.model.twins import MIXERS
 from lib.pipeline.errors import TrainingError
 from lib.pipeline.settings import Finetune
 from lib.training import pairs as module
@@ -20,8 +21,12 @@ from lib.training.pairs import Pairs
 from lib.training.resume import Checkpoints
 
 
-@pytest.mark.parametrize("loss", ["mnrl", "opl", "contrastive", "triplet"])
-def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
+@pytest.mark.parametrize(
+    ("loss", "mixer"),
+    [(loss, "long_conv") for loss in ("mnrl", "opl", "contrastive", "triplet")]
+    + [("mnrl", mixer) for mixer in MIXERS],
+)
+def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss, mixer):
     def mean_rank(model):
         with torch.no_grad():
             d, q = (
@@ -35,7 +40,7 @@ def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss):
         answers = torch.tensor([answer_of[q] for q in range(len(pairs.queries))])
         return (cosine > cosine.gather(1, answers[:, None])).sum(dim=1).float().mean().item()
 
-    model = tiny()
+    model = tiny(mixer=mixer)
     before = mean_rank(model)
     curve = tune(
         model, pairs, documents_seen=600, documents=6, lr=5e-3, loss=loss, queries_per_document=3

@@ -12,6 +12,7 @@ from toys import SENTENCES, learn, weights
 
 from lib import kernels
 from lib.model.m2bert import M2BertForMaskedLM
+from lib.model.twins import MIXERS
 from lib.pipeline.errors import TrainingError
 from lib.training import pretrain as pretraining
 from lib.training import text as module
@@ -89,8 +90,9 @@ def test_a_pass_reads_nothing_back_from_its_device(text, tiny, monkeypatch):
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
-def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny):
-    model = tiny(M2BertForMaskedLM)
+@pytest.mark.parametrize("mixer", ["long_conv", *MIXERS])
+def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny, mixer):
+    model = tiny(M2BertForMaskedLM, mixer=mixer)
     curve = learn(model, text, tokens=12_000, batch_tokens=200, lr=5e-3)
     assert len(curve) == 60 and curve[-1]["tokens"] >= 12_000
     assert np.mean([line["loss"] for line in curve[-5:]]) < 0.8 * np.mean(
