@@ -72,8 +72,9 @@ class M2BertConfig:
     # nothing, so their published embeddings are those of padded texts.
     pad_to_max_length: bool = False
     pooling: Literal["cls", "mean"] = "cls"  # token 0 (published), or the mean over real tokens
-    # As the authors do, or every layer starts as x' = x (`start_at_identity`).
-    initialization: Literal["reference", "identity"] = "reference"
+    # As the authors do, or every layer starts as x' = x (`start_at_identity`), with its gates shut
+    # or open (`open_gates`).
+    initialization: Literal["reference", "identity", "binding"] = "reference"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(M2BertConfig).items():
@@ -286,6 +287,40 @@ def start_at_identity(model: "M2BertModel") -> None:
         model.pooler.weight.copy_(0.3 * (torch.eye(len(c)) - torch.outer(c, c)))
 
 
+@torch.no_grad()
+def open_gates(model: "M2BertModel") -> None:
+    """Let the gated convolution bind from the first step on, in a model that is the identity.
+
+        x1 = 1,  x2[t] = Q2 P u[t],  v[s] = Q1 P u[s],  P = I - c cᵀ - 1 1ᵀ/D;  kernel k = 0, gain 0
+        dE/dk[d] = Σ_t g[t] · Q2 P u[t] · Q1 P u[t-d],  g = dE/dy
+
+    Q1 and Q2 are random and orthogonal, so Q2 u · Q1 w is a code of the ordered pair (u, w): codes
+    of other pairs, (w, u) too, are nearly orthogonal to it (Plate 2003, holographic reduced
+    representations; Gayler 2003 with the product channel by channel). What is left to learn is k,
+    the distances that count, and its gradient is there at once. With x1 = 0 it is zero until x1 has
+    grown, by a gradient that a random kernel and small gates have blurred. Neutral tokens (c) have
+    no code.
+
+    A model without residual convolutions stays as `start_at_identity` made it: its gated one has to
+    pass the words on.
+    """
+    D = model.config.hidden_size
+    c, one = neutral(D), torch.ones(D) / D**0.5
+    for layer in model.layers:
+        mixer = layer.mixer
+        if mixer.residual_filter is None:
+            continue
+        for rows in (slice(D, 2 * D), slice(2 * D, 3 * D)):  # x2, v
+            Q = nn.init.orthogonal_(torch.empty(D, D))
+            mixer.in_linear.weight[rows] = Q - torch.outer(Q @ c, c) - torch.outer(Q @ one, one)
+        mixer.short_filter.weight[:] = torch.tensor([0.0, 0.0, 1.0])
+        nn.init.zeros_(mixer.short_filter.bias)
+        nn.init.ones_(mixer.short_filter.bias[:D])  # x1
+        nn.init.zeros_(mixer.gated_filter.bias)
+        for mlp in filter(None, (mixer.gated_filter.back, mixer.gated_filter.ahead)):
+            nn.init.zeros_(mlp[3].weight)
+
+
 def neutral(D: int) -> Tensor:
     """c, the direction of tokens that say nothing (lib/model/word_vectors.py): (D,), norm 1, sum 0.
 
@@ -314,8 +349,10 @@ class M2BertModel(nn.Module):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
         self.apply(initialize)
-        if config.initialization == "identity":
+        if config.initialization != "reference":
             start_at_identity(self)
+        if config.initialization == "binding":
+            open_gates(self)
 
     def forward(
         self,

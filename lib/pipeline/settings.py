@@ -124,14 +124,15 @@ class Model(Settings):
     residual_long_conv: bool
     mixer: Literal["long_conv", "ungated", "short_conv", "attention", "none"]
     pooling: Literal["cls", "mean"]
-    initialization: Literal["reference", "identity"]
-    word_vectors: WordVectors | None  # to start from, with `initialization: identity`
+    initialization: Literal["reference", "identity", "binding"]
+    word_vectors: WordVectors | None  # to start from, with layers that start as the identity
     mask_padding: bool
 
     @model_validator(mode="after")
     def vectors_stay(self):
-        message = "word_vectors: want initialization: identity, since random layers scramble them"
-        ready = self.word_vectors is None or self.initialization == "identity"
+        ways = "initialization: identity or binding"
+        message = f"word_vectors: want {ways}, since random layers scramble them"
+        ready = self.word_vectors is None or self.initialization != "reference"
         require(ready, message, ValueError)
         return self
 

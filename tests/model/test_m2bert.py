@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import kernels
 from lib.kernels import gpu, tiles
 from lib.model import checkpoint, published
 from lib.model.extend import extend
@@ -476,13 +477,18 @@ def test_parameter_counts_follow_their_arithmetic(D, length):
 
 
 @settings(deadline=None, max_examples=30)
-@given(length=st.integers(1, 64), padded=st.booleans(), residual=st.booleans())
+@given(
+    length=st.integers(1, 64),
+    padded=st.booleans(),
+    residual=st.booleans(),
+    start=st.sampled_from(["identity", "binding"]),
+)
 @torch.no_grad()
-def test_at_the_identity_hidden_states_are_the_embeddings(length, padded, residual):
+def test_at_the_identity_hidden_states_are_the_embeddings(length, padded, residual, start):
     torch.manual_seed(length)
     sizes = dict(vocab_size=50, hidden_size=64, num_hidden_layers=3, intermediate_size=128)
     more = dict(max_position_embeddings=64, filter_order=16, residual_long_conv=residual)
-    model = M2BertModel(M2BertConfig(**sizes, **more, initialization="identity")).eval()
+    model = M2BertModel(M2BertConfig(**sizes, **more, initialization=start)).eval()
     ids, mask = torch.randint(1, 50, (3, length)), torch.ones(3, length, dtype=torch.long)
     mask[0, length // 2 + 1 :] = 1 - int(padded)
     out = model(ids, mask, output_hidden_states=True)
@@ -496,11 +502,12 @@ def test_at_the_identity_hidden_states_are_the_embeddings(length, padded, residu
     torch.testing.assert_close(out.pooler_output, expected, rtol=0, atol=1e-5)
 
 
-def test_at_the_identity_every_part_of_a_layer_learns():
+@pytest.mark.parametrize("start", ["identity", "binding"])
+def test_at_the_identity_every_part_of_a_layer_learns(start):
     """What is zero has a gradient; what has none yet has one after a step."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, intermediate_size=32)
-    more = dict(max_position_embeddings=32, filter_order=8, initialization="identity")
+    more = dict(max_position_embeddings=32, filter_order=8, initialization=start)
     model = M2BertModel(M2BertConfig(**sizes, **more)).train()
     ids, optimizer = torch.randint(1, 50, (4, 32)), torch.optim.SGD(model.parameters(), lr=0.1)
     target = torch.randn(4, 32, 16)
@@ -510,6 +517,48 @@ def test_at_the_identity_every_part_of_a_layer_learns():
         optimizer.step()
     still = [name for name, p in model.layers.named_parameters() if not p.grad.any()]
     assert still == []
+
+
+@torch.no_grad()
+def test_with_open_gates_a_kernel_of_one_tap_binds_what_stands_that_far_apart():
+    """y[t] = x[t] + Q2 x[t] · Q1 x[t - 5]: codes of different ordered pairs are nearly orthogonal.
+
+    The bound of 6 standard deviations of a cosine of two random codes, 6 / sqrt(D), is far from 1.
+    """
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=1024, num_hidden_layers=1, intermediate_size=64)
+    more = dict(max_position_embeddings=16, filter_order=8, initialization="binding")
+    mixer = M2BertModel(M2BertConfig(**sizes, **more)).layers[0].mixer
+    D, c = 1024, neutral(1024)
+    kernel = torch.zeros(D, 16)
+    kernel[:, 5] = 1.0
+    mixer.gated_filter.forward = lambda length: (kernel[:, :length], torch.zeros(D, length))
+    a, b, a2, b2 = (w - w.mean() - (w @ c) * c for w in torch.randn(4, D))
+
+    def code(first, second):
+        x = c.repeat(16, 1) * D**0.5  # neutral tokens
+        x[3], x[8] = first, second
+        with kernels.use("definition"):
+            y = mixer(x[None])[0] - x
+        torch.testing.assert_close(y[:8], torch.zeros(8, D), rtol=0, atol=1e-4)
+        return torch.nn.functional.normalize(y[8], dim=0)
+
+    bound, (_, x2, v) = code(a, b), mixer.in_linear.weight.chunk(3)
+    expected = torch.nn.functional.normalize((x2 @ b) * (v @ a), dim=0)
+    torch.testing.assert_close(bound, expected, rtol=0, atol=1e-5)
+    for other in (code(a2, b), code(a, b2), code(b, a), code(a2, b2)):
+        assert abs(bound @ other) < 6 / D**0.5
+
+
+def test_the_kernel_has_a_gradient_at_once_if_the_gates_are_open_and_none_if_they_are_shut():
+    for start, learns in (("binding", True), ("identity", False)):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, intermediate_size=32)
+        more = dict(max_position_embeddings=16, filter_order=8, initialization=start)
+        model = M2BertModel(M2BertConfig(**sizes, **more))
+        model(torch.randint(1, 50, (2, 16))).last_hidden_state.pow(3).sum().backward()
+        gradient = model.layers[0].mixer.gated_filter.back[3].weight.grad
+        assert bool(gradient.abs().max() > 1e-6) is learns
 
 
 def test_too_long_a_text_is_refused_with_the_way_out():
