@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
+from lib.benchmark.encoder import Encoder
 from lib.pipeline.settings import Finetune, Pretrain
 from lib.training.finetune import finetune
 from lib.training.pretrain import pretrain
+from lib.training.targets import Targets
 
 SENTENCES = [
     "the red fox runs by night",
@@ -49,6 +52,7 @@ FINETUNE = dict(
     warmup=0.10,
     evaluations=0,
     seeds=[42],
+    pretraining_texts=0,
 )
 
 
@@ -70,6 +74,9 @@ def tune(
 ):
     """Fine-tune with these settings; returns the curve."""
     settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings).of(seed)
+    if isinstance(teacher, nn.Module):
+        encoder = Encoder(teacher, pairs.documents.tokenizer, truncate=True)
+        teacher = Targets(encoder, pairs, settings, model.config.hidden_size, show_progress=False)
     options = dict(show_progress=False, evaluate=evaluate)
     return finetune(model, pairs, settings, teacher, precision, checkpoints, **options)
 
