@@ -284,9 +284,9 @@ def load_model(name: str, revision: str | None, device: str):
 
 def fingerprint(model) -> str:
     """The sha256 of what decides a model's vectors: weights, tokenizer, architecture, settings."""
-    prompts = json.dumps(getattr(model, "prompts", None) or {}, sort_keys=True)
-    parts = [repr(model), token_rows.fingerprint(model.tokenizer), prompts]
-    digest = hashlib.sha256(json.dumps(parts).encode())
+    parts = [repr(model), token_rows.fingerprint(model.tokenizer), model.max_seq_length]
+    parts.append(getattr(model, "prompts", None))
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

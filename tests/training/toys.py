@@ -75,8 +75,8 @@ def tune(
     """Fine-tune with these settings; returns the curve."""
     settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings).of(seed)
     if isinstance(teacher, nn.Module):
-        encoder = Encoder(teacher, pairs.documents.tokenizer, truncate=True)
-        teacher = Targets(encoder, pairs, settings, model.config.hidden_size, show_progress=False)
+        read = [Encoder(m, pairs.documents.tokenizer, truncate=True) for m in (teacher, model)]
+        teacher = Targets(read[0], pairs, settings, read[1], show_progress=False)
     options = dict(show_progress=False, evaluate=evaluate)
     return finetune(model, pairs, settings, teacher, precision, checkpoints, **options)
 
