@@ -35,7 +35,7 @@ help:
 	@echo 'make lab                        the notebooks, in JupyterLab'
 	@echo 'make test [ARGS="-k losses"]    the tests, in JOBS=2 processes (JOBS=0: in one, for a debugger)'
 	@echo 'make lint                       the form of the code (ruff)'
-	@echo 'make interop                    the tests with sentence-transformers, mteb, all-MiniLM-L6-v2 and endpoints, which it installs (450 MB)'
+	@echo 'make interop                    the tests with sentence-transformers, mteb and endpoints; it installs mteb and a client'
 	@echo 'make triton                     the tests of the kernels for a GPU, in the interpreter of Triton, which it installs (700 MB, Linux)'
 	@echo 'make environment                build .venv (all of the above do, when it is missing or out of date)'
 	@echo 'make lock                       the lock files anew, from pyproject.toml (needs uv)'

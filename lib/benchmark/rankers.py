@@ -31,11 +31,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from lib.benchmark.bm25 import Bm25, first_words
 from lib.benchmark.encoder import Encoder, by_windows, checked_stride, unit
@@ -87,12 +88,11 @@ def of(
             return ShardedEncoder(folder, processes, model.to(device), tokenizer)
         return Encoder(model.to(device), tokenizer, truncate=True)
     settings = design["baselines"][row]
-    if "model" in settings and "url" not in settings:
+    if "model" not in settings:
+        return Bm25(settings.get("first_tokens"), load_tokenizer(source or data / "corpus"))
+    if "url" not in settings:
         return sentence_transformer(settings, device)
-    tokenizer = load_tokenizer(source or data / "corpus")
-    if "url" in settings:
-        return hosted(settings, tokenizer, data / "embeddings")
-    return Bm25(settings.get("first_tokens"), tokenizer)
+    return hosted(settings, load_tokenizer(source or data / "corpus"), data / "embeddings")
 
 
 class ExternalEncoder:
@@ -212,8 +212,14 @@ class ExternalEncoder:
         return unit(np.stack([vector_of[text] for text in texts]))
 
 
-def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder:
-    """A row's sentence-transformers model; its own code is never run."""
+def sentence_transformer(
+    settings: dict, device: str = "cpu", folder: Path | None = None
+) -> ExternalEncoder:
+    """A row's sentence-transformers model; its own code is never run.
+
+    Args:
+        folder: where vectors are kept, for texts that are embedded more than once; None: nowhere.
+    """
     name = settings["model"]
     model = load_model(name, settings.get("revision"), device)
     tokenizer = model.tokenizer
@@ -232,14 +238,21 @@ def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder
     length = length if isfinite(length) and length < 10**9 else None  # word vectors read everything
     prompts = getattr(model, "prompts", None) or {}
 
-    def encode(function: Callable, prompt: str | None) -> Callable:
+    own = fingerprint(model) if folder else ""
+
+    def encode(side: str) -> Callable:
+        function, prompt = getattr(model, f"encode_{side}"), settings.get(f"{side}_prompt")
         options = dict(show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True)
-        batch = settings.get("batch", 32)
-        return lambda texts: function(texts, prompt=prompt, batch_size=batch, **options)
+        options |= dict(prompt=prompt, batch_size=settings.get("batch", 32))
+        if folder is None:
+            return lambda texts: function(texts, **options)
+        encoder = SimpleNamespace(encode=lambda texts, *_: function(texts, **options))
+        cache = cached(encoder, folder, [own, side, prompt], BATCH)
+        return cache.encode
 
     return ExternalEncoder(
-        encode(model.encode_document, settings.get("document_prompt")),
-        encode(model.encode_query, settings.get("query_prompt")),
+        encode("document"),
+        encode("query"),
         tokenizer,
         length,
         *map(settings.get, ("chunk", "window", "stride")),
@@ -249,9 +262,6 @@ def sentence_transformer(settings: dict, device: str = "cpu") -> ExternalEncoder
 
 def load_model(name: str, revision: str | None, device: str):
     """A sentence-transformers model by hub id, folder, or `package:` name."""
-    way = "`make interop` installs it, or `pip install 'loco-workbench[interop]'`"
-    absent = f"model {name!r} needs sentence-transformers: {way}"
-    require(find_spec("sentence_transformers") is not None, absent, RankerError)
     from sentence_transformers import SentenceTransformer
 
     import lib.model.hub  # noqa: F401  registers ours
@@ -268,6 +278,17 @@ def load_model(name: str, revision: str | None, device: str):
             way = "take a model that transformers itself knows, or its endpoint (`url`)"
         cause = f"{type(error).__name__}: {reason}"
         raise RankerError(f"model {name!r} cannot be loaded ({cause}): {way}") from None
+
+
+def fingerprint(model) -> str:
+    """The sha256 of what decides a model's vectors: weights, tokenizer, architecture, settings."""
+    parts = [repr(model), token_rows.fingerprint(model.tokenizer), model.max_seq_length]
+    parts.append(getattr(model, "prompts", None))
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def positions(model) -> int | None:
@@ -292,10 +313,16 @@ def hosted(settings: dict, tokenizer, folder: Path) -> ExternalEncoder:
         options, prompt = settings.get(f"{side}_options", {}), settings.get(f"{side}_prompt", "")
         model, batch = settings["model"], settings.get("batch", 32)
         endpoint = EmbeddingAPI(settings["url"], model, settings.get("key", ""), batch, options)
-        name = json.dumps([endpoint.url, model, options], sort_keys=True)
-        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lmdb"
-        cache = CachedEncoder(endpoint, path, name, step=batch)  # each answer is kept as it comes
+        # Each answer is kept as it comes.
+        cache = cached(endpoint, folder, [endpoint.url, model, options], batch)
         return lambda texts: cache.encode([prompt + text for text in texts], batch)
 
     limits = map(settings.get, ("first_tokens", "chunk", "window", "stride"))
     return ExternalEncoder(ask("document"), ask("query"), tokenizer, *limits)
+
+
+def cached(encoder, folder: Path, identity: list, step: int) -> CachedEncoder:
+    """An encoder whose vectors are kept in `folder`, in a file for each identity."""
+    name = json.dumps(identity, sort_keys=True)
+    path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lmdb"
+    return CachedEncoder(encoder, path, name, step=step)

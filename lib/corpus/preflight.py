@@ -132,10 +132,8 @@ def too_little(kind: str, purpose: str, texts: list[str], tokenizer, length: int
 def baselines(profile: str) -> Iterator[str]:
     """Rows of other people's models: what they need is installed, and their key is set."""
     for row, s in params.rows(profile, "baselines").items():
-        needed = ("openai", "lmdb") if "url" in s else ("sentence_transformers",) * ("model" in s)
-        missing = [name.replace("_", "-") for name in needed if find_spec(name) is None]
-        if missing:
-            yield f"row {row} needs {' and '.join(missing)}: `make interop` installs it"
+        if "url" in s and find_spec("openai") is None:
+            yield f"row {row} needs openai: `make interop` installs it"
         if "key" in s and not os.environ.get(s["key"], "").strip():
             key, url = s["key"], s["url"]
             yield f"row {row} needs the environment variable {key}: set it to the key of {url}"

@@ -38,7 +38,7 @@ TRAINED_BY = {"pretrain": ("pretrained", "continued"), "finetune": ("distilled",
 REFERENCES = {
     ("continued", "pretrained"): ("pretrained", "continued"),
     ("distilled", "pretrained"): ("pretrained", "continued"),
-    ("distilled", "teacher"): ("retrievers",),
+    ("distilled", "teacher"): ("retrievers", "teachers"),
     ("retrievers", "pretrained"): ("pretrained", "continued", "distilled"),
     ("ablations", "rows"): ("retrievers", "baselines"),
 }
@@ -213,6 +213,8 @@ def select(design: dict, profile: str) -> dict[str, dict]:
         for table in TABLES
     }
     tables["evaluated"] = {**tables["retrievers"], **tables["published"]}
+    named = {own["teacher"] for own in tables["distilled"].values()} & tables["baselines"].keys()
+    tables["teachers"] = {name: own for name, own in design["teachers"].items() if name in named}
     run = tables["evaluated"].keys() | tables["baselines"].keys()
     tables["ablations"] = {
         name: {**own, "rows": [row for row in own["rows"] if row in run]}
@@ -330,7 +332,7 @@ def check_rows(design: dict) -> None:
             base |= design[stage]["base"] if issubclass(schema, section) else {}
         for name, own in design[table].items():
             validate(f"{table}.{name}", schema, {**base, **own})
-            if table not in ("ablations", "lessons"):
+            if table not in ("teachers", "ablations", "lessons"):
                 other = tables.setdefault(name, table)
                 require(
                     other == table,
@@ -342,6 +344,7 @@ def check_rows(design: dict) -> None:
 
 def check_references(design: dict) -> None:
     """References point to rows of the right tables, and never in a circle."""
+    check_teachers(design)
     for (table, key), targets in REFERENCES.items():
         names = [name for target in targets for name in design[target]]
         for row, own in design[table].items():
@@ -382,6 +385,23 @@ def check_groups(design: dict) -> None:
                 known(name, there, what, f"groups.{group}.{key}: ")
 
 
+def check_teachers(design: dict) -> None:
+    """A teacher that is not trained here is a baseline with one vector for each text."""
+    baselines = design["baselines"]
+    named = {f"distilled.{row}.teacher": own["teacher"] for row, own in design["distilled"].items()}
+    wanted = {f"teachers.{name}": name for name in design["teachers"]}
+    wanted |= {place: name for place, name in named.items() if name in baselines}
+    for place, name in wanted.items():
+        known(name, baselines, "row of baselines", f"{place}: ")
+        own = baselines[name]
+        words = f"{place}: {name!r} is BM25, which has no vectors; name a baseline with `model`"
+        require("model" in own, words, ParamsError)
+        several = f"{place}: {name!r} has a vector for each window; it wants chunk: mean or max"
+        require(own.get("chunk") != "best", several, ParamsError)
+        way = f"add the line `{name}: {{}}` to teachers, so that its stage is run"
+        require(name in design["teachers"], f"{place}: {name!r} is a baseline: {way}", ParamsError)
+
+
 def check_subset(design: dict, profile: str) -> None:
     """What the rows that a profile picks are built on is picked too."""
     design = merged({**design, "profile": None}, profile)
@@ -392,7 +412,8 @@ def check_subset(design: dict, profile: str) -> None:
             require(
                 own[key] in tables[home],
                 f"rows.{profile}: {row} of {table} needs {own[key]!r} ({key}), "
-                f"which this profile does not run; add it to rows.{profile}.{home}",
+                f"which this profile does not run; add it to rows.{profile}."
+                + ("baselines" if home == "teachers" else home),
                 ParamsError,
             )
     for name, own in tables["ablations"].items():

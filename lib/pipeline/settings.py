@@ -179,6 +179,14 @@ class Finetune(Settings):
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
     seeds: Annotated[list[Amount], AfterValidator(distinct)]  # one model for each
+    pretraining_texts: Amount  # of a step of distilling, beside its documents and queries
+
+    @model_validator(mode="after")
+    def texts_are_read(self):
+        ready = self.loss == "prototype" or not self.pretraining_texts
+        message = "pretraining_texts: only loss: prototype reads texts without queries"
+        require(ready, message, ValueError)
+        return self
 
     @property
     def seed(self) -> int:
@@ -308,6 +316,7 @@ ROWS = {
     "retrievers": row(Finetune, pretrained=str),
     "published": row(checkpoint=str, tokenizer=(str, None), max_length=(Count, None)),
     "baselines": Baseline,
+    "teachers": row(),  # a name of a row of baselines
     "ablations": row(notebook=Notebook, rows=list[str]),
     "lessons": row(notebook=Notebook),
 }

@@ -7,7 +7,6 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3 and appendix A
         losses of a step: lib/training/steps.py. Gradients: lib/training/gradients.py.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,12 +21,8 @@ from lib.training.negatives import mined
 from lib.training.optim import autocast, compile_kernels, optimizer, train, warmup_then_linear
 from lib.training.pairs import Pairs
 from lib.training.resume import Checkpoints
-from lib.training.steps import LOSSES, check, prototypes
-
-
-def budget(settings: Finetune) -> int:
-    """The number of documents that fine-tuning embeds, without explicit and hard negatives."""
-    return round(settings.share * settings.documents_seen)
+from lib.training.steps import LOSSES, Teacher, check
+from lib.training.targets import budget, steps
 
 
 def rate(settings: Finetune) -> float:
@@ -39,7 +34,7 @@ def finetune(
     model: nn.Module,
     pairs: Pairs,
     settings: Finetune,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     precision: str = "float32",
     checkpoints: Checkpoints | None = None,
     show_progress: bool = True,
@@ -67,7 +62,7 @@ def finetune(
     `documents: 1`, and in the other losses, it is left out.
 
     Args:
-        teacher: of the prototype loss, in evaluation mode; it reads its own `max_length`.
+        teacher: of the prototype loss: its embeddings of the texts of `pairs` (`Targets`).
         precision: of matrix multiplications, float32 or bfloat16 (`optim.autocast`).
         checkpoints: to go on from after a stop (`optim.train`).
         evaluate: returns nDCG@10 of the model on validation; called before `settings.evaluations`
@@ -84,13 +79,12 @@ def finetune(
     if s.loss == "none" or not budget(s):
         model.eval()
         return []
-    if s.loss == "prototype":
-        prepared = prototypes(teacher, pairs)
-    else:
+    prepared = teacher
+    if s.loss != "prototype":
         check(pairs, s)
         prepared = mined(model, pairs, s, show_progress)  # before a checkpoint is restored
     context = autocast(next(model.parameters()).device, precision)
-    shares = warmup_then_linear(math.ceil(budget(s) / s.documents), s.warmup)
+    shares = warmup_then_linear(steps(s), s.warmup)
     evaluated = evaluation_steps(len(shares), s.evaluations) if evaluate else ()
 
     def gradient(step: int) -> dict:

@@ -93,7 +93,7 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
         PL = mean_b [1 - cos(teacher(q_b), student(q_b))] + [1 - cos(teacher(d_b), student(d_b))]
 
     The paper prints the sum of the cosines; we minimise their distance from 1.
-    The teacher reads the first 128 tokens only. No gradient reaches it.
+    Its teacher reads the first 128 tokens only. No gradient reaches it.
 
     Args:
         q, d: the student's embeddings, (B, D).
@@ -104,9 +104,16 @@ def prototype_loss(q: Tensor, d: Tensor, teacher_q: Tensor, teacher_d: Tensor) -
     """
     equal = q.shape == teacher_q.shape and d.shape == teacher_d.shape
     check("student and teacher embed the same texts", equal, q, teacher_q, d, teacher_d)
-    near_q = F.cosine_similarity(q, teacher_q.detach())
-    near_d = F.cosine_similarity(d, teacher_d.detach())
-    return (1 - near_q).mean() + (1 - near_d).mean()
+    return cosine_distance(q, teacher_q) + cosine_distance(d, teacher_d)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_b 1 - cos(teacher_b, student_b): one side of the prototype loss, scalar in [0, 2].
+
+    Args:
+        student, teacher: embeddings of the same texts, (B, D). No gradient reaches the teacher.
+    """
+    return (1 - F.cosine_similarity(student, teacher.detach())).mean()
 
 
 def contrastive_loss(q: Tensor, d: Tensor, y: Tensor, margin: float = 0.5) -> Tensor:

@@ -50,12 +50,13 @@ class Pairs:
     Args:
         tokenizer: may be None for `check_negatives` alone.
         max_length, query_length: of a document and of a query, in tokens.
+        texts: more documents, of no task and without queries (`unpaired`).
 
     Raises:
         TrainingError: no query has a relevant document.
     """
 
-    def __init__(self, tasks, tokenizer, max_length: int, query_length: int = 64):
+    def __init__(self, tasks, tokenizer, max_length: int, query_length: int = 64, texts=()):
         self.pad_id = None if tokenizer is None else tokenizer.pad_token_id
         documents: dict[str, int] = {}
         questions: dict[str, int] = {}
@@ -77,6 +78,7 @@ class Pairs:
             [documents.setdefault(text, len(documents)) for text in task.documents.values()]
             for task in tasks
         ]
+        self.without_queries = [documents.setdefault(text, len(documents)) for text in texts]
         self.in_task = np.zeros((len(members), len(documents)), dtype=bool)
         for row, indices in zip(self.in_task, members):
             row[indices] = True
@@ -128,6 +130,16 @@ class Pairs:
         i = int(np.searchsorted(ends, pair, side="right"))
         drawn = shuffled(queries_of[documents[i]], seed, epoch, documents[i])
         return epoch, documents[i], drawn[:queries_per_document][pair - ends[i]], kind
+
+    def unpaired(self, step: int, seed: int, count: int) -> list[int]:
+        """`count` of the texts without queries; every epoch has each of them once."""
+        texts, chosen = self.without_queries, []
+        message = f"pretraining_texts: {count}, but there is no text without queries: set it to 0"
+        require(texts or not count, message, TrainingError)
+        for position in range(step * count, (step + 1) * count):
+            epoch, index = divmod(position, len(texts))
+            chosen.append(texts[permutation(len(texts), seed, epoch)[index]])
+        return list(dict.fromkeys(chosen))
 
     # -------------------------------------------------------------- negatives
 
@@ -249,7 +261,7 @@ def shuffled(queries: list[int], seed: int, epoch: int, document: int) -> list[i
     return np.random.default_rng([seed, epoch, document]).permutation(queries).tolist()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the documents in an epoch."""
     return np.random.default_rng([seed, epoch, n]).permutation(n)

@@ -3,7 +3,7 @@
     LOSSES[name](pairs, settings, step, prepared)    ((documents, queries, target), loss)
 
 `prepared` is what a loss needs beside the pairs: hard negatives (lib/training/negatives.py), or the
-teacher's embeddings (`prototypes`). A step is a function of the seed and its number.
+teacher's embeddings (lib/training/targets.py). A step is a function of the seed and its number.
 
 Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3), section 4.3; contrastive and triplet losses as
         in the authors' code (HazyResearch/m2). Equations: lib/training/losses.py.
@@ -14,21 +14,25 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.settings import Finetune
-from lib.training.gradients import Loss, embed
+from lib.training.gradients import Loss
 from lib.training.losses import (
     contrastive_loss,
+    cosine_distance,
     multiple_negatives_ranking_loss,
     orthogonal_projection_loss,
     prototype_loss,
     triplet_loss,
 )
 from lib.training.negatives import Hard
-from lib.training.pairs import Pairs, TokenRows
+from lib.training.pairs import Pairs
+from lib.training.targets import drawn
 
+# (documents, queries) -> the teacher's embeddings of both
+Teacher = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
 Step = tuple[tuple[list[int], list[int], list[int]], Loss]
 
 
@@ -157,29 +161,18 @@ def labelled(function: Callable, batch: tuple, rows: Tensor, again: Tensor, wron
 # ------------------------------------------------------------------ prototypes
 
 
-def distillation(pairs: Pairs, s: Finetune, step: int, teach: Callable) -> Step:
-    """Prototype loss: each text against the teacher's embedding of it."""
-    batch = pairs.batch(step, s.seed, s.documents, s.queries_per_document or None)
-    teacher_d, teacher_q = teach(*batch[:2])
+def distillation(pairs: Pairs, s: Finetune, step: int, teacher: Teacher) -> Step:
+    """Prototype loss: each text against the teacher's embedding of it, with queries or without."""
+    (documents, queries, target), texts = drawn(pairs, s, step)
+    batch = [*documents, *texts], queries, target
+    teacher_d, teacher_q = teacher(*batch[:2])
 
     def loss(d: Tensor, q: Tensor) -> Tensor:
-        target = torch.tensor(batch[2]).to(d.device)
-        return prototype_loss(q, d[target], teacher_q, teacher_d[target])
+        own, near_d, near_q = (x.to(d.device) for x in (torch.tensor(target), teacher_d, teacher_q))
+        value, n = prototype_loss(q, d[own], near_q, near_d[own]), len(documents)
+        return value + cosine_distance(d[n:], near_d[n:]) if texts else value
 
     return batch, loss
-
-
-def prototypes(teacher: nn.Module, pairs: Pairs) -> Callable:
-    """A function from (documents, queries) to the teacher's embeddings of their first tokens."""
-    most, tokenizer = teacher.config.max_position_embeddings, pairs.documents.tokenizer
-    documents = TokenRows(pairs.documents.texts, tokenizer, most)
-    queries = TokenRows(pairs.queries.texts, tokenizer, min(most, pairs.queries.max_length))
-
-    @torch.no_grad()
-    def teach(d: list[int], q: list[int]) -> tuple[Tensor, Tensor]:
-        return embed(teacher, documents[d] + queries[q], pairs.pad_id).split([len(d), len(q)])
-
-    return teach
 
 
 LOSSES = {

@@ -176,15 +176,6 @@ def test_without_a_model_a_row_counts_words(row):
         rankers.of("laptop", "bm52")
 
 
-def test_without_the_library_one_line_says_how_to_get_it(row, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    monkeypatch.setattr(rankers, "find_spec", lambda name: None)
-    with pytest.raises(
-        RankerError, match="'some/model' needs sentence-transformers: `make interop` installs it"
-    ):
-        row({"model": "some/model"})
-
-
 @pytest.mark.parametrize("absent", ["openai", "lmdb"])
 def test_without_the_packages_of_an_endpoint_one_line_says_how_to_get_them(
     row, monkeypatch, absent

