@@ -57,14 +57,21 @@ def load_tokenizer(folder: str | Path):
     unset = {name: piece for name, piece in NAMES.items() if getattr(tokenizer, name) is None}
     require_special(path, unset.values(), tokenizer.get_vocab())
     tokenizer.add_special_tokens(unset)
+    tokenizer.model_max_length = 10**9  # of another model; a longer text is no reason to warn
     return tokenizer
 
 
 def read_tokenizer(folder: Path):
-    """The tokenizer of a folder with tokenizer.json, without AutoTokenizer's seconds of imports."""
+    """The tokenizer of a folder with tokenizer.json, without AutoTokenizer's seconds of imports.
+
+    Many files say to cut texts after some tokens, and to pad them. Here the caller decides.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def given_tokenizer(name: str):

@@ -3,8 +3,11 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
+from lib.corpus.tokenizer import lengths
 from lib.model import tokens
+from lib.model.tokens import given_tokenizer
 
 
 @settings(
@@ -122,3 +125,14 @@ def test_no_call_of_the_tokenizer_gets_more_than_a_piece(tokenizer, monkeypatch)
     assert (
         max(seen) == 4000 and sorted(seen)[-2] <= 1000 and sum(seen) == 4 * 1553
     )  # a text of 4,000 characters without more goes alone
+
+
+def test_a_file_that_says_to_cut_and_pad_is_not_obeyed(tokenizer, tmp_path):
+    """sentence-transformers' files say so. The lengths of the corpus's documents depended on it."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = given_tokenizer(str(tmp_path))
+    assert lengths(loaded, ["a b c d e f g h", "a"]).tolist() == [8, 1]
+    assert lengths(tokenizer, ["a b c d e f g h", "a"]).tolist() == [8, 1]
