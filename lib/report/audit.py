@@ -240,7 +240,7 @@ def own_scores(
     """Our cells, as for `cells`, on other tasks than the paper's; rows: {model: a row}."""
     note = f"our own tasks and encoders of minutes (profile {profile}): "
     note += "compare differences, not numbers"
-    trained = {"short": "short_2k_mlm", "long": "long_2k_mlm", "mixed": "reads_2k"}
+    trained = {name: name for name in ("short", "long", "mixed")}
     trained |= {"mnrl": "mnrl_2", "prototype": "prototype", "opl": "opl"}
     ours = {}
     for line, row in trained.items():
