@@ -18,6 +18,7 @@ Source: Saad-Falcon et al. 2024 (arXiv 2402.07440v3) and the layout of the publi
 Axes:   B batch, L tokens, D width, I intermediate width, K blocks, V vocabulary.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
@@ -288,11 +289,12 @@ def start_at_identity(model: "M2BertModel") -> None:
 
 
 @torch.no_grad()
-def open_gates(model: "M2BertModel") -> None:
+def open_gates(model: "M2BertModel", scale: float = 0.0) -> None:
     """Let the gated convolution bind from the first step on, in a model that is the identity.
 
-        x1 = 1,  x2[t] = Q2 P u[t],  v[s] = Q1 P u[s],  P = I - c cᵀ - 1 1ᵀ/D;  kernel k = 0, gain 0
-        dE/dk[d] = Σ_t g[t] · Q2 P u[t] · Q1 P u[t-d],  g = dE/dy
+        x1 = 1,  x2[t] = Q2 P u[t],  v[s] = Q1 P u[s],  P = I - c cᵀ - 1 1ᵀ/D;  gain 0
+        k[i] = scale · exp(-t_i |δ_c|) looking back, 0 looking ahead
+        dE/dk[i] = Σ_t g[t] · Q2 P u[t] · Q1 P u[t-i],  g = dE/dy
 
     Q1 and Q2 are random and orthogonal, so Q2 u · Q1 w is a code of the ordered pair (u, w): codes
     of other pairs, (w, u) too, are nearly orthogonal to it (Plate 2003, holographic reduced
@@ -301,14 +303,18 @@ def open_gates(model: "M2BertModel") -> None:
     grown, by a gradient that a random kernel and small gates have blurred. Neutral tokens (c) have
     no code.
 
-    A model without residual convolutions stays as `start_at_identity` made it: its gated one has to
-    pass the words on.
+    Another mixer, or one without a residual convolution, stays as `start_at_identity` made it: what
+    is left has to pass the words on.
+
+    Args:
+        scale: 0: the model is the identity. Above: its embeddings are those of a bag of words and
+            of pairs of words, near ones more than far ones, before any training.
     """
     D = model.config.hidden_size
     c, one = neutral(D), torch.ones(D) / D**0.5
     for layer in model.layers:
         mixer = layer.mixer
-        if mixer.residual_filter is None:
+        if model.config.mixer != "long_conv" or mixer.residual_filter is None:
             continue
         for rows in (slice(D, 2 * D), slice(2 * D, 3 * D)):  # x2, v
             Q = nn.init.orthogonal_(torch.empty(D, D))
@@ -317,8 +323,13 @@ def open_gates(model: "M2BertModel") -> None:
         nn.init.zeros_(mixer.short_filter.bias)
         nn.init.ones_(mixer.short_filter.bias[:D])  # x1
         nn.init.zeros_(mixer.gated_filter.bias)
-        for mlp in filter(None, (mixer.gated_filter.back, mixer.gated_filter.ahead)):
+        gated = mixer.gated_filter
+        for mlp in filter(None, (gated.back, gated.ahead)):
             nn.init.zeros_(mlp[3].weight)
+        if scale:  # hidden unit 0 is sin(F · π / 2F) = 1 at all taps
+            nn.init.zeros_(gated.back[2].weight[0])
+            nn.init.constant_(gated.back[2].bias[:1], math.pi / (2 * gated.frequency))
+            nn.init.constant_(gated.back[3].weight[:, 0], scale)
 
 
 def neutral(D: int) -> Tensor:

@@ -21,6 +21,7 @@ from lib.model.m2bert import (
     M2BertModel,
     SequenceMixer,
     neutral,
+    open_gates,
 )
 from lib.operators.long_conv import long_conv_direct
 from lib.pipeline.errors import WorkbenchError
@@ -548,6 +549,18 @@ def test_with_open_gates_a_kernel_of_one_tap_binds_what_stands_that_far_apart():
     torch.testing.assert_close(bound, expected, rtol=0, atol=1e-5)
     for other in (code(a2, b), code(a, b2), code(b, a), code(a2, b2)):
         assert abs(bound @ other) < 6 / D**0.5
+
+
+@torch.no_grad()
+def test_open_gates_begin_with_a_kernel_that_decays_looking_back():
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, intermediate_size=32)
+    more = dict(max_position_embeddings=32, filter_order=8, initialization="binding")
+    model = M2BertModel(M2BertConfig(**sizes, **more))
+    open_gates(model, scale=0.7)
+    gated = model.layers[0].mixer.gated_filter
+    back, ahead = gated(20)
+    torch.testing.assert_close(back, 0.7 * gated.decay(20).t(), rtol=0, atol=1e-6)
+    assert not ahead.any() and not gated.bias.any()
 
 
 def test_the_kernel_has_a_gradient_at_once_if_the_gates_are_open_and_none_if_they_are_shut():

@@ -8,7 +8,7 @@ from lib.benchmark.binding import Fact
 from lib.benchmark.encoder import Encoder
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval, neutral
 from lib.pipeline.errors import TrainingError
-from lib.training.binding import learn
+from lib.training.bound_pairs import learn
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FACTS = [Fact(a, b) for a, b in zip(LETTERS[:13], LETTERS[13:])]

@@ -30,7 +30,7 @@ def learn(
     steps: int,
     pairs: int = 8,
     parts: int = 2,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     warmup: float = 0.1,
     seed: int = 0,
     show_progress: bool = True,
