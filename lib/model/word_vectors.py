@@ -14,8 +14,8 @@ smooth inverse frequency (Arora et al. 2017), p the word's share of the tokens, 
 Each row has mean 0 and one norm, so LayerNorm only scales it; with layers that are the identity,
 mean pooling adds up s e / |e|, and the pooler drops c and is nearly linear
 (`m2bert.start_at_identity`). The factor is the standard deviation of untrained embeddings: a rate
-then moves both as fast, and the logits of the head, which shares the table, are as small. The mixer can turn what lies in a direction: it may learn to weigh a
-word by its neighbours.
+then moves both as fast, and the logits of the head, which shares the table, are as small. The mixer
+can turn what lies in a direction: it may learn to weigh a word by its neighbours.
 
 Before that, the mean of e is taken off, each word counted as often as it contributes, p w: it is
 what all documents have in common.
