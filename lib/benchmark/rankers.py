@@ -75,7 +75,7 @@ def of(
         ParamsError: no such row.
         CheckpointError, CorpusError, HostedError, RankerError: what it needs cannot be had.
     """
-    design = params.load()
+    design = params.load_for(profile)
     rows = design["retrievers"] | design["published"] | design["baselines"]
     params.known(row, rows, "row of retrievers, published or baselines")
     data = params.data(profile)

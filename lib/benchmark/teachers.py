@@ -28,7 +28,7 @@ def of(profile: str, row: str, device: str = "cpu"):
         ParamsError: no such row.
         CheckpointError, CorpusError, HostedError, RankerError: what it needs cannot be had.
     """
-    design, data = params.load(), params.data(profile)
+    design, data = params.load_for(profile), params.data(profile)
     params.known(row, design["retrievers"] | design["teachers"], "row of retrievers or teachers")
     if row in design["teachers"]:
         settings, kept = design["baselines"][row], data / "embeddings"
@@ -47,7 +47,7 @@ def describe(profile: str, row: str) -> Path:
 
     Stages that learn from a baseline depend on this file, as others on a model's folder.
     """
-    settings = params.load()["baselines"][row]
+    settings = params.load_for(profile)["baselines"][row]
     content = {"row": row, "settings": settings}
     if "url" not in settings:
         model = rankers.load_model(settings["model"], settings.get("revision"), "cpu")

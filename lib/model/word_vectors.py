@@ -24,11 +24,15 @@ what all documents have in common.
 Axes: V words, D width of the encoder, D0 of the vectors.
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.model import places, token_rows
 from lib.model.m2bert import neutral
@@ -37,6 +41,13 @@ from lib.pipeline.errors import WorkbenchError, require
 
 SMOOTHING = 1e-4  # a
 QUANTILE = 0.999
+# The last names of embedding tables: BERT and its family, ModernBERT, decoders, GPT-2.
+TABLES = (
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+)
 DEVIATION = 0.02  # of the entries of a row, as of untrained embeddings
 
 
@@ -48,7 +59,7 @@ def read(model: str, tokenizer) -> np.ndarray:
     """Word vectors (V, D0) of a model for the tokens of a tokenizer, which must be the model's own.
 
     They are the rows of its embedding table; of a BERT, what its first layer reads of a word at a
-    mean position: LayerNorm(word + type 0 + mean position).
+    mean position: LayerNorm(word + type 0 + mean position). No other weight is read.
 
     Args:
         model: `package:<name>`, a folder, or a hub id; its own code is never run.
@@ -56,30 +67,52 @@ def read(model: str, tokenizer) -> np.ndarray:
     Raises:
         WordVectorError: it cannot be loaded, or its tokenizer is another one.
     """
-    from transformers import AutoModel
-
     where = places.of(model, WordVectorError)
     own = token_rows.fingerprint(given_tokenizer(model))
     other = f"word vectors of {model!r} are those of another tokenizer than the corpus has"
     way = f"set data.<profile>.tokenizer to {model!r}"
     require(own == token_rows.fingerprint(tokenizer), f"{other}: {way}", WordVectorError)
     try:
-        source = AutoModel.from_pretrained(
-            str(where), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        weights, eps = embeddings(where)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         way = "an id of the hub, or a folder with its weights in safetensors"
         raise WordVectorError(f"word vectors of {model!r} ({reason}): {way}") from None
-    words = source.get_input_embeddings().weight
-    table = getattr(source, "embeddings", None)
-    with torch.no_grad():
-        if all(hasattr(table, name) for name in ("LayerNorm", "position_embeddings")):
-            words = words + table.position_embeddings.weight.mean(dim=0)
-            if hasattr(table, "token_type_embeddings"):
-                words = words + table.token_type_embeddings.weight[0]
-            words = table.LayerNorm(words)
-    return words.detach().double().numpy()
+    words = next(weights[name] for name in TABLES if name in weights)
+    if {"position_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias"} <= weights.keys():
+        words = words + weights["position_embeddings.weight"].mean(dim=0)
+        if "token_type_embeddings.weight" in weights:
+            words = words + weights["token_type_embeddings.weight"][0]
+        norm = weights["LayerNorm.weight"], weights["LayerNorm.bias"]
+        words = F.layer_norm(words, words.shape[1:], *norm, eps)
+    return words.numpy()
+
+
+def embeddings(where: Path | str) -> tuple[dict[str, Tensor], float]:
+    """The weights beside a model's embedding table by their last names, float64; LayerNorm's eps.
+
+    Args:
+        where: a folder, or a hub id, whose safetensors are fetched.
+
+    Raises:
+        ValueError: no file has a table that is known here.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(where), allow_patterns=["*.safetensors", "*.json"]))
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            found = (name for table in TABLES for name in names if name.endswith("." + table))
+            if table := next(found, None):
+                room = table[: -len(".weight")].rpartition(".")[0] + "."
+                beside = [name for name in names if name.startswith(room) and ".layer" not in name]
+                weights = {n.removeprefix(room): file.get_tensor(n).double() for n in beside}
+                config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+                return weights, float(config.get("layer_norm_eps", 1e-12))
+    raise ValueError(f"no safetensors with {' or '.join(TABLES)}")
 
 
 def start(

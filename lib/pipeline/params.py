@@ -166,11 +166,6 @@ def needs(profile: str, rows: Iterable[str]) -> set[str]:
     return found
 
 
-def own(row: str, table: str) -> dict | None:
-    """What params.yaml says of a row of this table; None if the table has no such row."""
-    return load()[table].get(row)
-
-
 def trainings(profile: str, row: str) -> dict[int, str]:
     """{seed: folder in data/models and data/runs} of a row: `opl`, then `opl/seed_43`.
 

@@ -114,15 +114,16 @@ def rows_table(o: Overview) -> pd.DataFrame:
 
 
 def row_line(o: Overview, row: str) -> dict:
-    start = params.own(row, "retrievers")["pretrained"]
-    distilled = params.own(start, "distilled")
+    design = params.load_for(o.profile)
+    start = design["retrievers"][row]["pretrained"]
+    distilled = design["distilled"].get(start)
     learned = o.pretraining.loc[distilled["pretrained"] if distilled else start]
     tuned = o.finetuning.loc[row]
     tests = {f"test, {group}": pooled(o, row, tasks) for group, tasks in o.groups.items()}
     return {
         "row": results.marked(o.profile, row),
         "starts from": start,
-        "the paper's length": params.paper_length(row),
+        "the paper's length": params.paper_length(row, o.profile),
         "reads, tokens": tuned.get("reads_tokens"),
         "pretraining tokens": learned.get("tokens"),
         ACCURACY: percent(learned.get("mlm_accuracy_validation.mean")),
@@ -191,7 +192,8 @@ def ladder(o: Overview):
             ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes)
             ax.set(xticks=[])
         elif o.ladder:
-            ticks = [params.length(o.profile, params.paper_length(name)) for name in o.ladder]
+            lengths = [params.paper_length(name, o.profile) for name in o.ladder]
+            ticks = [params.length(o.profile, length) for length in lengths]
             ax.set(xscale="log", xticks=ticks, xticklabels=[f"{n:,}" for n in ticks])
             ax.minorticks_off()
         ax.set(xlabel="tokens read", ylabel="nDCG@10 × 100", ylim=(0, 100), title=title)

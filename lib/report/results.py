@@ -186,7 +186,7 @@ def learning_rate(metrics: pd.DataFrame, row: str) -> str:
 
 def marked(profile: str, row: str) -> str:
     """The row's name, and a note if it was trained on the test split (itself or an ancestor)."""
-    models, name = params.trained(params.load()), row
+    models, name = params.trained(params.load_for(profile)), row
     while name is not None:
         metrics = read_json(source(profile, "finetune", name) / "metrics.json")
         if metrics.get("trained_on") == "test":

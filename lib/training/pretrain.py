@@ -168,8 +168,7 @@ def backward(
     rows, columns, wanted = sent(places, ids.device)
     with context:
         hidden = model.model(ids, mask).last_hidden_state[rows, columns]
-    most = LOGITS["cpu" if ids.device.type == "cpu" else "gpu"]
-    size = max(1, most // model.config.vocab_size)
+    size = logits_at_a_time(model)
     loss, hits = hidden.new_zeros(2, dtype=torch.float32)
     gradients = []
     for x, y in zip(hidden.detach().split(size), wanted.split(size)):
@@ -183,6 +182,12 @@ def backward(
             loss, hits = loss + part, hits + (logits.argmax(-1) == y).sum()
     hidden.backward(torch.cat(gradients))
     return loss, hits
+
+
+def logits_at_a_time(model: nn.Module) -> int:
+    """The number of positions whose logits are computed together."""
+    weights = model.get_input_embeddings().weight
+    return max(1, LOGITS["cpu" if weights.device.type == "cpu" else "gpu"] // len(weights))
 
 
 @torch.no_grad()
@@ -203,12 +208,15 @@ def mlm_accuracy(
     model.eval()
     device = next(model.parameters()).device
     correct, targets = [], []
+    most = logits_at_a_time(model)
     for step in range(batches):
         batch = text.batch(step, seed, batch_tokens, mixture, variable_share=0.30)
         for ids, labels, mask in text.masked(batch, mask_rate, seed, step):
-            logits = model(ids.to(device), mask.to(device), labels=labels.to(device)).logits
+            hidden = model.model(ids.to(device), mask.to(device)).last_hidden_state
+            parts = hidden[(labels > 0).to(device)].split(most)
+            guesses = torch.cat([model.head(part).argmax(-1) for part in parts]).cpu()
             hits = torch.zeros_like(labels)
-            hits[labels > 0] = (logits.argmax(-1).cpu() == labels[labels > 0]).long()
+            hits[labels > 0] = (guesses == labels[labels > 0]).long()
             correct += hits.sum(dim=1).tolist()
             targets += (labels > 0).sum(dim=1).tolist()
     correct, targets = np.array(correct, dtype=float), np.array(targets, dtype=float)

@@ -104,8 +104,8 @@ def test_another_profile_runs_its_rows_in_its_folder_and_git_stays_clean(house):
     assert repro("smoke").returncode == 0 and trained() == []  # a second run is a no-op
     replace(
         house / "params.yaml",
-        "  opl:\n    {pretrained: warm_32k, loss: opl",
-        "  opl:\n    {lr: 7.0, pretrained: warm_32k, loss: opl",
+        "opl: {pretrained: start_32k}",
+        "opl: {lr: 7.0, pretrained: start_32k}",
     )
     assert repro("smoke").returncode == 0 and trained() == ["opl"]
     replace(house / "params.yaml", "{lr: 7.0, ", "{")
@@ -168,8 +168,8 @@ def test_a_group_runs_its_rows_and_the_report_grows_from_group_to_group(house):
     (house / "dvc.yaml").write_text(GROUPED)
     replace(
         house / "params.yaml",
-        "    retrievers: [reads_32k, opl]",
-        "    retrievers: [reads_32k, opl, mnrl]",
+        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k}, reads_warm: ",
+        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k}, mnrl: ",
     )
     path = house / "params.yaml"
     path.write_text(
@@ -443,7 +443,7 @@ STAGES = {"data": None, "finetune": "retrievers", "report": None}
         ([], ("laptop", [])),
         (["smoke"], ("smoke", [])),
         (["smoke", "finetune@opl", "--single-item"], ("smoke", ["finetune@opl", "--single-item"])),
-        (["finetune@cold"], ("laptop", ["finetune@cold"])),
+        (["finetune@bag"], ("laptop", ["finetune@bag"])),
         (["data"], ("laptop", ["data"])),
         (["--dry"], ("laptop", ["--dry"])),
         (["--glob", "finetune@reads*"], ("laptop", ["--glob", "finetune@reads*"])),
@@ -461,7 +461,7 @@ def test_the_first_argument_is_a_profile_unless_it_is_a_stage_or_an_option(argum
         (["finetun@opl"], "unknown profile or stage 'finetun@opl'"),
         (["smoke", "finetun@opl"], "unknown stage 'finetun'; did you mean 'finetune'?"),
         (["finetune@olp"], "unknown row of finetune at laptop 'olp'; did you mean 'opl'?"),
-        (["smoke", "finetune@cold"], "unknown row of finetune at smoke 'cold'"),
+        (["smoke", "finetune@bag"], "unknown row of finetune at smoke 'bag'"),
         (["data@opl"], "unknown row of data at laptop 'opl'; there is none"),
     ],
 )
@@ -472,7 +472,7 @@ def test_an_unknown_profile_stage_or_row_is_refused_before_anything_runs(argumen
 
 
 def test_a_wrong_design_stops_the_run_before_its_first_stage(house):
-    replace(house / "params.yaml", "loss: opl,", "loss: olp,")
+    replace(house / "params.yaml", "start_2k, loss: opl,", "start_2k, loss: olp,")
     done = repro("smoke")
     assert done.returncode == 1 and trained() == [] and not (house / ".work").exists()
     assert (

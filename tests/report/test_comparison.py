@@ -48,33 +48,33 @@ def test_an_ablation_compares_on_the_same_queries_and_names_who_is_missing(score
 
 def test_p_values_of_an_ablation_are_corrected_for_each_other(scored):
     """Three comparisons: the smallest p is multiplied by three, and none is below its raw value."""
-    reference, *others = params.rows("laptop", "ablations")["loss"]["rows"]
+    reference, *others = params.rows("study", "ablations")["loss"]["rows"]
     rng = np.random.default_rng(0)
     base = rng.random(40)
     for i, row in enumerate((reference, *others[:3])):
         noise = 0.2 * rng.standard_normal(40) + 0.03 * i
-        scored("laptop", row, {BOOK: base + (noise if i else 0)})
-    values = results.per_query("laptop")
+        scored("study", row, {BOOK: base + (noise if i else 0)})
+    values = results.per_query("study")
     raw = [comparison.against(values, row, reference)[1] for row in others[:3]]
-    p = comparison.ablation("laptop", "loss").set_index("row").loc[others[:3], "p"].tolist()
+    p = comparison.ablation("study", "loss").set_index("row").loc[others[:3], "p"].tolist()
     assert p == pytest.approx(statistics.holm(raw)) and max(raw) < 1
     assert min(p) == pytest.approx(3 * min(raw))
 
 
 def test_each_query_has_the_mean_over_seeds_and_each_pair_of_seeds_a_difference(scored):
-    scored("laptop", "mnrl_2", {BOOK: [0.2, 0.4, 0.6]})
-    scored("laptop", "mnrl_2", {BOOK: [0.4, 0.4, 0.4]}, seed=43)
-    scored("laptop", "opl", {BOOK: [0.5, 0.7, 0.9]})
-    scored("laptop", "opl", {BOOK: [0.1, 0.1, 0.1]}, seed=43)
-    values = results.per_query("laptop", ["mnrl_2", "opl"])
+    scored("study", "mnrl_2", {BOOK: [0.2, 0.4, 0.6]})
+    scored("study", "mnrl_2", {BOOK: [0.4, 0.4, 0.4]}, seed=43)
+    scored("study", "opl", {BOOK: [0.5, 0.7, 0.9]})
+    scored("study", "opl", {BOOK: [0.1, 0.1, 0.1]}, seed=43)
+    values = results.per_query("study", ["mnrl_2", "opl"])
     assert comparison.each_seed(values, "opl") == pytest.approx({42: 0.7, 43: 0.1})
     assert comparison.seeds_mean(values, "mnrl_2").tolist() == pytest.approx([0.3, 0.4, 0.5])
     (mean, _, _), _, by_seed = comparison.against(values, "opl", "mnrl_2")
     assert mean == pytest.approx(0.0) and by_seed == pytest.approx([0.3, 0.3, -0.3, -0.3])
-    frame = comparison.ablation("laptop", "loss")
+    frame = comparison.ablation("study", "loss")
     line = frame.set_index("row").loc["opl"]
     assert line["by_seed"] == by_seed and line["queries"] == 3
-    table = comparison.ablation_table(frame, "laptop").set_index("row")
+    table = comparison.ablation_table(frame, "study").set_index("row")
     assert table.loc[["opl", "mnrl_2", "mnrl"], "seeds"].tolist() == [
         "2 (range 60.0)",
         "2 (range 0.0)",
@@ -88,7 +88,7 @@ def test_two_seeds_compare_as_two_rows_of_one_seed_did(scored):
     rng = np.random.default_rng(1)
     drawn = {(row, seed): rng.random(50) for row in ("opl", "mnrl_2") for seed in (42, 43)}
     for (row, seed), values in drawn.items():
-        scored("laptop", row, {BOOK: values[:30], "tail": values[30:]}, seed=seed)
+        scored("study", row, {BOOK: values[:30], "tail": values[30:]}, seed=seed)
     keys = [(BOOK, f"q{i}") for i in range(30)] + [("tail", f"q{i}") for i in range(20)]
     means = [
         {
@@ -97,7 +97,7 @@ def test_two_seeds_compare_as_two_rows_of_one_seed_did(scored):
         }
         for row in ("opl", "mnrl_2")
     ]
-    values = results.per_query("laptop", ["mnrl_2", "opl"])
+    values = results.per_query("study", ["mnrl_2", "opl"])
     gap, p, by_seed = comparison.against(values, "opl", "mnrl_2")
     assert gap == statistics.paired(*means) and p == statistics.p_value(*means)
     pairs = [drawn["opl", a].mean() - drawn["mnrl_2", b].mean() for a in (42, 43) for b in (42, 43)]
@@ -159,10 +159,10 @@ def test_a_row_that_is_not_trained_adds_no_seeds_to_what_is_detectable(scored):
     rng = np.random.default_rng(2)
     opl, fixed = rng.random((2, 40)) + [[0.0], [0.2]], rng.random(40)
     for seed, values in zip((42, 43), opl):
-        scored("laptop", "opl", {BOOK: values}, seed=seed)
-    scored("laptop", "bm25", {BOOK: fixed})
-    scored("laptop", "mnrl", {BOOK: fixed})
-    values = results.per_query("laptop", ["opl", "bm25", "mnrl"])
+        scored("study", "opl", {BOOK: values}, seed=seed)
+    scored("study", "bm25", {BOOK: fixed})
+    scored("study", "mnrl", {BOOK: fixed})
+    values = results.per_query("study", ["opl", "bm25", "mnrl"])
     order = np.argsort([f"q{i}" for i in range(40)])
     error = statistics.standard_error((opl - fixed)[:, order])
     assert comparison.detectable(values, "opl", "bm25") == pytest.approx(2.8016 * error, rel=1e-4)

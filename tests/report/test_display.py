@@ -70,11 +70,11 @@ def test_a_note_says_which_lengths_stand_for_the_papers_and_which_collection(hou
 
 def test_a_caption_says_from_what_rows_start_and_where_they_were_trained(house):
     def write(stage, row, **values):
-        results.metric(values, stage, row, params.data("laptop"), "laptop")
+        results.metric(values, stage, row, params.data("study"), "study")
 
     def remarks(name):
-        *texts, last = display.remarks(name, "laptop")
-        assert last == display.note("laptop")
+        *texts, last = display.remarks(name, "study")
+        assert last == display.note("study")
         return texts
 
     assert remarks("overview/rows") == []  # nothing has run
@@ -82,7 +82,7 @@ def test_a_caption_says_from_what_rows_start_and_where_they_were_trained(house):
     write("pretrain", "mixed_2k", start=vectors, tokens=1, machine="A")
     write("pretrain", "short_2k", start=vectors, tokens=1, machine="A")
     write("pretrain", "cold_32k", start="random weights", tokens=1, machine="B")
-    for row in ("reads_2k", "short_2k_mlm"):
+    for row in ("mixed", "short"):
         write("finetune", row, tokens=1, machine="A")
     ours = "Word vectors are ours: the paper's encoders start from random weights."
     assert remarks("ablation/mixture/ablation_mixture") == [

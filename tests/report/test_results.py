@@ -69,22 +69,21 @@ def test_without_any_metric_every_row_is_not_run(house):
 
 
 def test_a_row_was_trained_where_it_and_what_it_starts_from_were(house):
-    write(
-        {"machine": "A", "start": "random weights", "tokens": 5}, "pretrain", "mixed_8k", "laptop"
-    )
-    write({"machine": "B", "tokens": 5}, "continue", "warm_32k", "laptop")
-    write({"machine": "B", "tokens": 7}, "finetune", "opl", "laptop")
-    write({"machine": "A", "tokens": 7}, "finetune", "reads_8k", "laptop")
-    rows = ["opl", "reads_8k", "bm25", "cold"]
-    assert results.machines("laptop", rows) == {"A": ["opl", "reads_8k"], "B": ["opl"]}
-    assert results.machines("laptop", ["bm25", "cold"]) == {}
+    write({"machine": "A", "start": "random weights", "tokens": 5}, "pretrain", "mixed_8k", "study")
+    write({"machine": "B", "tokens": 5}, "continue", "warm_32k", "study")
+    write({"machine": "B", "tokens": 7}, "finetune", "warm", "study")
+    write({"machine": "A", "tokens": 7}, "finetune", "reads_8k", "study")
+    rows = ["warm", "reads_8k", "bm25", "cold"]
+    assert results.machines("study", rows) == {"A": ["warm", "reads_8k"], "B": ["warm"]}
+    assert results.machines("study", ["bm25", "cold"]) == {}
 
 
 def test_a_learning_rate_stands_beside_those_that_were_tried(retrievers):
-    first, second = retrievers
+    first, second, *others = retrievers
     write({"lr": 1e-3, "trials": []}, "finetune", first)
     scores = results.load_metrics("smoke", "finetune")
-    assert [results.learning_rate(scores, row) for row in (*retrievers, "x")] == ["0.001", "–", "–"]
+    shown = {row: results.learning_rate(scores, row) for row in (*retrievers, "x")}
+    assert shown == {first: "0.001"} | dict.fromkeys([second, *others, "x"], "–")
     for lr, text in ((2e-5, "<2e-05"), (1e-3, "0.001"), (5e-3, ">0.005")):
         tried = [{"lr": value, "ndcg@10": 0.5} for value in (1e-3, 2e-5, 5e-3)]
         write({"lr": lr, "trials": tried}, "finetune", second)
@@ -94,17 +93,18 @@ def test_a_learning_rate_stands_beside_those_that_were_tried(retrievers):
 
 def test_rows_start_from_the_weights_that_their_first_model_had(house):
     vectors = "the word vectors of package:x"
-    write({"start": vectors, "tokens": 5}, "pretrain", "mixed_8k", "laptop")
-    write({"start": vectors, "tokens": 5}, "continue", "warm_32k", "laptop")
-    write({"tokens": 0}, "finetune", "pretrained_only", "laptop")
-    write({"start": "random weights", "tokens": 0}, "pretrain", "untrained_32k", "laptop")
-    write({"tokens": 0}, "finetune", "untrained", "laptop")
-    write({"tokens": 9}, "finetune", "scratch", "laptop")
-    rows = ["pretrained_only", "untrained", "scratch", "bm25", "reads_128"]
-    assert results.starts("laptop", rows) == {
-        vectors: ["pretrained_only"],
+    write({"start": vectors, "tokens": 5}, "pretrain", "mixed_8k", "study")
+    write({"start": vectors, "tokens": 5}, "continue", "warm_32k", "study")
+    write({"tokens": 0}, "finetune", "warm", "study")
+    write({"start": "random weights", "tokens": 0}, "pretrain", "random_2k", "study")
+    write({"tokens": 9}, "finetune", "random_start", "study")
+    write({"start": "random weights", "tokens": 0}, "pretrain", "start_32k", "study")
+    write({"tokens": 0}, "finetune", "untrained", "study")
+    rows = ["warm", "untrained", "random_start", "bm25", "reads_128"]
+    assert results.starts("study", rows) == {
+        vectors: ["warm"],
         "random weights, with nothing trained": ["untrained"],
-        "random weights": ["scratch"],
+        "random weights": ["random_start"],
     }
 
 
@@ -146,10 +146,10 @@ def test_queries_come_row_by_row_and_rows_without_a_run_have_none(retrievers, sc
 
 
 def test_a_query_has_a_line_for_each_seed_and_their_mean_in_the_order_of_the_file(house, scored):
-    scored("laptop", "bm25", {"tail": [0.1]})
-    scored("laptop", "opl", {"tail": [0.5, 1.0], "book": [0.2]})
-    scored("laptop", "opl", {"tail": [0.25, 0.0], "book": [0.4]}, seed=43)
-    every = results.per_query("laptop", ["opl", "bm25"])
+    scored("study", "bm25", {"tail": [0.1]})
+    scored("study", "opl", {"tail": [0.5, 1.0], "book": [0.2]})
+    scored("study", "opl", {"tail": [0.25, 0.0], "book": [0.4]}, seed=43)
+    every = results.per_query("study", ["opl", "bm25"])
     assert every[["row", "seed"]].drop_duplicates().values.tolist() == [
         ["opl", 42],
         ["opl", 43],
@@ -209,13 +209,13 @@ def test_needles_of_rows_that_have_some(house):
 
 
 def test_a_row_trained_on_test_says_so_wherever_it_is_named(house):
-    splits = {"opl": "test", "mnrl": "train", "prototype_32k": "test", "prototype": "nothing"}
+    splits = {"opl": "test", "mnrl": "train", "prototype_8k": "test", "prototype": "nothing"}
     for row, split in splits.items():
-        write({"trained_on": split}, "finetune", row, "laptop")
-    marked = {row: results.marked("laptop", row) for row in ("opl", "mnrl", "bm25", "prototype")}
+        write({"trained_on": split}, "finetune", row, "study")
+    marked = {row: results.marked("study", row) for row in ("opl", "mnrl", "bm25", "prototype")}
     assert marked["opl"] == "opl (trained on test)"
     assert marked["mnrl"] == "mnrl" and marked["bm25"] == "bm25"
-    assert marked["prototype"] == "prototype (trained on test)"  # it starts from prototype_32k
+    assert marked["prototype"] == "prototype (trained on test)"  # it starts from prototype_8k
 
 
 # ------------------------------------------------------------------ the paper
