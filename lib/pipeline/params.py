@@ -300,6 +300,10 @@ def check(design: dict) -> None:
         "`<<: [*retrievers, *published]`; add rows to those",
         ParamsError,
     )
+    named = design["profile"]
+    way = f"name the profile that they are, and `make repro PROFILE={named}`"
+    message = f"profile: {named} has rows of its own, other than the tables of this file: {way}"
+    require(named not in design["rows"], message, ParamsError)
     for profile, chosen in design["rows"].items():
         known(profile, design["lengths"], "profile", "rows: ")
         for table, names in chosen.items():
