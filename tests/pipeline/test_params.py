@@ -163,9 +163,14 @@ def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
     assert params.rows("smoke", "ablations")["loss"]["rows"] == [
         r for r in params.rows("laptop", "ablations")["loss"]["rows"] if r in ("opl", "reads_32k")
     ]
-    assert params.rows("gpu", "retrievers") == params.load()["retrievers"]
-    edit(("profile", "smoke"))  # in place, DVC runs every row
-    assert params.rows("smoke", "retrievers") == params.load()["retrievers"]
+    assert params.rows("laptop", "retrievers") == params.load()["retrievers"]
+
+
+def test_a_profile_with_rows_of_its_own_does_not_run_in_place(edit):
+    """DVC's stages in the root are the rows of the tables."""
+    edit(("profile", "gpu"))
+    with pytest.raises(ParamsError, match="profile: gpu has rows of its own.*repro PROFILE=gpu"):
+        params.load()
 
 
 def test_a_profile_has_rows_of_its_own_and_changes_others(edit):
