@@ -168,8 +168,10 @@ def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
 
 def test_a_profile_with_rows_of_its_own_does_not_run_in_place(edit):
     """DVC's stages in the root are the rows of the tables."""
-    edit(("profile", "gpu"))
-    with pytest.raises(ParamsError, match="profile: gpu has rows of its own.*repro PROFILE=gpu"):
+    edit(("profile", "smoke"))
+    with pytest.raises(
+        ParamsError, match="profile: smoke has rows of its own.*repro PROFILE=smoke"
+    ):
         params.load()
 
 
