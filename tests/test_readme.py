@@ -355,7 +355,12 @@ def test_the_rows_for_other_peoples_models_are_rows(tmp_path):
     yaml = YAML()
     design = yaml.load(ROOT / "params.yaml")
     for block in re.findall(r"```yaml\n(.*?)```", PAGES[ROOT / "docs" / "extend.md"], re.S):
-        for table, rows in yaml.load(block).items():
+        changes = yaml.load(block)
+        for profile, tables in changes.pop("rows", {}).items():
+            own = design["rows"][profile]
+            for table, rows in tables.items():  # beside those that the profile has
+                own[table] = {**own[table], **rows} if rows else rows
+        for table, rows in changes.items():
             design[table] |= rows
     yaml.dump(design, tmp_path / "params.yaml")
     assert params.load(tmp_path / "params.yaml")

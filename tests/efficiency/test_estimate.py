@@ -76,18 +76,19 @@ def test_epochs_of_one_kind_leave_the_other_out(house, design):
 
 
 def test_epochs_of_pairs_by_hand(house, design):
-    # 640 documents bring two queries each at most: (1 + 2 + 2) / 3 of 10 pairs.
-    assert work("reads_32k").epochs == pytest.approx(640 * 5 / 3 / 10)
+    # 320 documents bring two queries each at most: (1 + 2 + 2) / 3 of 10 pairs.
+    assert work("reads_32k").epochs == pytest.approx(320 * 5 / 3 / 10)
     design({"finetune.smoke.tasks": ["a"]})
-    assert work("reads_32k").epochs == pytest.approx(640 * 1.5 / 6)
+    assert work("reads_32k").epochs == pytest.approx(320 * 1.5 / 6)
 
 
-def test_a_step_of_one_pair_is_one_kind_of_it(house):
-    s = params.settings("smoke", "finetune", "opl")
-    assert (s["documents"], s["loss"], s["negatives"]) == (1, "opl", 1)
-    seen = 0.2 * 640
+def test_a_step_of_one_pair_is_one_kind_of_it(house, design):
+    own = {"loss": "opl", "documents": 1, "negatives": 1, "share": 0.2, "seeds": [42, 43]}
+    own["lr_choices"] = []
+    design({f"retrievers.opl.{key}": value for key, value in own.items()})
+    seen = 0.2 * 320
     assert work("opl").epochs == pytest.approx(seen / 10 / 2)
-    assert len(s["seeds"]) == 2  # two models are trained
+    # Two models are trained.
     assert work("opl").tokens == pytest.approx(2 * seen * (150 + 10))
 
 
@@ -184,11 +185,12 @@ def test_the_trials_of_a_rate_are_trained_too(house, design):
 
 
 def test_a_group_costs_its_rows_and_what_they_are_built_on(house, design):
-    design({"groups": {"loss": {"rows": ["opl"]}, "length": {"rows": ["reads_32k", "opl"]}}})
+    every = ["reads_32k", "opl", "reads_warm"]
+    design({"groups": {"loss": {"rows": ["reads_warm"]}, "length": {"rows": every}}})
     done = estimate.works("smoke", KNOWN)
     cost = {w.row: w.operations for w in done}
     groups = estimate.by_group("smoke", done)
-    assert groups["loss"][0] == {"opl", "warm_32k", "mixed_8k"}
+    assert groups["loss"][0] == {"reads_warm", "warm_32k", "mixed_8k"}
     assert groups["loss"][1] == pytest.approx(sum(cost[row] for row in groups["loss"][0]))
     assert groups["length"][1] == pytest.approx(sum(cost.values()))
 
@@ -197,7 +199,7 @@ def test_explicit_negatives_are_read_too(house, design):
     alone = work("reads_32k").tokens
     design({"finetune.smoke.explicit_negatives": 1})
     document, asked, seeds = 150, 5 / 3, 2  # (100 + 300 + 50) / 3 tokens
-    assert work("reads_32k").tokens == pytest.approx(alone + seeds * 640 * asked * document)
+    assert work("reads_32k").tokens == pytest.approx(alone + seeds * 320 * asked * document)
 
 
 # ------------------------------------------------------------------ a corpus, a machine
@@ -264,7 +266,7 @@ def test_the_rate_of_this_machine_uses_up_no_random_number(house):
 def test_the_estimate_goes_to_the_log_alone(corpus, capsys):
     estimate.announce("smoke", corpus)
     out, err = capsys.readouterr()
-    rows = ["mixed_8k", "warm_32k", "reads_32k", "opl"]
+    rows = "start_32k random_2k mixed_8k warm_32k reads_32k opl reads_warm".split()
     rows += [f"group {name}" for name in params.groups(params.load(), "smoke")] + ["all rows"]
     assert (
         out == ""
