@@ -385,8 +385,8 @@ def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
     replace(house / "dvc.yaml", "stages:\n", "stages:\n" + DATA)
     replace(
         house / "params.yaml",
-        "{books: [512], natural",
-        f"{{source: '{mine}', books: [512], natural",
+        "books: [512], natural",
+        f"source: '{mine}', books: [512], natural",
     )
     assert repro("smoke").returncode == 0 and trained()[:3] == str(mine).split()
     (mine / "a.txt").write_text("another")
