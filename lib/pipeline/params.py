@@ -185,7 +185,11 @@ def merged(design: dict, profile: str) -> dict:
     tables = {}
     for table, rows in chosen_by(design, profile).items():
         changes = rows if isinstance(rows, dict) else {}
-        own = {name: {**design[table].get(name, {}), **keys} for name, keys in changes.items()}
+        below = {
+            name: {} if "pretrained" in keys else design[table].get(name, {})
+            for name, keys in changes.items()
+        }
+        own = {name: {**below[name], **keys} for name, keys in changes.items()}
         tables[table] = {**design[table], **own}
     design = {**design, **tables}
     return design | {"evaluated": {**design["retrievers"], **design["published"]}}

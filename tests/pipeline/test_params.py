@@ -166,6 +166,14 @@ def test_a_profile_runs_its_rows_and_an_ablation_what_is_left_of_its_own(edit):
     assert params.rows("laptop", "retrievers") == params.load()["retrievers"]
 
 
+def test_the_papers_rows_have_the_papers_rates_and_negatives():
+    """They have names of laptop's rows, and take nothing from them."""
+    for row, own in params.rows("paper", "retrievers").items():
+        values = params.settings("paper", "finetune", row)
+        assert (values["lr"], values["embedding_lr"], values["lr_choices"]) == (5e-6, 5e-6, []), row
+        assert values["negatives"] == 32 and own["pretrained"] == values["pretrained"], row
+
+
 def test_a_profile_with_rows_of_its_own_does_not_run_in_place(edit):
     """DVC's stages in the root are the rows of the tables."""
     edit(("profile", "smoke"))
