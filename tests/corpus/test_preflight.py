@@ -137,7 +137,9 @@ def test_one_document_in_all_is_no_training(check):
 
 def test_tasks_that_are_not_there_are_named_with_those_that_are(check):
     refused(
-        lambda: check(design=lambda values: values["retrievers"]["reads_32k"].update(tasks=["book_*"])),
+        lambda: check(
+            design=lambda values: values["retrievers"]["reads_32k"].update(tasks=["book_*"])
+        ),
         "row reads_32k trains on tasks book_*, and the train split has fables",
     )
 

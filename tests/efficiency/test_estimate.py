@@ -85,11 +85,11 @@ def test_epochs_of_pairs_by_hand(house, design):
 def test_a_step_of_one_pair_is_one_kind_of_it(house, design):
     own = {"loss": "opl", "documents": 1, "negatives": 1, "share": 0.2, "seeds": [42, 43]}
     own["lr_choices"] = []
-    design({f"retrievers.opl.{key}": value for key, value in own.items()})
+    design({f"retrievers.reads_32k.{key}": value for key, value in own.items()})
     seen = 0.2 * 320
-    assert work("opl").epochs == pytest.approx(seen / 10 / 2)
+    assert work("reads_32k").epochs == pytest.approx(seen / 10 / 2)
     # Two models are trained.
-    assert work("opl").tokens == pytest.approx(2 * seen * (150 + 10))
+    assert work("reads_32k").tokens == pytest.approx(2 * seen * (150 + 10))
 
 
 def test_what_trains_on_nothing_costs_nothing(house, design):
@@ -266,7 +266,7 @@ def test_the_rate_of_this_machine_uses_up_no_random_number(house):
 def test_the_estimate_goes_to_the_log_alone(corpus, capsys):
     estimate.announce("smoke", corpus)
     out, err = capsys.readouterr()
-    rows = "start_32k random_2k mixed_8k warm_32k reads_32k opl reads_warm".split()
+    rows = "start_32k mixed_8k warm_32k reads_32k opl reads_warm".split()
     rows += [f"group {name}" for name in params.groups(params.load(), "smoke")] + ["all rows"]
     assert (
         out == ""
