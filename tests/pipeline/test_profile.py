@@ -104,7 +104,7 @@ def test_another_profile_runs_its_rows_in_its_folder_and_git_stays_clean(house):
     assert repro("smoke").returncode == 0 and trained() == []  # a second run is a no-op
     replace(
         house / "params.yaml",
-        "opl: {pretrained: start_32k}",
+        "opl: {pretrained: start_32k, loss: opl, documents: 1}",
         "opl: {lr: 7.0, pretrained: start_32k}",
     )
     assert repro("smoke").returncode == 0 and trained() == ["opl"]
@@ -168,8 +168,8 @@ def test_a_group_runs_its_rows_and_the_report_grows_from_group_to_group(house):
     (house / "dvc.yaml").write_text(GROUPED)
     replace(
         house / "params.yaml",
-        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k}, reads_warm: ",
-        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k}, mnrl: ",
+        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k, loss: opl, documents: 1}, reads_warm: ",
+        "    retrievers: {reads_32k: {}, opl: {pretrained: start_32k, loss: opl, documents: 1}, mnrl: ",
     )
     path = house / "params.yaml"
     path.write_text(
