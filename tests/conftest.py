@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lib
 from lib.kernels import gpu, gpu_mlp
-from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
+from lib.model.m2bert import M2BertConfig, M2BertForRetrieval, M2BertModel
 
 ROOT = Path(__file__).parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -103,6 +103,27 @@ def tiny(tokenizer):
         return model
 
     return build
+
+
+@pytest.fixture
+def unlearned():
+    """unlearned(config): the weights of an encoder's layers without a gradient at the third step.
+
+    What starts at zero has a gradient at once, or after a step of the others.
+    """
+
+    def names(config) -> list[str]:
+        torch.manual_seed(0)
+        model = M2BertModel(config).train()
+        ids, optimizer = torch.randint(1, 50, (4, 32)), torch.optim.SGD(model.parameters(), lr=0.1)
+        target = torch.randn(4, 32, config.hidden_size)
+        for _ in range(3):
+            optimizer.zero_grad()
+            ((model(ids).last_hidden_state - target) ** 2).sum().backward()
+            optimizer.step()
+        return [name for name, p in model.layers.named_parameters() if not p.grad.any()]
+
+    return names
 
 
 @pytest.fixture

@@ -181,7 +181,11 @@ def trainings(profile: str, row: str) -> dict[int, str]:
 
 
 def merged(design: dict, profile: str) -> dict:
-    """The design with the changes and the new rows that a profile's `rows` have."""
+    """The design with the changes and the new rows that a profile's `rows` have.
+
+    A change is laid over the row of that name, unless it says what the row is `pretrained` from:
+    then it is the whole row, and takes no rate or negatives from the other profile's.
+    """
     tables = {}
     for table, rows in chosen_by(design, profile).items():
         changes = rows if isinstance(rows, dict) else {}

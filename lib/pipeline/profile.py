@@ -31,8 +31,12 @@ from lib.pipeline.errors import require
 from lib.pipeline.params import ParamsError
 
 SOURCES = ("embedded", "hub", "longembed")
-WANTED = {"data": "a folder, hub, longembed", "text": "a folder, hub", "set": "section.key=value"}
-WANTED |= {"group": "a group of params.yaml"}
+WANTED = {
+    "data": "a folder, hub, longembed",
+    "text": "a folder, hub",
+    "set": "section.key=value",
+    "group": "a group of params.yaml",
+}
 # What shows rows. It waits for every row, so the pages of a group are asked for by themselves.
 PAGES = ("overview", "site")
 COPIED = (
@@ -258,15 +262,13 @@ def configure(root: Path, home: Path) -> None:
 
 
 def dvc(folder: Path, commands: list[list[str]]) -> int:
-    """`dvc repro` in a folder, for each list of arguments until one fails; the exit code.
-
-    Its stages run with this Python, and it ends when we are ended.
-    """
+    """`dvc repro` in a folder, for each list of arguments until one fails; the exit code."""
     codes = (reproduced(folder, arguments) for arguments in commands)
     return next((code for code in codes if code), 0)
 
 
 def reproduced(folder: Path, arguments: list[str]) -> int:
+    """`dvc repro` once. Its stages run with this Python, and it ends when we are ended."""
 
     def with_parent() -> None:
         if sys.platform == "linux":
