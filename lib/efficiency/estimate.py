@@ -204,7 +204,8 @@ def finetuning(profile: str, row: str, known: Facts) -> Work:
     if steps_of_pair:  # a step is one pair or triplet
         asked, extra = 1.0, float(s["loss"] == "triplet")
     L = params.length(profile, params.paper_length(row, profile))
-    document, query = np.minimum(sizes, L).mean(), min(known.query, s["query_length"], L)
+    longest = min(L, s["document_length"] or L)
+    document, query = np.minimum(sizes, longest).mean(), min(known.query, s["query_length"], L)
     shape, batch = config(profile, row, L, known.vocabulary), s["documents"]
     read = (1 + extra) * document + asked * query
     passes = 3 if batch * read <= s["micro_batch_tokens"] else 4

@@ -162,6 +162,7 @@ class Finetune(Settings):
     share: Share  # of documents_seen
     queries_per_document: Amount  # in an epoch; 0: all
     query_length: Count
+    document_length: Amount  # tokens of a document in training; 0: all that the row reads
     negatives: Amount  # of a query and its document; of all losses but MNRL
     explicit_negatives: Amount  # of MNRL: documents of each query, beside those of the batch
     hard_negatives: Literal["none", "bm25", "model"]
@@ -172,6 +173,7 @@ class Finetune(Settings):
     allow_test_training: bool
     lr: Rate
     embedding_lr: Rate
+    filter_rate: Rate  # of lr, for the implicit filters
     lr_documents: Count  # documents per step that the rates are meant for
     lr_choices: Annotated[list[Rate], AfterValidator(choices)]  # tried on validation; []: lr
     trial_share: Share  # of the row's documents, for a trial of a rate

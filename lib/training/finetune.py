@@ -95,7 +95,8 @@ def finetune(
         return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows)) | scores
 
     compile_kernels(model, precision, model.config.max_position_embeddings)
-    optim = optimizer(model, rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr)
+    rates = rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr, s.filter_rate
+    optim = optimizer(model, *rates)
     name = f"fine-tuning ({s.loss})"
     return train(model, optim, shares, gradient, name, s.seed, checkpoints, show_progress)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lib.kernels import warm_up
 from lib.kernels.support import matmul_dtype
+from lib.operators.long_conv import ImplicitFilter
 from lib.pipeline.errors import TrainingError, require
 from lib.pipeline.progress import bar, say
 from lib.training import ranks
@@ -41,23 +42,35 @@ def compile_kernels(model: nn.Module, precision: str, longest: int) -> None:
 
 
 def optimizer(
-    model: nn.Module, lr: float, weight_decay: float, embedding_lr: float | None = None, **adam
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    embedding_lr: float | None = None,
+    filter_rate: float = 1.0,
+    **adam,
 ) -> torch.optim.AdamW:
     """AdamW without decay of vectors (biases, norms, gains) and of the filters' inputs.
 
-    Word embeddings may have a learning rate of their own: few of them occur in a batch.
+    Word embeddings may have a learning rate of their own: few of them occur in a batch. So may the
+    implicit filters: `filter_rate` is their share of `lr`. Adam moves every weight of a filter by
+    about the rate, so all taps of a kernel move together, and what the tokens have in common is
+    added up over all of them: one step changes a long convolution by rate times length.
     """
     embeddings = model.get_input_embeddings().weight
-    decayed, rest = [], []
+    filters = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ImplicitFilter)
+        for name, _ in module.named_parameters()
+        if name != "bias"  # the gain on the input is no tap
+    }
+    groups: dict[tuple, list] = {}
     for name, p in model.named_parameters():
-        if p is not embeddings:
-            matrix = p.ndim > 1 and not name.endswith("filter.inputs")
-            (decayed if matrix else rest).append(p)
-    groups = [
-        dict(params=decayed, weight_decay=weight_decay),
-        dict(params=rest, weight_decay=0.0),
-        dict(params=[embeddings], weight_decay=weight_decay, lr=embedding_lr or lr),
-    ]
+        rate = (embedding_lr or lr) if p is embeddings else lr
+        rate = filter_rate * lr if name in filters else rate
+        decay = weight_decay if p.ndim > 1 and not name.endswith("filter.inputs") else 0.0
+        groups.setdefault((rate, decay), []).append(p)
+    groups = [dict(params=own, lr=lr, weight_decay=decay) for (lr, decay), own in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, fused=True, **adam)
 
 

@@ -33,6 +33,27 @@ def test_vectors_and_the_filters_inputs_are_not_decayed_and_words_have_a_rate_of
         assert of[id(p)]["lr"] == (1e-2 if "word_embeddings" in name else 1e-3), name
 
 
+def test_the_taps_of_a_filter_have_a_share_of_the_rate_and_its_gain_the_whole(tiny):
+    model = tiny()
+    optim = optimizer(model, lr=1e-3, weight_decay=0.1, embedding_lr=1e-2, filter_rate=0.25)
+    rates = {id(p): group["lr"] for group in optim.param_groups for p in group["params"]}
+    slow = {name for name, p in model.named_parameters() if rates[id(p)] == 2.5e-4}
+    taps = re.compile(r"(gated|residual)_filter\.(inputs|freq|deltas|back|ahead)")
+    assert slow == {name for name, _ in model.named_parameters() if taps.search(name)}
+    assert any("residual_filter" in name for name in slow)
+
+
+def test_at_a_share_of_0_the_kernels_of_a_filter_stay_as_they_are(tiny):
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optim = optimizer(model, lr=1e-2, weight_decay=0.1, filter_rate=0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optim.step()
+    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert same == {name for name in before if re.search(r"(gated|residual)_filter\.(?!bias)", name)}
+
+
 def steps(gradient, count: int, *arguments, **options):
     """Train one weight; gradient(step, weight) adds to its gradient and returns the loss."""
     model = torch.nn.Linear(1, 1, bias=False)

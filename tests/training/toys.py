@@ -55,6 +55,8 @@ FINETUNE = dict(
     evaluations=0,
     seeds=[42],
     pretraining_texts=0,
+    document_length=0,
+    filter_rate=1.0,
 )
 
 
