@@ -6,7 +6,7 @@
     detectable(values, row, reference)  the smallest difference that this comparison could have seen
     ablation(profile, key)              the rows of an ablation against its first row
     trained_on_test(profile)            rows trained on test, each with its honest twin
-    by_task(profile, row, reference)    two rows on each task
+    by_task, on_all_tasks               two rows of a profile on each task, and on all together
     ablation_table(frame, profile, …)   the same as the table of notebooks 07 to 09
     verdict(low, high, expected, …)     whether the paper's sign was found
 
@@ -276,8 +276,7 @@ def by_task(profile: str, row: str, reference: str) -> pd.DataFrame:
     Columns: task, queries (0: not run), the two rows with intervals, their difference, the same
     seed by seed.
     """
-    values = results.per_query(profile, [row, reference])
-    values = values[(values["reads"] == "all") & (values["source"] == "")]
+    values = own_tasks(profile, row, reference)
     names = sorted(values["task"].unique())
     lines = []
     for name, tasks in [*((name, [name]) for name in names), ("all tasks", names)]:
@@ -293,6 +292,17 @@ def by_task(profile: str, row: str, reference: str) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+def on_all_tasks(profile: str, row: str, reference: str) -> tuple[float, float, float]:
+    """(difference, low, high) of two rows on the queries of all the run's own tasks; or NaN."""
+    return against(own_tasks(profile, row, reference), row, reference)[0]
+
+
+def own_tasks(profile: str, *rows: str) -> pd.DataFrame:
+    """`results.per_query` of rows on the run's own tasks, reading everything they read."""
+    values = results.per_query(profile, list(rows))
+    return values[(values["reads"] == "all") & (values["source"] == "")]
 
 
 def shown(line: dict, keys: list[str], signed: bool = False) -> str:

@@ -262,15 +262,15 @@ def test_a_row_trained_on_test_stands_beside_the_row_that_differs_in_this_word_a
 def test_two_rows_are_compared_on_each_task_and_on_all_queries(scored):
     scored("study", "trained_on_test", {"a": [1.0, 1.0], "b": [0.5] * 6})
     scored("study", "reads_2k", {"a": [0.0, 0.0], "b": [0.5] * 6})
-    results.metric(
-        {"trained_on": "test"}, "finetune", "trained_on_test", params.data("study"), "study"
-    )
+    place = "finetune", "trained_on_test", params.data("study"), "study"
+    results.metric({"trained_on": "test"}, *place)
     table = comparison.by_task("study", "trained_on_test", "reads_2k").set_index("task")
     assert table["queries"].to_dict() == {"a": 2, "b": 6, "all tasks": 8}
     assert table["difference"]["a"] == "+100.0 [+100.0, +100.0]"
     assert table["difference"]["b"] == "+0.0 [+0.0, +0.0]"
     assert table["difference"]["all tasks"].startswith("+25.0 [")  # of queries: 2 of 8 gain 100
     assert table["reads_2k"]["a"] == "0.0 [0.0, 0.0]"
+    assert comparison.on_all_tasks("study", "trained_on_test", "reads_2k")[0] == 0.25
     assert "trained_on_test (trained on test)" in table  # every number of such a row is marked
 
 
