@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lib.kernels import support
 from lib.kernels.engine import Engine
 from lib.model.device import to_device
 from lib.model.m2bert import M2BertForRetrieval
@@ -80,12 +81,12 @@ class Encoder:
         self.truncate, self.chunk = truncate, chunk
         self.stride = checked_stride(stride, self.max_length - 2, chunk)
         self.longer: list[bool] = []
-        self.precision, self.engine = precision, None
+        self.precision, self.engine = precision, engine
         if self.on_cpu and isinstance(model, M2BertForRetrieval):
-            self.engine = Engine(model, getattr(torch, precision)) if engine is None else engine
-            self.precision = str(self.engine.dtype).removeprefix("torch.")
-            if model.config.mixer != "long_conv":  # which the engine knows alone
-                self.engine = None
+            dtype = support.matmul_dtype(getattr(torch, precision), torch.device("cpu"))
+            self.precision = str(dtype).removeprefix("torch.")
+            if engine is None and model.config.mixer == "long_conv":  # the only one that it knows
+                self.engine = Engine(model, dtype)
 
     @property
     def on_cpu(self) -> bool:

@@ -147,14 +147,16 @@ def every(
 
 
 def training_split(
-    source: str | Path, allow_test_training: bool = False, there: list[str] | None = None
+    source: str | Path, allow_test_training: bool | str = False, there: list[str] | None = None
 ) -> str:
     """The split to fine-tune on: train; of a source without one, test if that is allowed.
 
-    `there`: the splits of the source, if they are known already.
+    Args:
+        allow_test_training: also "always": test, whatever splits the source has.
+        there: the splits of the source, if they are known already.
     """
     there = splits(source) if there is None else there
-    if "train" in there:
+    if "train" in there and allow_test_training != "always":
         return "train"
     require(
         allow_test_training and "test" in there,

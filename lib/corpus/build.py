@@ -9,7 +9,8 @@ or the hub's LoCoV1 instead, and writes LoCoV1's columns:
                                  shares of the document's characters
     pretrain.parquet             text, source, kind (short | long), split (train | validation);
                                  dataset (c4, wikipedia, …) if there are several
-    tokens/                      the tokens of documents and queries (lib/model/token_rows.py)
+    tokens/                      the tokens of documents and queries, and how often each stands in
+                                 the training text (lib/model/token_rows.py)
     tokenizer/                   WordPiece trained on the training text
     manifest.json                packages, counts, the sha256 of every file and of all texts
 
@@ -23,12 +24,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.benchmark.sources import pretraining_sources
 from lib.benchmark.task import SPLITS, CorpusError
 from lib.corpus.packages import PACKAGES, Library, assign, distinct, normal, read
 from lib.corpus.pretraining import Row, embedded_text, folder_text, hub_text
 from lib.corpus.tasks import NATURAL, Tables, embedded_tasks, mirror
 from lib.corpus.tokenizer import make_tokenizer
-from lib.model import token_rows
+from lib.model import token_rows, word_vectors
 from lib.model.tokens import tokenize_whole
 from lib.pipeline import files
 from lib.pipeline.errors import require
@@ -140,7 +142,7 @@ def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Lib
             except Exception as error:  # the library raises nothing more exact
                 raise OSError(str(error)) from None
             content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-            write_tokens(draft / "tokens", tables, tokenizer)
+            write_tokens(draft, tables, tokenizer)
             manifest = {
                 "content": content.hexdigest(),
                 "packages": library.versions,
@@ -182,7 +184,10 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
 
 
 def write_tokens(folder: Path, tables: Tables, tokenizer) -> None:
-    """The tokens of all documents and queries, so that no later stage has to tokenise them."""
+    """The tokens of all documents and queries, so that no later stage has to tokenise them.
+
+    And the counts of the training text in `folder`, for the starts from word vectors.
+    """
     texts = dict.fromkeys(
         text
         for split in SPLITS
@@ -190,7 +195,10 @@ def write_tokens(folder: Path, tables: Tables, tokenizer) -> None:
         for text in (row[column] for row in table[split])
         if text is not None
     )
-    token_rows.write(folder, dict(zip(texts, tokenize_whole(list(texts), tokenizer))), tokenizer)
+    sources = [pretraining_sources(folder, kind) for kind in ("short", "long")]
+    counts = word_vectors.frequencies(sources, tokenizer)
+    rows_of = dict(zip(texts, tokenize_whole(list(texts), tokenizer)))
+    token_rows.write(folder / "tokens", rows_of, tokenizer, counts)
 
 
 def text_counts(rows: list[Row], kind: str) -> dict[str, int]:

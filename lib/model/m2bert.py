@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import kernels
-from lib.model.twins import MIXERS, Gain
+from lib.model.twins import MIXERS, Gain, start_gates
 from lib.operators.long_conv import ImplicitFilter, long_conv, short_conv
 from lib.operators.monarch import BlockDiagonalLinear
 from lib.pipeline.errors import WorkbenchError, require
@@ -193,20 +193,11 @@ class SequenceMixer(nn.Module):
         x1 = 0, so that the gated convolution is silent; kernel of the residual one 0, its gain 1;
         W_out = I. Without a residual convolution: x1 = x2 = 1, v = u, kernel 0 and gain 1.
         """
-        D = self.out_linear.in_features
         nn.init.eye_(self.out_linear.weight)
         nn.init.zeros_(self.in_linear.bias)
-        x1, x2, v = (slice(i * D, (i + 1) * D) for i in range(3))
-        self.in_linear.weight[x1] = 0
-        self.short_filter.bias[x1] = 0
         passing = self.residual_filter
-        if passing is None:
-            passing = self.gated_filter
-            self.in_linear.weight[x2] = 0
-            self.short_filter.bias[: 2 * D] = 1
-            self.short_filter.bias[v] = 0
-            nn.init.eye_(self.in_linear.weight[v])
-            self.short_filter.weight[v] = torch.tensor([0.0, 0.0, 1.0])
+        start_gates(self.in_linear, self.short_filter, silent=passing is not None)
+        passing = self.gated_filter if passing is None else passing
         nn.init.ones_(passing.bias)
         for mlp in filter(None, (passing.back, passing.ahead)):
             nn.init.zeros_(mlp[3].weight)

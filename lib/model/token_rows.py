@@ -1,14 +1,16 @@
 """The tokens of a corpus, kept on disk: a collection is tokenised once, and not by every stage.
 
-    write(folder, rows_of, tokenizer)    keep rows of tokens in a folder
-    use(tokenizer, corpus)               let `tokens.tokenize` take a tokenizer's rows from there
-    known(tokenizer)                     the rows in use; None: everything is tokenised
+    write(folder, rows_of, tokenizer, counts)    keep rows of tokens in a folder
+    use(tokenizer, corpus)                       let `tokens.tokenize` take its rows from there
+    known(tokenizer)                             the rows in use; None: everything is tokenised
+    counts(tokenizer, corpus)                    how often each token stands in the training text
 
 A row is found by the sha256 of its text, so it does not matter which task or split a text is of. A
 tokenizer that is not the folder's own, in any setting but truncation and padding, uses nothing.
 
 Files: ids.npy (T,), uint16 or int32, memory-mapped; ends.npy int64 (N + 1,), row i is
-ids[ends[i] : ends[i + 1]]; texts.npy uint8 (N, 16), the beginnings of the sha256; tokenizer.txt.
+ids[ends[i] : ends[i + 1]]; texts.npy uint8 (N, 16), the beginnings of the sha256; counts.npy int64
+(V,), of `word_vectors.frequencies`; tokenizer.txt.
 """
 
 import hashlib
@@ -32,15 +34,7 @@ class TokenRows:
     """
 
     def __init__(self, folder: Path, vocabulary: int):
-        def array(name: str) -> np.ndarray:
-            try:
-                return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise CorpusError(
-                    f"{folder / name}.npy cannot be read ({error}): {BUILD}"
-                ) from None
-
-        self.ids, self.ends, texts = array("ids"), array("ends"), array("texts")
+        self.ids, self.ends, texts = (array(folder, name) for name in ("ids", "ends", "texts"))
         self.row_of = {texts[i].tobytes(): i for i in range(len(texts))}
         sizes = np.diff(self.ends)
         whole = (
@@ -59,8 +53,15 @@ class TokenRows:
         return None if row is None else self.ids[self.ends[row] : self.ends[row + 1]]
 
 
-def write(folder: Path, rows_of: dict[str, list[int]], tokenizer) -> None:
-    """Write the rows of texts, whole, into a folder that does not exist yet."""
+def array(folder: Path, name: str) -> np.ndarray:
+    try:
+        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{folder / name}.npy cannot be read ({error}): {BUILD}") from None
+
+
+def write(folder: Path, rows_of: dict[str, list[int]], tokenizer, counts: np.ndarray) -> None:
+    """Write the rows of texts, whole, and the counts into a folder that does not exist yet."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     rows = [np.array(row, dtype=dtype) for row in rows_of.values()]
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -70,6 +71,7 @@ def write(folder: Path, rows_of: dict[str, list[int]], tokenizer) -> None:
         ("ids", np.concatenate([np.zeros(0, dtype=dtype), *rows])),
         ("ends", ends),
         ("texts", digests),
+        ("counts", counts),
     ):
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     (folder / "tokenizer.txt").write_text(f"{fingerprint(tokenizer)}\n", encoding="ascii")
@@ -78,11 +80,30 @@ def write(folder: Path, rows_of: dict[str, list[int]], tokenizer) -> None:
 def use(tokenizer, corpus: str | Path):
     """The tokenizer, whose rows are taken from corpus/tokens if it is that folder's own."""
     folder = Path(corpus, "tokens")
-    path = folder / "tokenizer.txt"
-    own = fingerprint(tokenizer)
-    if own and path.is_file() and path.read_text(encoding="utf-8", errors="replace").strip() == own:
+    if fingerprint(tokenizer) and is_of(folder, tokenizer):
         _in_use[tokenizer] = TokenRows(folder, len(tokenizer))
     return tokenizer
+
+
+def counts(tokenizer, corpus: str | Path) -> np.ndarray:
+    """How often each token stands in a sample of the corpus's training text, int64 (V,).
+
+    Raises:
+        CorpusError: they are missing, damaged, or of another tokenizer.
+    """
+    folder = Path(corpus, "tokens")
+    other = f"{folder} is of another tokenizer, or was never written: {BUILD}"
+    require(is_of(folder, tokenizer), other)
+    found = array(folder, "counts")
+    whole = found.dtype == np.int64 and found.shape == (len(tokenizer),)
+    require(whole and found.min() >= 0, f"{folder / 'counts.npy'} is damaged: {BUILD}")
+    return np.array(found)
+
+
+def is_of(folder: Path, tokenizer) -> bool:
+    """Whether a folder's rows and counts are those of a tokenizer."""
+    path, own = folder / "tokenizer.txt", fingerprint(tokenizer)
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace").strip() == own
 
 
 def known(tokenizer) -> TokenRows | None:

@@ -168,18 +168,10 @@ class ShortConvMixer(nn.Module):
 
     def start_at_identity(self) -> None:
         """W_out = I, x1 = 0 and g' = 1; without the residual path x1 = x2 = 1, v = x and g = 1."""
-        D = self.out_linear.in_features
-        x1, x2 = (slice(i * D, (i + 1) * D) for i in range(2))
         nn.init.eye_(self.out_linear.weight)
-        nn.init.zeros_(self.in_linear.weight[x1])
-        nn.init.zeros_(self.short_filter.bias[x1])
-        if self.residual_gain is not None:
-            nn.init.ones_(self.residual_gain.bias)
-            return
-        start_with_the_input(self.in_linear, self.short_filter)
-        nn.init.zeros_(self.in_linear.weight[x2])
-        nn.init.ones_(self.short_filter.bias[: 2 * D])
-        nn.init.ones_(self.gain.bias)
+        passing = self.residual_gain
+        start_gates(self.in_linear, self.short_filter, silent=passing is not None)
+        nn.init.ones_((self.gain if passing is None else passing).bias)
 
 
 class Gain(nn.Module):
@@ -213,6 +205,17 @@ def convolved(filter: ImplicitFilter, u: Tensor) -> Tensor:
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (B, …, L) with zeros at the padding of mask (B, 1, L)."""
     return x if mask is None else x * mask
+
+
+def start_gates(in_linear: nn.Linear, short_filter: nn.Conv1d, silent: bool) -> None:
+    """x1 = 0, so that the gated path is silent; else it passes x on: x1 = x2 = 1 and v = x."""
+    D = in_linear.in_features
+    nn.init.zeros_(in_linear.weight[:D])
+    nn.init.zeros_(short_filter.bias[:D])
+    if not silent:
+        nn.init.zeros_(in_linear.weight[D : 2 * D])
+        nn.init.ones_(short_filter.bias[: 2 * D])
+        start_with_the_input(in_linear, short_filter)
 
 
 def start_with_the_input(in_linear: nn.Linear, short_filter: nn.Conv1d) -> None:

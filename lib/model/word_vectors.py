@@ -1,6 +1,7 @@
 """A start that retrieves before it is trained: another model's word vectors, as a weighted bag.
 
     read(model, tokenizer)                    the word vectors of a sentence-transformers model
+    frequencies(sources, tokenizer)           how often each token stands in the training text
     start(encoder, vectors, frequencies, …)   put them into an M2-BERT, in place
 
 An M2-BERT normalises every token, so all tokens count alike in its mean, "the" as much as a name.
@@ -26,6 +27,7 @@ Axes: V words, D width of the encoder, D0 of the vectors.
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +38,11 @@ from torch.nn import functional as F
 
 from lib.model import places, token_rows
 from lib.model.m2bert import neutral
-from lib.model.tokens import given_tokenizer
+from lib.model.tokens import given_tokenizer, tokenize
 from lib.pipeline.errors import WorkbenchError, require
 
 SMOOTHING = 1e-4  # a
+SAMPLE = 1_000_000  # tokens of the training text that are counted
 QUANTILE = 0.999
 # The last names of embedding tables: BERT and its family, ModernBERT, decoders, GPT-2.
 TABLES = (
@@ -115,6 +118,30 @@ def embeddings(where: Path | str) -> tuple[dict[str, Tensor], float]:
     raise ValueError(f"no safetensors with {' or '.join(TABLES)}")
 
 
+def frequencies(
+    sources: Iterable[dict[str, list[str]]], tokenizer, most_tokens: int = SAMPLE
+) -> np.ndarray:
+    """How often each token stands in a sample of the text, int64 (V,).
+
+    The data stage counts and keeps them (`token_rows.counts`).
+
+    Args:
+        sources: the texts of each kind, by source; all have an equal part.
+        most_tokens: about as many are counted, of texts in a random order.
+    """
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    lists = [texts for kind in sources for texts in kind.values()]
+    for texts in lists:
+        left = most_tokens / len(lists)
+        for i in np.random.default_rng(len(texts)).permutation(len(texts)):
+            row = tokenize([texts[i]], tokenizer, 8192)[0][0][1:-1]
+            counts += np.bincount(row, minlength=len(counts))
+            left -= len(row)
+            if left <= 0:
+                break
+    return counts
+
+
 def start(
     encoder: nn.Module,
     vectors: np.ndarray,
@@ -128,7 +155,7 @@ def start(
 
     Args:
         encoder: M2BertForMaskedLM or M2BertForRetrieval.
-        frequencies: (V,), how often each word stands in the training text.
+        frequencies: (V,), how often each word stands in the training text (`frequencies`).
         weights: "sif", or "none": w = 1.
     """
     p = frequencies / max(1, frequencies.sum())

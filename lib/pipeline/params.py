@@ -24,6 +24,7 @@ from lib.pipeline.settings import (
     ROWS,
     SECTIONS,
     TABLES,
+    TRAINED_ON_TEST,
     Design,
     Group,
     ParamsError,
@@ -347,6 +348,33 @@ def check_rows(design: dict) -> None:
                     "a model's name is its folder, so it must be the only one",
                     ParamsError,
                 )
+    check_test_training(design)
+
+
+def check_test_training(design: dict) -> None:
+    """A row that is always trained on test is named so, and no other row can learn from it.
+
+    Tables, claims and lessons choose rows by name, so none of them can take it for an honest one.
+    """
+    of_retrievers = "always is for a row of retrievers, beside the row that is trained on train"
+    places = {f"finetune.{profile}": own for profile, own in design["finetune"].items()}
+    places |= {f"distilled.{row}": own for row, own in design["distilled"].items()}
+    for place, own in places.items():
+        message = f"{place}.allow_test_training: {of_retrievers}"
+        require(own.get("allow_test_training") != "always", message, ParamsError)
+    for row in always_on_test(design):
+        message = f"retrievers.{row}.allow_test_training: always wants a row that says so: "
+        message += f"begin its name with {TRAINED_ON_TEST}"
+        require(row.startswith(TRAINED_ON_TEST), message, ParamsError)
+    for row, own in design["distilled"].items():
+        message = f"distilled.{row}.teacher: {own['teacher']!r} is trained on test; name another"
+        require(own["teacher"] not in always_on_test(design), message, ParamsError)
+
+
+def always_on_test(design: dict) -> list[str]:
+    """The rows of retrievers with `allow_test_training: always`."""
+    rows = design["retrievers"].items()
+    return [row for row, own in rows if own.get("allow_test_training") == "always"]
 
 
 def check_references(design: dict) -> None:

@@ -15,6 +15,7 @@ from pydantic.functional_validators import AfterValidator
 from lib.pipeline.errors import WorkbenchError, require
 
 PAPER_LENGTHS = (128, 2048, 8192, 32768)
+TRAINED_ON_TEST = "trained_on_test"  # how the name of a row that always is begins
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
@@ -170,7 +171,9 @@ class Finetune(Settings):
     scale: Rate
     micro_batch_tokens: Count  # of a forward pass, with padding
     tasks: list[str]
-    allow_test_training: bool
+    # True: of a collection without a train split. always: whatever splits there are, for a row of
+    # retrievers that says so in its name (`TRAINED_ON_TEST`).
+    allow_test_training: Literal[False, True, "always"]
     lr: Rate
     embedding_lr: Rate
     filter_rate: Rate  # of lr, for the implicit filters
@@ -187,6 +190,13 @@ class Finetune(Settings):
     def texts_are_read(self):
         ready = self.loss == "prototype" or not self.pretraining_texts
         message = "pretraining_texts: only loss: prototype reads texts without queries"
+        require(ready, message, ValueError)
+        return self
+
+    @model_validator(mode="after")
+    def trains_on_something(self):
+        ready = self.allow_test_training != "always" or self.loss != "none"
+        message = "allow_test_training: always says nothing with loss: none, which trains nothing"
         require(ready, message, ValueError)
         return self
 
@@ -372,6 +382,7 @@ def explained(where: str, schema: type[Settings], problem: dict) -> str:
         return f"{section}{path[-1]!r} is missing"
     if kind == "literal_error":
         choices = re.findall(r"'?([\w.]+)'?(?:,| or |$)", context["expected"])
+        choices = [{"True": "true", "False": "false"}.get(name, name) for name in choices]  # YAML's
         return f"{place}: unknown value {value!r}{nearest(value, choices)}"
     if kind in ("greater_than_equal", "less_than_equal"):
         limits = "between 0 and 1" if "le" in context else f"at least {context['ge']}"

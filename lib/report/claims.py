@@ -22,6 +22,7 @@ from lib.report import comparison, display, results
 from lib.report.comparison import NOT_MEASURED
 
 ABSENT = "no row of this profile, or not run"
+ON_TEST = "trained on the pairs that it would be tested on, so its score proves nothing"
 START = 0, 39  # the needle's first place, and its last
 
 
@@ -103,12 +104,14 @@ def ndcg(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     """The first row minus the second on the claim's queries."""
     rows, queries = claim["rows"], comparison.queries_where(tasks, claim["on"])
     every = results.per_query(profile, rows)
-    values = queries.of(every[every["reads"] == "all"])
+    on_test = [row for row in rows if results.trained_on_test(profile, row)]
+    values = queries.of(every[(every["reads"] == "all") & ~every["row"].isin(on_test)])
     ours, p, by_seed = comparison.against(values, *rows)
     detectable = comparison.detectable(values, *rows)
     seeds = [comparison.each_seed(values, row) for row in rows]
     absent = [row for row in rows if not (every["row"] == row).any()]
-    missing = f"{' and '.join(absent)}: {ABSENT}" if absent else ""
+    reasons = {ABSENT: absent, ON_TEST: on_test}
+    missing = "; ".join(f"{' and '.join(names)}: {why}" for why, names in reasons.items() if names)
     cells = {
         "rows": " − ".join(results.marked(profile, row) for row in rows),
         "on": queries.on,

@@ -5,6 +5,8 @@
     against(values, row, reference)     one row minus another
     detectable(values, row, reference)  the smallest difference that this comparison could have seen
     ablation(profile, key)              the rows of an ablation against its first row
+    trained_on_test(profile)            rows trained on test, each with its honest twin
+    by_task, on_all_tasks               two rows of a profile on each task, and on all together
     ablation_table(frame, profile, …)   the same as the table of notebooks 07 to 09
     verdict(low, high, expected, …)     whether the paper's sign was found
 
@@ -29,6 +31,7 @@ UNDECIDED, NO_POWER, NO_CLAIM = "undecided", "no power", "no claim"
 FEW = 30  # queries: fewer are no group of their own
 WHERE = {"deep": "in the second half", "shallow": "in the first 15 %"}
 SCORE = ["ndcg@10", "low", "high"]
+WORD = "allow_test_training"
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 NOT_MEASURED = (math.nan, math.nan, math.nan)
 
@@ -249,6 +252,61 @@ def ablation_table(
             }
         )
     return pd.DataFrame(lines)
+
+
+# ------------------------------------------------------------------ the paper's protocol
+
+
+def trained_on_test(profile: str) -> dict[str, str]:
+    """{row with `allow_test_training: always`: the row that differs in this word alone, or ""}."""
+    rows = {
+        row: params.settings(profile, "finetune", row) for row in params.rows(profile, "retrievers")
+    }
+    rest = {row: own | {WORD: None} for row, own in rows.items()}
+    on_test = [row for row, own in rows.items() if own[WORD] == "always"]
+    return {
+        row: next((name for name in rows if name not in on_test and rest[name] == rest[row]), "")
+        for row in on_test
+    }
+
+
+def by_task(profile: str, row: str, reference: str) -> pd.DataFrame:
+    """nDCG@10 of two rows on each of the run's own tasks, then on the queries of all of them.
+
+    Columns: task, queries (0: not run), the two rows with intervals, their difference, the same
+    seed by seed.
+    """
+    values = own_tasks(profile, row, reference)
+    names = sorted(values["task"].unique())
+    lines = []
+    for name, tasks in [*((name, [name]) for name in names), ("all tasks", names)]:
+        chosen = values[values["task"].isin(tasks)]
+        own, other = (compare(chosen, one, reference) for one in (row, reference))
+        lines.append(
+            {
+                "task": name,
+                "queries": own["queries"],
+                **{results.marked(profile, of["row"]): shown(of, SCORE) for of in (other, own)},
+                "difference": shown(own, DIFFERENCE, signed=True),
+                "seed by seed": display.each_seed(own["by_seed"]),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def on_all_tasks(profile: str, row: str, reference: str) -> tuple[float, float, float]:
+    """(difference, low, high) of two rows on the queries of all the run's own tasks; or NaN."""
+    return against(own_tasks(profile, row, reference), row, reference)[0]
+
+
+def own_tasks(profile: str, *rows: str) -> pd.DataFrame:
+    """`results.per_query` of rows on the run's own tasks, reading everything they read."""
+    values = results.per_query(profile, list(rows))
+    return values[(values["reads"] == "all") & (values["source"] == "")]
+
+
+def shown(line: dict, keys: list[str], signed: bool = False) -> str:
+    return display.with_interval(*(line.get(key, math.nan) for key in keys), signed=signed)
 
 
 # ------------------------------------------------------------------ in words

@@ -4,6 +4,7 @@
     load_metrics, scores, per_query, needles, curves             read; a missing row is "not run"
     over_seeds(values)                                           each query's mean over the seeds
     machines, starts                                             where rows were trained, from what
+    marked, trained_on_test                                      rows whose scores prove nothing
     paper(name)                                                  the numbers that the paper printed
 
 Each stage owns one folder: data/report/<profile>/<stage>/, or <stage>/<row>/ if it has rows.
@@ -185,14 +186,19 @@ def learning_rate(metrics: pd.DataFrame, row: str) -> str:
 
 
 def marked(profile: str, row: str) -> str:
-    """The row's name, and a note if it was trained on the test split (itself or an ancestor)."""
+    """The row's name, and a note if it was trained on the test split."""
+    return f"{row} (trained on test)" if trained_on_test(profile, row) else row
+
+
+def trained_on_test(profile: str, row: str) -> bool:
+    """Whether a row, or one that it starts from, was trained on the test split."""
     models, name = params.trained(params.load_for(profile)), row
     while name is not None:
         metrics = read_json(source(profile, "finetune", name) / "metrics.json")
         if metrics.get("trained_on") == "test":
-            return f"{row} (trained on test)"
+            return True
         name = models.get(name, {}).get("pretrained")
-    return row
+    return False
 
 
 def stacked(paths: dict[Path, dict], columns: list[str]) -> pd.DataFrame:

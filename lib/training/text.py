@@ -4,7 +4,6 @@
     text.batch(step, seed, tokens, mixture, variable_share)       the examples of a step
     text.masked(batch, rate, seed, step)                          inputs and labels of MLM
     bucket_by_length(lengths)                                     batches that need little padding
-    frequencies(sources, tokenizer, most_tokens)                  how often each token is there
 
 The examples of step t are a function of (seed, t) alone, and every epoch visits each example once:
 no shuffle buffer has to be saved.
@@ -141,26 +140,6 @@ def apportioned(shares: list[float], total: int) -> tuple[int, ...]:
     for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
         counts[i] += 1
     return tuple(counts.tolist())
-
-
-def frequencies(sources: Iterable[dict[str, list[str]]], tokenizer, most_tokens: int) -> np.ndarray:
-    """How often each token stands in a sample of the text, (V,).
-
-    Args:
-        sources: the texts of each kind, by source; all have an equal part.
-        most_tokens: about as many are counted, of texts in a random order.
-    """
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
-    lists = [texts for kind in sources for texts in kind.values()]
-    for texts in lists:
-        left = most_tokens / len(lists)
-        for i in np.random.default_rng(len(texts)).permutation(len(texts)):
-            row = tokenize([texts[i]], tokenizer, 8192)[0][0][1:-1]
-            counts += np.bincount(row, minlength=len(counts))
-            left -= len(row)
-            if left <= 0:
-                break
-    return counts
 
 
 @dataclass

@@ -295,6 +295,19 @@ def test_a_split_that_the_hub_lacks_is_said_to_be_lacking(served):
     assert locov1.training_split("hub", allow_test_training=True) == "test"
 
 
+@pytest.mark.parametrize(
+    ("there", "allowed", "split"),
+    [
+        (["train", "test"], False, "train"),
+        (["train", "test"], True, "train"),
+        (["train", "validation", "test"], "always", "test"),
+        (["test"], "always", "test"),
+    ],
+)
+def test_a_row_is_trained_on_test_beside_a_train_split_only_if_it_always_is(there, allowed, split):
+    assert locov1.training_split("mine", allowed, there) == split
+
+
 def test_longembed_comes_through_the_same_door(served):
     def part(kind, length=None):
         more = {} if length is None else {"context_length": length}

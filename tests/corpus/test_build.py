@@ -23,7 +23,7 @@ from lib.corpus import build
 from lib.corpus.packages import Shingles, normal
 from lib.corpus.pretraining import held_out
 from lib.corpus.tokenizer import lengths, make_tokenizer
-from lib.model import token_rows
+from lib.model import token_rows, word_vectors
 from lib.model.tokens import SPECIAL, load_tokenizer, tokenize_whole
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +239,21 @@ def test_the_tokens_of_all_documents_and_queries_are_there(small, tasks):
     rows = token_rows.known(token_rows.use(tokenizer, small[0]))
     assert [rows.get(text).tolist() for text in texts] == expected
     assert len(rows.row_of) == len(set(texts))
+
+
+def test_the_counts_that_are_kept_are_those_of_the_training_text_in_the_order_of_its_sample(small):
+    """Each kind is counted until it has given half of the sample, texts whole but for the cut."""
+    tokenizer = load_tokenizer(small[0])
+    expected = np.zeros(len(tokenizer), dtype=int)
+    for kind in ("short", "long"):
+        texts, left = pretraining_texts(small[0], kind), word_vectors.SAMPLE / 2
+        order = iter(np.random.default_rng(len(texts)).permutation(len(texts)))
+        while left > 0 and (i := next(order, None)) is not None:
+            row = tokenize_whole([texts[i]], tokenizer)[0][1:-1][: 8192 - 2]
+            np.add.at(expected, row, 1)
+            left -= len(row)
+    found = token_rows.counts(tokenizer, small[0])
+    assert found.tolist() == expected.tolist() and found.sum() > 10_000
 
 
 def test_pretraining_text_keeps_whole_sources_for_validation(small):

@@ -21,7 +21,8 @@ TEXTS = [
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
     rows = dict(zip(TEXTS, tokens.tokenize_whole(TEXTS, tokenizer)))
-    token_rows.write(tmp_path / "tokens", rows, tokenizer)
+    counts = np.arange(len(tokenizer))
+    token_rows.write(tmp_path / "tokens", rows, tokenizer, counts)
     return tmp_path
 
 
@@ -75,3 +76,23 @@ def test_damaged_rows_are_refused(corpus, other, name, change):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CorpusError, match=rf"{name}.npy cannot be read"):
         token_rows.use(other, corpus)
+
+
+def test_counts_are_those_of_their_tokenizer_alone(corpus, other):
+    assert token_rows.counts(other, corpus).tolist() == list(range(len(other)))
+    other.add_tokens("owl sleeps")
+    fresh = type(other)(tokenizer_object=other.backend_tokenizer)
+    for tokenizer, folder in ((fresh, corpus), (other, corpus / "elsewhere")):
+        with pytest.raises(CorpusError, match="is of another tokenizer, or was never written"):
+            token_rows.counts(tokenizer, folder)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x - 1, lambda x: x.astype(float)])
+def test_damaged_counts_are_refused(corpus, other, change):
+    path = corpus / "tokens" / "counts.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(CorpusError, match="counts.npy is damaged"):
+        token_rows.counts(other, corpus)
+    path.unlink()
+    with pytest.raises(CorpusError, match="counts.npy cannot be read"):
+        token_rows.counts(other, corpus)

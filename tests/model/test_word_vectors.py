@@ -74,6 +74,16 @@ def test_an_embedding_is_the_weighted_bag_of_its_words():
     np.testing.assert_allclose(found @ found.T, 32 * bags, atol=1e-4)
 
 
+def test_each_source_gives_an_equal_part_of_the_sample(tokenizer):
+    fox, owl = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("fox", "owl"))
+    sources = [{"a": ["fox"] * 50}, {"b": ["owl"] * 50}]
+    for sample, each in ((20, 10), (1_000, 50)):
+        counts = word_vectors.frequencies(sources, tokenizer, sample)
+        assert counts.shape == (len(tokenizer),) and counts.dtype == np.int64
+        assert (counts[fox] == each).all() and (counts[owl] == each).all()
+        assert counts.sum() == each * (len(fox) + len(owl))
+
+
 def test_without_weights_frequent_words_count_like_rare_ones():
     norms = []
     for weights in ("sif", "none"):

@@ -29,6 +29,9 @@ SMOKE = {
 }
 
 
+ALWAYS = {"pretrained": "warm_32k", "allow_test_training": "always"}
+
+
 def changed(*changes: tuple) -> dict:
     """The committed settings with the paper's rows as the tables, and some of these rows at smoke.
 
@@ -420,6 +423,23 @@ def test_places_follow_the_working_directory(edit, tmp_path, monkeypatch):
             ("rows.smoke.retrievers", {"mine": {"pretrained": "warm_32"}}),
             ("rows.smoke: retrievers.mine.pretrained", "'warm_32'", "did you mean 'warm_32k'"),
         ),
+        (("finetune.laptop.allow_test_training", "allways"), ("did you mean 'always'",)),
+        (
+            ("finetune.laptop.allow_test_training", "always"),
+            ("finetune.laptop.allow_test_training", "a row of retrievers"),
+        ),
+        (
+            ("retrievers.opl.allow_test_training", "always"),
+            ("retrievers.opl.allow_test_training", "begin its name with trained_on_test"),
+        ),
+        (
+            ("distilled.prototype_32k.allow_test_training", "always"),
+            ("distilled.prototype_32k.allow_test_training", "a row of retrievers"),
+        ),
+        (
+            ("retrievers.trained_on_test", ALWAYS | {"loss": "none"}),
+            ("retrievers.trained_on_test.allow_test_training", "trains nothing"),
+        ),
         (("groups.loss.ablation", ["loss"]), ("groups.loss", "did you mean 'ablations'")),
         (("groups.loss.ablations", ["los"]), ("groups.loss.ablations", "did you mean 'loss'")),
         (("groups.loss.rows", ["op"]), ("groups.loss.rows", "'op'")),
@@ -431,6 +451,15 @@ def test_a_wrong_design_is_refused_by_name(change, parts):
     with pytest.raises(ParamsError) as error:
         params.check(changed(change))
     refused(str(error.value), *parts)
+
+
+def test_nothing_learns_from_a_row_that_is_trained_on_test():
+    row = ("retrievers.trained_on_test", ALWAYS)
+    evaluated = changed(row)["retrievers"]
+    params.check(changed(row, ("evaluated", evaluated)))
+    with pytest.raises(ParamsError) as error:
+        params.check(changed(row, ("distilled.prototype_32k.teacher", "trained_on_test")))
+    refused(str(error.value), "distilled.prototype_32k.teacher", "is trained on test")
 
 
 def test_a_teacher_has_one_vector_for_each_text():

@@ -421,7 +421,7 @@ def test_a_folder_named_in_the_design_is_looked_at_again_too(house, mine):
         ),
         (
             ["--data=hub", "--set=finetune.allow_test_training=ys"],
-            "finetune.laptop.allow_test_training: wants true or false",
+            "finetune.laptop.allow_test_training: unknown value 'ys'; there is false, true, always",
         ),
         (["smoek", "--data=hub"], "unknown profile or stage 'smoek'"),
     ],

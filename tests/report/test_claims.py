@@ -98,6 +98,15 @@ def test_a_claim_is_decided_by_its_interval_its_p_value_and_its_sign(printed, sc
     assert table["beats_bag"]["verdict"] == "no claim" and table["beats_bag"]["p, Holm"] != "–"
 
 
+def test_a_row_that_was_trained_on_test_decides_no_claim(printed, scored):
+    scored("laptop", "reads_32k", values(0.5, 0.1))
+    scored("laptop", "reads_8k", values(0.4))
+    results.metric({"trained_on": "test"}, "finetune", "reads_32k", "data", "laptop")
+    line = lines()["reads_more_than_8k"]
+    assert line["ours"] == line["verdict"] == "not run" and line["n"] == 0
+    assert line["tried, and what would settle it"] == f"reads_32k: {claims.ON_TEST}"
+
+
 def test_the_needles_places_are_compared_query_by_query(printed, scored):
     scored("laptop", "reads_32k", values(0.5))
     runs = params.data("laptop") / "runs" / "reads_32k"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 
 from lib.benchmark import statistics
 from lib.benchmark.task import Task
@@ -243,3 +244,38 @@ def test_tasks_of_other_sources_are_groups_by_their_source_and_not_by_their_name
     }
     names = ["book_description", "BeIR/x"]
     assert comparison.groups(names) == {"all tasks": names}
+
+
+# ------------------------------------------------------------------ the paper's protocol
+
+
+def test_a_row_trained_on_test_stands_beside_the_row_that_differs_in_this_word_alone(house):
+    design = YAML().load(house / "params.yaml")
+    own = design["rows"]["study"]["retrievers"]
+    assert comparison.trained_on_test("study") == {"trained_on_test": "reads_2k"}
+    assert comparison.trained_on_test("laptop") == {}
+    own["trained_on_test_alone"] = own["trained_on_test"] | {"seeds": [1]}
+    YAML().dump(design, house / "params.yaml")
+    assert comparison.trained_on_test("study")["trained_on_test_alone"] == ""
+
+
+def test_two_rows_are_compared_on_each_task_and_on_all_queries(scored):
+    scored("study", "trained_on_test", {"a": [1.0, 1.0], "b": [0.5] * 6})
+    scored("study", "reads_2k", {"a": [0.0, 0.0], "b": [0.5] * 6})
+    place = "finetune", "trained_on_test", params.data("study"), "study"
+    results.metric({"trained_on": "test"}, *place)
+    table = comparison.by_task("study", "trained_on_test", "reads_2k").set_index("task")
+    assert table["queries"].to_dict() == {"a": 2, "b": 6, "all tasks": 8}
+    assert table["difference"]["a"] == "+100.0 [+100.0, +100.0]"
+    assert table["difference"]["b"] == "+0.0 [+0.0, +0.0]"
+    assert table["difference"]["all tasks"].startswith("+25.0 [")  # of queries: 2 of 8 gain 100
+    assert table["reads_2k"]["a"] == "0.0 [0.0, 0.0]"
+    assert comparison.on_all_tasks("study", "trained_on_test", "reads_2k")[0] == 0.25
+    assert "trained_on_test (trained on test)" in table  # every number of such a row is marked
+
+
+def test_a_row_that_was_not_run_is_compared_nowhere(scored):
+    scored("study", "reads_2k", {"a": [0.5, 1.0]})
+    table = comparison.by_task("study", "trained_on_test", "reads_2k").set_index("task")
+    assert table["queries"].to_dict() == {"a": 0, "all tasks": 0}
+    assert set(table["difference"]) == {"–"} and table["reads_2k"]["a"].startswith("75.0")
