@@ -2,8 +2,11 @@
 
     facts(tasks, tokenizer)                     names with their summaries, from tasks
     common_words(tasks, tokenizer)              the commonest words, to stand between them
+    whole_words(tokenizer)                      words of one token each, to make facts up from
+    made_up(words, count)                       names and summaries of words drawn at random
     binding(facts, filler, distance, …)         a task of pairs of such documents
     accuracy(run, task)                         share of queries whose document beats its twin
+    by_pair(run, task)                          the same of each document and its twin
 
 A document binds each of K names to a summary that stands `distance` tokens after it; its twin
 holds the same names, fillers and summaries, but each summary stands at another name:
@@ -85,6 +88,29 @@ def common_words(tasks: Iterable[Task], tokenizer, count: int = 200) -> list[str
     return [word for word, row in zip(words, ids) if len(row) == 1][:count]
 
 
+def whole_words(tokenizer) -> list[str]:
+    """The lower-case words of three letters or more that are one token each, sorted."""
+    known = sorted({word for word in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}", word)})
+    ids = tokenizer(known, add_special_tokens=False)["input_ids"]
+    return [word for word, row in zip(known, ids) if len(row) == 1]
+
+
+def made_up(
+    words: list[str], count: int, seed: int = 0, of_name: int = 2, of_summary: int = 4
+) -> list[Fact]:
+    """Facts of words drawn at random, none twice in a fact: nothing but their order tells them.
+
+    Raises:
+        WorkbenchError: there are fewer words than a fact has.
+    """
+    n = of_name + of_summary
+    message = f"{len(words)} words for facts of {n}: take a larger vocabulary, or shorter facts"
+    require(len(words) >= n, message)
+    rng = np.random.default_rng(seed)
+    drawn = ([words[i] for i in rng.choice(len(words), n, replace=False)] for _ in range(count))
+    return [Fact(" ".join(row[:of_name]), " ".join(row[of_name:])) for row in drawn]
+
+
 def binding(
     facts: list[Fact],
     filler: list[str],
@@ -159,9 +185,18 @@ def accuracy(run: dict[str, dict[str, float]], task: Task, tie: float = TIE) -> 
 
     A document that the run leaves out has score 0.
     """
-    points = []
+    return float(by_pair(run, task, tie).mean())
+
+
+def by_pair(run: dict[str, dict[str, float]], task: Task, tie: float = TIE) -> np.ndarray:
+    """`accuracy` of each document and its twin, (pairs,): their queries share words, pairs none.
+
+    An interval is one over pairs (lib/benchmark/statistics.py).
+    """
+    points: dict[str, list[float]] = {}
     for qid, judged in task.qrels.items():
         (pid,) = judged
         margin = run[qid].get(pid, 0.0) - run[qid].get(twin(pid), 0.0)
-        points.append(0.5 if abs(margin) <= tie else float(margin > 0))
-    return float(np.mean(points))
+        point = 0.5 if abs(margin) <= tie else float(margin > 0)
+        points.setdefault(pid.rpartition("_")[0], []).append(point)
+    return np.array([np.mean(own) for own in points.values()])

@@ -32,21 +32,28 @@ def learn(
     parts: int = 2,
     lr: float = 3e-4,
     warmup: float = 0.1,
+    learns: tuple[str, ...] = ("",),
     seed: int = 0,
     show_progress: bool = True,
 ) -> list[dict]:
     """Train a retriever on twins, in place; its word vectors stay as they are.
 
+    With `learns` other weights stay, too. In a long document they are what goes wrong first: each
+    of its fillers is turned by them, and the mean adds up what all fillers have in common.
+
     Args:
         facts: of the train split.
         distances: a step draws one of them.
         pairs: documents of a step, without their twins.
+        learns: parts of names: a weight learns if its name holds one of them. ("gated_filter",):
+            the filter alone, which says what distances count.
 
     Returns:
         The curve: {"step", "tokens", "loss", "lr"} of each step.
 
     Raises:
-        TrainingError: a document is longer than the model reads, or a loss is not finite.
+        TrainingError: a document is longer than the model reads, no weight is left to learn, or a
+            loss is not finite.
     """
     longest = model.config.max_position_embeddings
     words = model.get_input_embeddings().weight
@@ -72,10 +79,14 @@ def learn(
         value = backward(model, texts, loss, tokenizer.pad_token_id, MICRO_BATCH_TOKENS)
         return dict(loss=value, tokens=sum(len(row) for part in texts for row in part))
 
-    trained = words.requires_grad
-    words.requires_grad_(False)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.requires_grad_(p is not words and any(part in name for part in learns))
+    message = f"no weight is named {' or '.join(learns)}: see model.named_parameters()"
     try:
+        require(any(p.requires_grad for p in model.parameters()), message, TrainingError)
         optim, shares = optimizer(model, lr, weight_decay=0.0), warmup_then_linear(steps, warmup)
         return train(model, optim, shares, gradient, "binding", seed, None, show_progress)
     finally:
-        words.requires_grad_(trained)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained[name])

@@ -96,6 +96,31 @@ def test_a_reader_of_bindings_is_right_and_a_liking_for_documents_is_at_chance()
     assert binding.accuracy({qid: {} for qid in task.queries}, task) == 0.5
 
 
+def test_pairs_are_scored_one_by_one():
+    """Two pairs: of the first, one query of four is right; of the second, three, and one ties."""
+    task = binding.binding(FACTS, FILLER, 0, pairs=2)
+    margins = {"pair_0": [1, -1, -1, -1], "pair_1": [1, 1, 1, 0]}
+    run = {}
+    for qid, judged in task.qrels.items():
+        (pid,) = judged
+        run[qid] = {pid: float(margins[pid[:6]].pop(0)), binding.twin(pid): 0.0}
+    assert binding.by_pair(run, task).tolist() == [1 / 4, 3.5 / 4]
+    assert binding.accuracy(run, task) == 9 / 16
+
+
+def test_made_up_facts_are_words_of_one_token_that_no_other_part_of_the_fact_has(tokenizer):
+    words = binding.whole_words(tokenizer)
+    assert {"the", "fox", "owl"} <= set(words) and words == sorted(words)
+    assert all(len(tokens(tokenizer, word)) == 1 for word in words)
+    facts = binding.made_up(words, 20, seed=3)
+    assert facts == binding.made_up(words, 20, seed=3) != binding.made_up(words, 20)
+    for fact in facts:
+        parts = fact.name.split(), fact.summary.split()
+        assert list(map(len, parts)) == [2, 4] and len({*parts[0], *parts[1]}) == 6
+    with pytest.raises(WorkbenchError, match="5 words for facts of 6: take a larger vocabulary"):
+        binding.made_up(words[:5], 1)
+
+
 def test_the_seed_draws_the_task():
     first, again = (binding.binding(FACTS, FILLER, 8, 4) for _ in range(2))
     assert first == again and first != binding.binding(FACTS, FILLER, 8, 4, seed=1)

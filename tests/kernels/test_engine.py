@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from lib.kernels import cpu, engine, support
 from lib.kernels.cpu import GatedBlocks
 from lib.kernels.engine import Engine
-from lib.model.m2bert import MLP, M2BertConfig, M2BertForMaskedLM, M2BertForRetrieval, SequenceMixer
+from lib.model.m2bert import (
+    MLP,
+    M2BertConfig,
+    M2BertForMaskedLM,
+    M2BertForRetrieval,
+    SequenceMixer,
+    neutral,
+)
 
 
 def missing() -> str:
@@ -146,6 +153,31 @@ def test_twelve_layers_at_the_published_width_stay_close_in_bfloat16():
     assert (
         torch.cosine_similarity(Engine(built, torch.bfloat16)(ids), expected).min() > 0.9999
     )  # with spectra in bfloat16: 0.9995
+
+
+@pytest.mark.parametrize("start", ["identity", "binding"])
+@pytest.mark.parametrize("length", [1, 3, 64, 65, 200])
+@torch.no_grad()
+def test_at_the_identity_bfloat16_keeps_the_direction_of_the_embeddings(start, length):
+    """Of each token under autocast, and of the mean in the engine, with padding and without."""
+    torch.manual_seed(length)
+    sizes = dict(vocab_size=100, hidden_size=64, num_hidden_layers=3, intermediate_size=128)
+    more = dict(max_position_embeddings=200, filter_order=16, pooling="mean")
+    built = M2BertForRetrieval(M2BertConfig(**sizes, **more, initialization=start)).eval()
+    ids, mask = torch.randint(5, 100, (3, length)), torch.ones(3, length, dtype=torch.long)
+    mask[0, length // 2 + 1 :] = 0
+    embeddings = built.model.embeddings(ids)  # float32: LayerNorm(word)
+    c = neutral(64)
+    means = torch.stack([x[real > 0].mean(dim=0) for x, real in zip(embeddings, mask)])
+    pooled = torch.tanh(0.3 * (means - (means @ c)[:, None] * c))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = built.model(ids, mask)
+    states = out.last_hidden_state.float()
+    assert torch.cosine_similarity(states, embeddings, dim=-1)[mask > 0].min() >= 0.9998
+    assert torch.cosine_similarity(out.pooler_output.float(), pooled).min() >= 0.9998
+    texts = [row[real > 0].tolist() for row, real in zip(ids, mask)]
+    found = Engine(built, torch.bfloat16)(texts)
+    assert torch.cosine_similarity(found, pooled).min() >= 0.9998
 
 
 @pytest.mark.parametrize(

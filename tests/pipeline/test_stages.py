@@ -170,7 +170,10 @@ def test_a_stage_depends_on_the_rooms_that_it_imports_or_they_stand_on_the_short
         ("lib/report/results.py", PAGES),
         ("lib/report/card.py", PAGES),
         ("lib/corpus/build.py", {"data", "lesson"}),
-        ("lib/training/losses.py", {"pretrain", "continue", "distill", "finetune", "lesson"}),
+        (
+            "lib/training/losses.py",
+            {"pretrain", "continue", "distill", "finetune", "ablation", "lesson"},
+        ),
     ],
 )
 def test_an_edit_makes_stale_these_stages_and_no_others(edited, stale):

@@ -54,3 +54,17 @@ def test_the_seed_draws_the_training(tokenizer):
 def test_documents_that_the_model_cannot_read_are_refused(tokenizer):
     with pytest.raises(TrainingError, match="40 tokens apart exceed max_length=64"):
         learn(model(tokenizer), tokenizer, FACTS, ["the"], [40], 1, show_progress=False)
+
+
+def test_what_is_not_named_stays_as_it_is(tokenizer):
+    encoder = model(tokenizer)
+    encoder.model.layers[0].mlp.wo.weight.requires_grad_(False)  # as it was given
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    options = dict(pairs=2, learns=("gated_filter",), show_progress=False)
+    learn(encoder, tokenizer, FACTS, ["the"], [4], 2, **options)
+    changed = {name for name, p in encoder.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("gated_filter" in name for name in changed)
+    frozen = {name for name, p in encoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.layers.0.mlp.wo.weight"}
+    with pytest.raises(TrainingError, match="no weight is named gates"):
+        learn(encoder, tokenizer, FACTS, ["the"], [4], 1, learns=("gates",), show_progress=False)
