@@ -65,7 +65,7 @@ interop: environment
 
 triton: environment
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-triton.lock
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kernels $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kernels/test_gpu.py tests/kernels/test_gpu_mlp.py $(ARGS)
 
 lab: environment
 	@$(BIN)/python -m jupyterlab --notebook-dir=. notebooks/00_start_here.ipynb

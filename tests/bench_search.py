@@ -1,27 +1,28 @@
 """Exact search in seconds and memory, beside faiss's, from 10,000 documents to a million.
 
     python tests/bench_search.py                           10,000 and 100,000 documents: a minute
-    python tests/bench_search.py --documents 1000000       minutes, 4 GiB
+    python tests/bench_search.py --documents 1000000       minutes, 10 GiB
 
 Approximate indexes: docs/search.md has the recipe and what was measured.
 
 The vectors are made: 50 fields, 1,000 topics in them of sizes after Zipf, and around each topic a
 Gaussian in 16 directions of its own with a little noise in all. Queries are drawn as documents are.
 
-Each method runs in a process of its own. Times are the best of the repeats, the exact methods in
-turns. *memory* is the most that the process held beyond the documents and what python holds
-anyway; *limit* is the rate of torch's float32 product of one block, between those turns.
+The methods take turns, round by round, in one process for each number of documents. Times are the
+best of the rounds; with one thread they are processor time, which other work on the machine
+disturbs less. *× flat* is the time over that of faiss `IndexFlatIP`, the median of the rounds'
+ratios; *memory* the most that the process held beyond what it held before; *limit* the rate of
+torch's float32 product of one block in the same rounds.
 """
 
 import argparse
-import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +30,19 @@ import torch
 
 from lib.benchmark import metrics, search
 
-KINDS = ["exact", "flat"]
+FLAT = "faiss IndexFlatIP"
 HEAD = (
     "documents",
     "how",
-    "build, s",
-    "index, GiB",
     "ms a query",
+    "× flat",
     "one alone, ms",
     "recall@10",
     "memory, GiB",
     "GFLOP/s",
     "of the limit",
 )
+clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def write_vectors(folder: Path, N: int, D: int, Q: int, seed: int = 0) -> None:
@@ -96,14 +97,11 @@ class Memory(threading.Thread):
         return (max(self.most, self.now()) - self.began) / 2**30
 
 
-def seconds(work, repeats: int) -> tuple[float, object]:
-    """(the best, result)"""
-    took = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = work()
-        took.append(time.perf_counter() - started)
-    return min(took), result
+def seconds(work) -> tuple[float, object]:
+    """(seconds, result)"""
+    started = clock()
+    result = work()
+    return clock() - started, result
 
 
 def product_rate(documents: np.ndarray, queries: np.ndarray) -> float:
@@ -113,113 +111,60 @@ def product_rate(documents: np.ndarray, queries: np.ndarray) -> float:
         torch.from_numpy(queries).T,
     )
     out = torch.empty(len(table), len(queries))
-    return max(
-        2 * out.numel() * table.shape[1] / seconds(lambda: torch.mm(table, columns, out=out), 1)[0]
-        for _ in range(7)
-    )
+    flop = 2 * out.numel() * table.shape[1]
+    return flop / min(seconds(lambda: torch.mm(table, columns, out=out))[0] for _ in range(7))
 
 
-def row(
-    documents,
-    how,
-    build=None,
-    size=None,
-    batch=None,
-    alone=None,
-    recall=None,
-    memory=None,
-    rate=None,
-    limit=None,
-) -> None:
-    cells = [
-        f"{documents:,}",
-        how,
-        *(
-            "" if value is None else f"{value:{form}}"
-            for value, form in (
-                (build, ".1f"),
-                (size, ".2f"),
-                (batch, ".3f"),
-                (alone, ".2f"),
-                (recall, ".3f"),
-                (memory, ".2f"),
-                (rate and rate / 1e9, ".0f"),
-                (limit and rate / limit, ".0%"),
-            )
-        ),
-    ]
-    print("| " + " | ".join(cells) + " |", flush=True)
+def flat_index(documents: np.ndarray):
+    """faiss `IndexFlatIP` of the documents, and the seconds and GiB that it took."""
+    import faiss
+
+    memory, index = Memory(), faiss.IndexFlatIP(documents.shape[1])
+    took, _ = seconds(lambda: [index.add(block.numpy()) for _, block in search.blocks(documents)])
+    return index, took, memory.beyond(last=True)
 
 
-def measure(folder: Path, kind: str, repeats: int) -> None:
-    queries, documents = (
-        np.load(folder / "queries.npy"),
-        np.load(folder / "documents.npy", mmap_mode="r"),
-    )
-    (N, D), Q = documents.shape, len(queries)
+def measure(folder: Path, rounds: int) -> None:
+    queries = np.load(folder / "queries.npy")
+    stored = np.load(folder / "documents.npy", mmap_mode="r")
+    (N, D), Q, k = stored.shape, len(queries), 10
     qids, pids = [str(i) for i in range(Q)], [str(i) for i in range(N)]
-    stored = folder / "exact.json"
+    index, build, index_gib = flat_index(stored)
 
-    def recall(run):
-        best = {qid: dict.fromkeys(pids, 1) for qid, pids in json.loads(stored.read_text()).items()}
-        return metrics.recall(run, best, k=10)
+    def flat(some: np.ndarray, _) -> dict:
+        scores, rows = index.search(some, k)
+        best = (zip(map(str, row), score.tolist()) for row, score in zip(rows, scores))
+        return dict(zip(qids, map(dict, best)))
 
-    if kind == "exact":
-        ways = {
-            "exact: torch": (np.array(documents), "torch"),
-            "exact: torch, documents in a file": (documents, "torch"),
-            "exact: faiss in blocks": (documents, "faiss"),
-        }
-        took, held, limit = {how: np.inf for how in ways}, dict.fromkeys(ways, 0.0), 0.0
-        for _ in range(repeats):
-            for how, (table, backend) in ways.items():
-                limit, memory = max(limit, product_rate(documents, queries)), Memory()
-                work = partial(search.search, queries, table, qids, pids, 10, backend)
-                once, run = seconds(work, 1)
-                took[how], held[how] = (
-                    min(took[how], once),
-                    max(held[how], memory.beyond(last=True)),
-                )
-                if not stored.exists():
-                    stored.write_text(json.dumps({qid: list(best) for qid, best in run.items()}))
-                assert recall(run) == 1, how
-        for how, (table, backend) in ways.items():
-            work = partial(search.search, queries[:1], table, qids[:1], pids, 10, backend)
-            alone, _ = seconds(work, repeats)
-            row(
-                N,
-                how,
-                None,
-                0,
-                took[how] / Q * 1e3,
-                alone * 1e3,
-                1,
-                held[how],
-                2 * N * D * Q / took[how],
-                limit,
-            )
-    else:
-        import faiss
+    def exact(documents, backend: str):
+        return lambda some, names: search.search(some, documents, names, pids, k, backend)
 
-        limit, memory = product_rate(documents, queries), Memory()
-        table = faiss.IndexFlatIP(D)
-        build, _ = seconds(
-            lambda: [table.add(block.numpy()) for _, block in search.blocks(documents)], 1
-        )
-        took, (_, rows) = seconds(lambda: table.search(queries, 10), repeats)
-        alone, _ = seconds(lambda: table.search(queries[:1], 10), 3)
-        row(
-            N,
-            "faiss IndexFlatIP",
-            build,
-            N * D * 4 / 2**30,
-            took / Q * 1e3,
-            alone * 1e3,
-            recall({qid: dict.fromkeys(map(str, best), 1.0) for qid, best in zip(qids, rows)}),
-            memory.beyond(last=True),
-            2 * N * D * Q / took,
-            limit,
-        )
+    ways = {
+        "exact: torch": exact(np.array(stored), "torch"),
+        "exact: torch, documents in a file": exact(stored, "torch"),
+        "exact: faiss in blocks": exact(stored, "faiss"),
+        FLAT: flat,
+    }
+    took, alone, held = ({how: [] for how in ways} for _ in range(3))
+    limit, runs = 0.0, {}
+    for _ in range(rounds):
+        for how, way in ways.items():
+            limit, memory = max(limit, product_rate(stored, queries)), Memory()
+            once, runs[how] = seconds(lambda way=way: way(queries, qids))
+            held[how].append(memory.beyond(last=True))
+            took[how].append(once)
+            alone[how].append(seconds(lambda way=way: way(queries[:1], qids[:1]))[0])
+    best = {qid: dict.fromkeys(run, 1) for qid, run in runs["exact: torch"].items()}
+    for how in ways:
+        recall = metrics.recall(runs[how], best, k=k)
+        assert how == FLAT or recall == 1, how
+        ratio = statistics.median(a / b for a, b in zip(took[how], took[FLAT]))
+        rate, gib = 2 * N * D * Q / min(took[how]), max(held[how]) + index_gib * (how == FLAT)
+        cells = f"{N:,}", how, f"{min(took[how]) / Q * 1e3:.3f}", f"{ratio:.2f}"
+        cells += f"{min(alone[how]) * 1e3:.2f}", f"{recall:.3f}", f"{gib:.2f}"
+        cells += f"{rate / 1e9:.0f}", f"{rate / limit:.0%}"
+        print("| " + " | ".join(cells) + " |", flush=True)
+    print(f"\nThe index of {N:,} documents was built in {build:.1f} s.\n", flush=True)
 
 
 if __name__ == "__main__":
@@ -229,40 +174,24 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="exact always runs first"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--folder",
         type=Path,
         help="where the vectors are put meanwhile (default: a temporary folder)",
     )
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(Path(options.measure[0]), options.measure[1], options.repeats)
-    else:
-        print(
-            f"{options.queries} queries of {options.width} dimensions, 10 best, "
-            f"{torch.get_num_threads()} threads, the best of {options.repeats}\n"
-        )
-        print(
-            "| " + " | ".join(HEAD) + " |\n|---:|---" + "|---:" * (len(HEAD) - 2) + "|", flush=True
-        )
-        for N in options.documents:
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                write_vectors(Path(folder), N, options.width, options.queries)
-                for kind in dict.fromkeys(["exact", *options.kinds]):
-                    subprocess.run(
-                        [
-                            sys.executable,
-                            __file__,
-                            "--measure",
-                            folder,
-                            kind,
-                            "--repeats",
-                            str(options.repeats),
-                        ],
-                        check=True,
-                    )
+        measure(options.measure, options.rounds)
+        sys.exit()
+    print(
+        f"{options.queries} queries of {options.width} dimensions, 10 best, "
+        f"{torch.get_num_threads()} threads, {options.rounds} rounds\n"
+    )
+    print("| " + " | ".join(HEAD) + " |\n|---:|---" + "|---:" * (len(HEAD) - 2) + "|", flush=True)
+    for N in options.documents:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            write_vectors(Path(folder), N, options.width, options.queries)
+            command = [sys.executable, __file__, "--measure", folder]
+            subprocess.run([*command, "--rounds", str(options.rounds)], check=True)

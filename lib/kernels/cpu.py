@@ -21,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,7 +260,18 @@ class Table(NamedTuple):
         return Table(values, None if self.scale is None else self.scale[part])
 
 
-def spectra(filters, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = F32) -> Table:
+def empty_table(channels: int, n: int, dtype: torch.dtype, memory=None) -> Table:
+    """A table of so many channels for FFTs of size n, to be filled by `spectra`.
+
+    memory: (shape, dtype) -> the tensor that holds the values; None: torch's.
+    """
+    half, W = dtype == BF16, lanes()
+    memory = memory or partial(torch.empty, device="cpu")
+    values = memory((channels // W, n // 2 + 1, 4, W), dtype=F16 if half else F32)
+    return Table(values, torch.empty(channels, dtype=F32, device="cpu") if half else None)
+
+
+def spectra(filters, time, delta, n: int, dtype=F32, table: Table | None = None) -> Table:
     """The spectra for FFTs of size n that `mix` reads beside activations of `dtype`.
 
     They are not in bfloat16: an error in a filter is the same at every position, and the errors of
@@ -270,18 +281,19 @@ def spectra(filters, time: Tensor, delta: Tensor, n: int, dtype: torch.dtype = F
         filters: (back, ahead or None, gain) of the gated filter, then of the residual filter, or
             three None. Taps (L, D) without their decay, L ≤ n/2 or 1; gains (D,); float32.
         time, delta: decay = exp(-time |delta|), (L,) and (D,).
+        table: receives the result.
     """
-    half = dtype == BF16
-    (L, D), W = filters[0].shape, lanes()
-    shape = D // W, n // 2 + 1, 4, W
-    values = torch.empty(shape, dtype=F16 if half else F32, device="cpu")
-    scale = torch.empty(D, dtype=F32, device="cpu") if half else None
+    (L, D), half = filters[0].shape, dtype == BF16
+    table = table or empty_table(D, n, dtype)
+    assert table.values.shape == (D // lanes(), n // 2 + 1, 4, lanes())
+    assert table.values.dtype == (F16 if half else F32) and table.values.is_contiguous()
+    assert table.scale.shape == (D,) if half else table.scale is None
     filters = [None if part is None else part.contiguous() for part in filters]
     for tensor in (time, delta, *(part for part in filters if part is not None)):
         assert tensor.dtype == F32 and tensor.is_contiguous()
     name = "spectra_f16" if half else "spectra_f32"
-    call(name, *filter_pointers(filters), time, delta, L, D, values, scale, plan(n))
-    return Table(values, scale)
+    call(name, *filter_pointers(filters), time, delta, L, D, *table, plan(n))
+    return table
 
 
 class Spectra(torch.autograd.Function):

@@ -27,6 +27,7 @@ import contextlib
 import math
 import mmap
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ LONG = 1024  # a text of at least this many tokens has its own matrix multiplica
 # Limit of the spectrum cache in bytes. The 80M model's spectra for 32,768 tokens fill 2.3 GiB for
 # bfloat16 activations, 4.6 GiB for float32.
 SPECTRA = 3 * 2**30
-CHANNELS = 64  # channels whose spectra one thread computes at a time
+CHANNELS = 64  # channels of a thread whose spectra are in memory at a time, if they are not kept
 SAMPLE = 16  # numbers of each weight that are compared to notice a change
 HUGE = 2**21  # bytes of a huge page
 
@@ -152,24 +153,33 @@ class Engine:
                 weights[name] = [Product(block, None, self.dtype) for block in linear.weight]
         return weights
 
-    def spectra(self, number: int, n: int):
+    def spectra(self, number: int, n: int, room):
         """The spectra of a layer's filters for FFTs of size n.
 
-        Spectra are kept if `make_room` found room for those of this layer; otherwise each batch
-        computes them again. Returns a function from a slice of channels to their spectra, and the
+        Spectra are kept if `make_room` found room for those of this layer. Otherwise each batch
+        computes them again, group of channels by group, all groups in the same memory. Returns a
+        function from a slice of channels to their spectra, valid until its next call, and the
         largest number of channels of a slice.
         """
         mixer, D = self.layers[number]["layer"].mixer, self.model.config.hidden_size
         keep, tables = number < self.kept.get(n, 0), self.tables.get(n, {})
-        if number not in tables:
-            longest = self.model.config.max_position_embeddings
-            compute = native_spectra(mixer, n, longest, self.dtype)
-            group = CHANNELS * torch.get_num_threads()
-            if not keep:
-                return compute, group
-            starts = range(0, D, group)
-            tables[number] = joined([compute(slice(c, min(c + group, D))) for c in starts])
-        return tables[number].channels, D
+        if number in tables:
+            return tables[number].channels, D
+        longest = self.model.config.max_position_embeddings
+        compute = native_spectra(mixer, n, longest, self.dtype, room)
+        group = min(D, CHANNELS * torch.get_num_threads())
+        if keep:
+            table = tables[number] = cpu.empty_table(D, n, self.dtype, fresh)
+            for c in range(0, D, group):
+                channels = slice(c, min(c + group, D))
+                compute(channels, table.channels(channels))
+            return table.channels, D
+        table = cpu.empty_table(group, n, self.dtype, partial(room, f"spectra of {n}"))
+
+        def streamed(channels: slice) -> cpu.Table:
+            return compute(channels, table.channels(slice(0, channels.stop - channels.start)))
+
+        return streamed, group
 
     def make_room(self, sizes: set[int]) -> None:
         """Choose the spectra that stay in the cache: of which FFT sizes, and of how many layers.
@@ -223,15 +233,15 @@ class Engine:
         if mixer.layernorm is not None:
             x = mixer.layernorm(x.float()).to(self.dtype)
         p = each(weights["in"], x, runs, room("p", (T, 3 * D), self.dtype))
-        y = self.mix(number, p, x, starts, lengths, room("y", (T, D), self.dtype))
+        y = self.mix(number, p, x, starts, lengths, room)
         h = each(weights["out"], y, runs, room("p", (T, D), self.dtype))  # p was read
         return self.mlp(weights, h, runs, x, room)
 
-    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list, y: Tensor):
+    def mix(self, number: int, p: Tensor, u: Tensor, starts: Tensor, lengths: list, room) -> Tensor:
         """The mixer between its projections, y (T, D), from p (T, 3D) and u (T, D)."""
         short, D = self.layers[number]["short"], u.shape[1]
-        sizes = [cpu.size(length) for length in lengths]
-        spectra = {n: self.spectra(number, n) for n in set(sizes)}
+        y, sizes = room("y", u.shape, self.dtype), [cpu.size(length) for length in lengths]
+        spectra = {n: self.spectra(number, n, room) for n in set(sizes)}
         group = min(count for _, count in spectra.values())
         for c in range(0, D, group):
             channels = slice(c, min(c + group, D))
@@ -288,23 +298,24 @@ class Room:
         """A tensor of this shape; it has what the last one of this name left there."""
         count = math.prod(shape)
         if name not in self.memory or len(self.memory[name]) < count:
-            self.memory[name] = fresh(count, dtype)
+            self.memory[name] = fresh((count,), dtype)
         return self.memory[name][:count].view(shape)
 
 
-def fresh(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for so many numbers, in huge pages where Linux gives them.
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of new memory, in huge pages where Linux gives them.
 
     A row of p is pages long, and the mixer goes through it row by row: with small pages it waits
     for their addresses.
     """
+    count = math.prod(shape)
     size = count * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, -(-size // HUGE) * HUGE)
     with contextlib.suppress(OSError):  # a system without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 class Product:
@@ -347,24 +358,24 @@ def each(product: Product, x: Tensor, runs: list[tuple[slice, bool]], out: Tenso
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def native_spectra(mixer, n: int, longest: int, dtype: torch.dtype):
-    """The function slice of channels -> cpu.Table, for FFTs of size n and up to `longest` taps."""
+def native_spectra(mixer, n: int, longest: int, dtype: torch.dtype, room):
+    """A function that computes the spectra of a slice of channels in a `cpu.Table`.
+
+    They are for FFTs of size n and up to `longest` taps. A tap is read once, so all slices have
+    theirs in the same memory: fresh pages would cost as much as the product itself.
+    """
     L, gated, residual = min(max(1, n // 2), longest), mixer.gated_filter, mixer.residual_filter
     filters = [(filter, filter.hidden(L)) for filter in (gated, residual) if filter is not None]
     time, deltas = gated.time(L), gated.deltas()
 
-    def table(channels: slice) -> cpu.Table:
-        taps = []
+    def compute(channels: slice, table: cpu.Table) -> cpu.Table:
+        taps, shape = [], (L, channels.stop - channels.start)
         for filter, hidden in filters:
-            taps += [*filter.before_decay(hidden, channels), filter.bias[channels]]
-        return cpu.spectra(taps + [None] * (6 - len(taps)), time, deltas[channels], n, dtype)
+            for mlp, h in zip((filter.back, filter.ahead), hidden):  # as `before_decay`
+                out = None if h is None else room(f"taps {len(taps)}", shape, torch.float32)
+                taps.append(h if h is None else torch.mm(h, mlp[3].weight[channels].t(), out=out))
+            taps.append(filter.bias[channels])
+        taps += [None] * (6 - len(taps))
+        return cpu.spectra(taps, time, deltas[channels], n, dtype, table)
 
-    return table
-
-
-def joined(tables: list[cpu.Table]) -> cpu.Table:
-    """The spectra of neighbouring groups of channels as one."""
-    if len(tables) == 1:
-        return tables[0]
-    values, scales = zip(*tables)
-    return cpu.Table(torch.cat(values), None if scales[0] is None else torch.cat(scales))
+    return compute

@@ -232,6 +232,26 @@ def test_what_is_kept_of_the_spectra_is_bounded_and_changes_nothing(monkeypatch,
     assert room != 200_000 or len({*kept.values()}) > 1
 
 
+@compiled
+@settings(max_examples=6, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    room=st.integers(0, 600_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_streamed_spectra_give_the_bits_of_kept_ones(lengths, room, dtype):
+    """Three groups of channels, of which none to all three layers' fit into the limit."""
+    built, ids = model(hidden_size=96), rows(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "multiplies_bfloat16", lambda: True)
+        patch.setattr(engine, "CHANNELS", 32)
+        kept, streamed = Engine(built, dtype), Engine(built, dtype)
+        expected = kept(ids)
+        assert {*kept.kept.values()} == {3}
+        patch.setattr(engine, "SPECTRA", room)
+        assert torch.equal(streamed(ids), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "place",
