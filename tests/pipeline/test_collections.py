@@ -151,22 +151,21 @@ def jsonl(folder: Path) -> Path:
     return folder
 
 
-def refused(house: Path, folder: Path, text: Path) -> tuple[str, ...]:
-    """The arguments of a run on a test split alone, which stops before training without them."""
-    given = (f"--data={folder}", f"--text={text}")
-    done = repro(house, *given, f"--set={SMALL}")
-    assert done.returncode != 0 and "Running stage 'pretrain" not in done.stdout
-    said = next(line for line in done.stderr.splitlines() if "no train split" in line)
-    assert f"{folder.name} has no train split (it has test)" in said
-    assert "SET=finetune.allow_test_training=true" in said
-    return *given, f"--set={SMALL} finetune.allow_test_training=true"
-
-
+@pytest.mark.parametrize("collection", [beir, jsonl])
 def test_a_test_split_alone_stops_before_training_and_runs_to_the_end_if_allowed(
-    house, text, tmp_path
+    house, text, tmp_path, collection
 ):
-    allowed = refused(house, beir(tmp_path / "my beir"), text)
-    place = report(house, repro(house, *allowed))
+    folder = collection(tmp_path / f"my {collection.__name__}")
+    given = (f"--data={folder}", f"--text={text}")
+    refused = repro(house, *given, f"--set={SMALL}")
+    assert refused.returncode != 0 and "Running stage 'pretrain" not in refused.stdout
+    said = next(line for line in refused.stderr.splitlines() if "no train split" in line)
+    assert (
+        f"my {collection.__name__} has no train split (it has test)" in said
+        and "SET=finetune.allow_test_training=true" in said
+    )
+
+    place = report(house, repro(house, *given, f"--set={SMALL} finetune.allow_test_training=true"))
     everything = pages(place)
     assert (
         "reads_32k (trained on test)" in everything
@@ -187,18 +186,7 @@ def test_a_test_split_alone_stops_before_training_and_runs_to_the_end_if_allowed
         claims.loc["M2-BERT-32k beats BM25", "on"] == "all tasks"
         and claims.loc["M2-BERT-32k beats BM25", "ours"] != "not run"
     )
-    assert "on my beir: 32, 128" in everything
-
-
-def test_two_tasks_in_the_hubs_files_train_a_row_and_score_it(house, text, tmp_path):
-    """The pages of a collection do not depend on its files: the other runs make them."""
-    allowed = refused(house, jsonl(tmp_path / "my jsonl"), text)
-    done = repro(house, *allowed, "evaluate@reads_32k")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    folder = house / re.search(r"at most; see (\S+)", done.stdout)[1]
-    scores = json.loads((folder / "evaluate" / "reads_32k" / "metrics.json").read_text())
-    tasks = scores["scores"]["all"]
-    assert {name: task["documents"] for name, task in tasks.items()} == {"first": 24, "second": 24}
+    assert f"on my {collection.__name__}: 32, 128" in everything
 
 
 def test_tasks_of_any_name_with_evidence_and_several_answers_write_nothing_outside(
