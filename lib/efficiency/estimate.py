@@ -336,7 +336,7 @@ def by_group(profile: str, done: list[Work]) -> dict[str, tuple[set[str], float]
 
 
 def line(done: Work, speed: float) -> str:
-    """`mlm_2k: 300,000 tokens, 0.02 epochs of its text, about 30 s at 0.1 TFLOP/s`."""
+    """`mixed_2k: 300,000 tokens, 0.02 epochs of its text, about 30 s at 0.1 TFLOP/s`."""
     took = duration(done.operations / speed)
     return (
         f"{done.row}: {done.tokens:,.0f} tokens, {done.epochs:.2g} epochs of its {done.reads}, "

@@ -2,7 +2,7 @@
 
 python -m lib.pipeline strip notebooks data/source      notebooks without outputs, for DVC
 python -m lib.pipeline strip --in-place notebooks       the same in place, before a commit
-python -m lib.pipeline run 03_pretrain pretrain mlm_2k --profile laptop
+python -m lib.pipeline run 03_pretrain pretrain mixed_2k --profile laptop
 python -m lib.pipeline repro [PROFILE] [--data=FOLDER] [--text=FOLDER] [--set=section.key=value]
                              [--group=loss] [arguments of `dvc repro`, such as finetune@opl]
 python -m lib.pipeline report [PROFILE] [--data=FOLDER]
