@@ -31,7 +31,7 @@ UNDECIDED, NO_POWER, NO_CLAIM = "undecided", "no power", "no claim"
 FEW = 30  # queries: fewer are no group of their own
 WHERE = {"deep": "in the second half", "shallow": "in the first 15 %"}
 SCORE = ["ndcg@10", "low", "high"]
-WORD = "allow_test_training"
+TEST_TRAINING = "allow_test_training"
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 NOT_MEASURED = (math.nan, math.nan, math.nan)
 
@@ -262,8 +262,8 @@ def trained_on_test(profile: str) -> dict[str, str]:
     rows = {
         row: params.settings(profile, "finetune", row) for row in params.rows(profile, "retrievers")
     }
-    rest = {row: own | {WORD: None} for row, own in rows.items()}
-    on_test = [row for row, own in rows.items() if own[WORD] == "always"]
+    rest = {row: own | {TEST_TRAINING: None} for row, own in rows.items()}
+    on_test = [row for row, own in rows.items() if own[TEST_TRAINING] == "always"]
     return {
         row: next((name for name in rows if name not in on_test and rest[name] == rest[row]), "")
         for row in on_test

@@ -572,7 +572,7 @@ def test_help_names_every_target(make):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
-def test_git_sees_the_library_and_the_default_report_and_nothing_dvc_keeps():
+def test_git_sees_the_library_and_the_committed_reports_and_nothing_dvc_keeps():
     def ignored(path):
         return (
             subprocess.run(["git", "check-ignore", "-q", "--no-index", path], cwd=ROOT).returncode
@@ -584,6 +584,7 @@ def test_git_sees_the_library_and_the_default_report_and_nothing_dvc_keeps():
         "data/paper/table5.csv",
         "data/report/laptop/index.html",
         "data/report/laptop/timings/stages/data.json",
+        "data/report/study/index.html",
         "dvc.lock",
         ".dvc/config",
     ):

@@ -209,13 +209,13 @@ def test_needles_of_rows_that_have_some(house):
 
 
 def test_a_row_trained_on_test_says_so_wherever_it_is_named(house):
-    splits = {"opl": "test", "mnrl": "train", "prototype_8k": "test", "prototype": "nothing"}
+    splits = {"opl": "test", "mnrl": "train", "prototype_2k": "test", "prototype": "nothing"}
     for row, split in splits.items():
         write({"trained_on": split}, "finetune", row, "study")
     marked = {row: results.marked("study", row) for row in ("opl", "mnrl", "bm25", "prototype")}
     assert marked["opl"] == "opl (trained on test)"
     assert marked["mnrl"] == "mnrl" and marked["bm25"] == "bm25"
-    assert marked["prototype"] == "prototype (trained on test)"  # it starts from prototype_8k
+    assert marked["prototype"] == "prototype (trained on test)"  # it starts from prototype_2k
 
 
 # ------------------------------------------------------------------ the paper
