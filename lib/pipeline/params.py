@@ -133,7 +133,7 @@ def rows(profile: str, table: str) -> dict[str, dict]:
 
 
 def group(profile: str, name: str) -> dict[str, list[str]]:
-    """{"ablations", "rows"} of a group that a profile runs; the rows of its ablations are in rows.
+    """{"ablations", "rows", "lessons"} of a group; the rows of its ablations are in rows.
 
     Raises:
         ParamsError: no such group, or the profile runs none of its rows.
@@ -152,7 +152,8 @@ def groups(design: dict, profile: str) -> dict[str, dict[str, list[str]]]:
         names = sum((tables["ablations"][key]["rows"] for key in ablations), [])
         names = [row for row in run if row in (*names, *own.get("rows", []))]
         if names:
-            found[name] = {"ablations": ablations, "rows": names}
+            lessons = [key for key in own.get("lessons", []) if key in tables["lessons"]]
+            found[name] = {"ablations": ablations, "rows": names, "lessons": lessons}
     return found
 
 
@@ -408,15 +409,16 @@ def check_own_rows(design: dict, profile: str) -> None:
 
 
 def check_groups(design: dict) -> None:
-    """A group names ablations and rows that some profile has."""
+    """A group names ablations, rows and lessons that some profile has."""
     every = [merged({**design, "profile": None}, profile) for profile in design["lengths"]]
-    tables = {"ablations": ("ablations",), "rows": ("evaluated", "baselines")}
+    tables = {key: (key,) for key in ("ablations", "lessons")}
+    tables["rows"] = "evaluated", "baselines"
     for group, own in design["groups"].items():
         validate(f"groups.{group}", Group, own)
         for key, names in own.items():
             there = dict.fromkeys(n for whole in every for t in tables[key] for n in whole[t])
             for name in names:
-                what = "ablation" if key == "ablations" else "row of retrievers or baselines"
+                what = "row of retrievers or baselines" if key == "rows" else key[:-1]
                 known(name, there, what, f"groups.{group}.{key}: ")
 
 

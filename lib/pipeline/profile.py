@@ -115,7 +115,7 @@ def of_group(profile: str, name: str) -> list[list[str]]:
     group, baselines = params.group(profile, name), params.rows(profile, "baselines")
     stages = {row: "baseline" if row in baselines else "evaluate" for row in group["rows"]}
     rows = [f"{stage}@{row}" for row, stage in stages.items()]
-    pages = [f"ablation@{ablation}" for ablation in group["ablations"]]
+    pages = [f"{kind}@{name}" for kind in ("ablation", "lesson") for name in group[kind + "s"]]
     return [[*rows, "efficiency"], ["--single-item", *pages, *PAGES]]
 
 

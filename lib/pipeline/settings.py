@@ -333,7 +333,7 @@ ROWS = {
     "lessons": row(notebook=Notebook),
 }
 TABLES = (*ROWS, "evaluated")
-Group = row(ablations=(list[str], []), rows=(list[str], []))
+Group = row(ablations=(list[str], []), rows=(list[str], []), lessons=(list[str], []))
 
 Design = create_model(
     "Design",

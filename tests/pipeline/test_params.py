@@ -227,20 +227,26 @@ def test_a_group_is_what_its_profile_runs_of_it_with_what_that_is_built_on(edit)
         (
             "groups",
             {
-                "loss": {"ablations": ["loss"]},
+                "loss": {"ablations": ["loss"], "lessons": ["paper_audit", "losses"]},
                 "length": {"ablations": ["warm_start"], "rows": ["reads_128", "bm25"]},
                 "books": {"rows": ["reads_2k"]},
             },
         )
     )
     loss = params.group("smoke", "loss")
-    assert loss == {"ablations": ["loss"], "rows": ["reads_32k", "opl"]}  # the file's order
+    rows = ["reads_32k", "opl"]  # the file's order
+    assert loss == {"ablations": ["loss"], "rows": rows, "lessons": ["paper_audit", "losses"]}
     assert params.needs("smoke", loss["rows"]) == {"reads_32k", "opl", "warm_32k", "mixed_8k"}
     assert params.group("laptop", "length") == {
         "ablations": ["warm_start"],
         "rows": ["reads_128", "warm", "cold", "bm25"],
+        "lessons": [],
     }
-    assert params.group("smoke", "length") == {"ablations": [], "rows": ["bm25"]}
+    assert params.group("smoke", "length") == {
+        "ablations": [],
+        "rows": ["bm25"],
+        "lessons": [],
+    }
     assert {"prototype_32k", "reads_128", "mixed_128"} <= params.needs("laptop", ["prototype"])
     assert list(params.groups(params.load(), "smoke")) == ["loss", "length"]
     with pytest.raises(ParamsError, match="unknown group of smoke 'books'; there is loss, length"):
