@@ -184,6 +184,7 @@ class Finetune(Settings):
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
     seeds: Annotated[list[Amount], AfterValidator(distinct)]  # one model for each
+    whiten: bool  # start from a pooler that whitens the training texts
     pretraining_texts: Amount  # of a step of distilling, beside its documents and queries
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from lib.model.twins import MIXERS
 from lib.pipeline.errors import TrainingError
 from lib.pipeline.settings import Finetune
 from lib.training import pairs as module
-from lib.training.finetune import budget, choose, evaluation_steps, finetune
+from lib.training.finetune import RIDGE, SPREAD, budget, choose, evaluation_steps, finetune, whiten
 from lib.training.gradients import embed
 from lib.training.pairs import Pairs
 from lib.training.resume import Checkpoints
@@ -46,6 +46,28 @@ def test_fine_tuning_moves_the_right_document_up(pairs, tiny, loss, mixer):
         model, pairs, documents_seen=600, documents=6, lr=5e-3, loss=loss, queries_per_document=3
     )
     assert len(curve) == 100 and mean_rank(model) < 0.5 * before
+
+
+def test_a_whitened_pooler_centres_the_texts_and_levels_their_variances(pairs, tiny):
+    def in_front_of_tanh(model):
+        rows = [pairs.documents, pairs.queries]
+        with torch.no_grad():
+            texts = [embed(model, own[[i]], pairs.pad_id) for own in rows for i in range(len(own))]
+        return torch.cat(texts).double().atanh()
+
+    model = tiny(pooling="mean")
+    with torch.no_grad():
+        model.model.pooler.weight.copy_(0.1 * torch.eye(16))
+        model.model.pooler.bias.zero_()
+    v = torch.linalg.eigvalsh(torch.cov((in_front_of_tanh(model) / 0.1).T)).clamp(min=0)
+    whiten(model, pairs)
+    z = in_front_of_tanh(model)
+    torch.testing.assert_close(z.mean(dim=0), torch.zeros(16).double(), atol=1e-5, rtol=0)
+    level = v / (v + RIDGE * v.mean())
+    found = torch.linalg.eigvalsh(torch.cov(z.T))
+    torch.testing.assert_close(found / found[-1], level / level[-1], atol=2e-3, rtol=0)
+    assert z.std() == pytest.approx(SPREAD, rel=1e-3)
+    assert v[0] < 0.05 * v[-1]  # they were not level before
 
 
 def test_the_prototype_loss_brings_a_student_to_its_teacher_and_leaves_the_teacher_alone(

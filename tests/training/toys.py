@@ -55,6 +55,7 @@ FINETUNE = dict(
     evaluations=0,
     seeds=[42],
     pretraining_texts=0,
+    whiten=False,
     document_length=0,
     filter_rate=1.0,
 )
