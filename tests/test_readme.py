@@ -194,7 +194,16 @@ def two_digits(value: float) -> str:
     return f"{float(f'{value:.1e}'):,.0f}"
 
 
+def real_documents(path: Path) -> str:
+    """A column a row, in the order of the file, and a line a task: nDCG@10 × 100."""
+    rows = records(path)
+    tasks = [name for name in rows[0] if name not in ("row", "reads")]
+    header = ["task", *(f"{row['row']}: {row['reads']}" for row in rows)]
+    return markdown(header, [[t, *(row[t] for row in rows)] for t in tasks], right=len(rows))
+
+
 MAKERS = {
+    "real": real_documents,
     "scale": scale,
     "modules": modules,
     "claims": six_claims,
