@@ -266,7 +266,7 @@ def test_the_rate_of_this_machine_uses_up_no_random_number(house):
 def test_the_estimate_goes_to_the_log_alone(corpus, capsys):
     estimate.announce("smoke", corpus)
     out, err = capsys.readouterr()
-    rows = "start_32k mixed_8k warm_32k reads_32k opl reads_warm".split()
+    rows = "start_32k mixed_8k attention_32k warm_32k reads_32k opl reads_warm".split()
     rows += [f"group {name}" for name in params.groups(params.load(), "smoke")] + ["all rows"]
     assert (
         out == ""
