@@ -201,6 +201,10 @@ class Finetune(Settings):
         require(ready, message, ValueError)
         return self
 
+    def longest(self, reads: int) -> int:
+        """Tokens of the longest document in training, of a model that reads so many."""
+        return min(reads, self.document_length or reads)
+
     @property
     def seed(self) -> int:
         """The seed of a training; `of(seed)` are the settings of another one."""

@@ -97,7 +97,7 @@ def finetune(
         value = backward(model, texts, loss, pairs.pad_id, s.micro_batch_tokens, context)
         return dict(loss=value, tokens=sum(len(row) for rows in texts for row in rows)) | scores
 
-    compile_kernels(model, precision, model.config.max_position_embeddings)
+    compile_kernels(model, precision, s.longest(model.config.max_position_embeddings))
     rates = rate(s) * s.lr, s.weight_decay, rate(s) * s.embedding_lr, s.filter_rate
     optim = optimizer(model, *rates)
     name = f"fine-tuning ({s.loss})"
