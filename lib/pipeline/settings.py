@@ -144,6 +144,7 @@ class Pretrain(Settings):
     lr: Rate
     embedding_lr: Rate
     lr_by_length: dict[PaperLength, Rate]  # both rates of a row of that length
+    filter_rate: Rate  # of lr, for the implicit filters, in parameter_groups: none
     parameter_groups: Literal["none", "intended"]
     mask_rate: Share
     variable_share: Share  # of the examples: of variable length

@@ -56,14 +56,7 @@ def optimizer(
     about the rate, so all taps of a kernel move together, and what the tokens have in common is
     added up over all of them: one step changes a long convolution by rate times length.
     """
-    embeddings = model.get_input_embeddings().weight
-    filters = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, ImplicitFilter)
-        for name, _ in module.named_parameters()
-        if name != "bias"  # the gain on the input is no tap
-    }
+    embeddings, filters = model.get_input_embeddings().weight, filter_weights(model)
     groups: dict[tuple, list] = {}
     for name, p in model.named_parameters():
         rate = (embedding_lr or lr) if p is embeddings else lr
@@ -72,6 +65,17 @@ def optimizer(
         groups.setdefault((rate, decay), []).append(p)
     groups = [dict(params=own, lr=lr, weight_decay=decay) for (lr, decay), own in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, fused=True, **adam)
+
+
+def filter_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that make the taps of the implicit filters."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ImplicitFilter)
+        for name, _ in module.named_parameters()
+        if name != "bias"  # the gain on the input is no tap
+    }
 
 
 def warmup_then_linear(steps: int, warmup: float, final: float = 0.0) -> list[float]:

@@ -25,7 +25,13 @@ from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
 from lib.training.gradients import EXACT, unread
-from lib.training.optim import autocast, compile_kernels, train, warmup_then_linear
+from lib.training.optim import (
+    autocast,
+    compile_kernels,
+    filter_weights,
+    train,
+    warmup_then_linear,
+)
 from lib.training.resume import Checkpoints
 from lib.training.text import PretrainingText
 
@@ -48,18 +54,20 @@ def optimizer(model: nn.Module, settings: Pretrain) -> torch.optim.AdamW:
     Every weight decays, biases and norms too; word embeddings have a rate of their own.
 
     Args:
-        settings: with `parameter_groups: intended`, the filters have the rates and decays of
-            INTENDED. The authors set them, and lose them when they copy the layers.
+        settings: the filters learn at `filter_rate` times the rate (why: `optim.optimizer`). With
+            `parameter_groups: intended` they have the rates and decays of INTENDED instead. The
+            authors set them, and lose them when they copy the layers.
 
     Source: mosaicml/composer, composer/optim/decoupled_weight_decay.py; Loshchilov and Hutter 2019
             (arXiv 1711.05101).
     """
     s, intended = settings, INTENDED if settings.parameter_groups == "intended" else {}
-    embeddings = model.get_input_embeddings().weight
+    embeddings, filters = model.get_input_embeddings().weight, filter_weights(model)
 
     def options(name: str, p: nn.Parameter) -> dict:
         pattern = next((pattern for pattern in intended if re.search(pattern, name)), None)
         lr = s.embedding_lr if p is embeddings else s.lr
+        lr = s.filter_rate * lr if name in filters else lr
         return intended.get(pattern, dict(lr=lr, weight_decay=s.weight_decay / lr if lr else 0.0))
 
     groups: dict[tuple, list] = {}

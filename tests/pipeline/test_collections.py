@@ -176,17 +176,16 @@ def test_a_test_split_alone_stops_before_training_and_runs_to_the_end_if_allowed
     assert claims.loc[
         "… and not where the answer stands first (control)", "tried, and what would settle it"
     ].startswith("no evidence is known")
+    why = "trained on the pairs that it would be tested on, so its score proves nothing"
     assert (
         claims.loc[
             "Reading 32k instead of 128 tokens finds more", "tried, and what would settle it"
         ]
-        == "reads_128: no row of this profile, or not run; reads_32k: trained on the pairs that it "
-        "would be tested on, so its score proves nothing"
+        == f"reads_128: no row of this profile, or not run; reads_32k: {why}"
     )
-    assert (
-        claims.loc["M2-BERT-32k beats BM25", "on"] == "all tasks"
-        and claims.loc["M2-BERT-32k beats BM25", "ours"] != "not run"
-    )
+    assert claims.loc[
+        "M2-BERT-32k beats BM25", ["on", "ours", "tried, and what would settle it"]
+    ].tolist() == ["all tasks", "not run", f"reads_32k: {why}"]
     assert f"on my {collection.__name__}: 32, 128" in everything
 
 

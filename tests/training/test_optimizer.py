@@ -1,5 +1,7 @@
 """The optimizer of pretraining: the authors' decay, and rates of the filters' own."""
 
+import re
+
 import pytest
 import torch
 from toys import PRETRAIN, learn, weights
@@ -42,11 +44,15 @@ def composers(p, grads, peak, shares, decay, betas=(0.9, 0.98), eps=1e-6):
     return p
 
 
-@pytest.mark.parametrize("lr, embedding_lr", [(5e-4, 5e-4), (8e-4, 2e-3)])
-def test_decay_is_that_of_composers_decoupled_adamw(tiny, lr, embedding_lr):
+@pytest.mark.parametrize(
+    "lr, embedding_lr, filter_rate", [(5e-4, 5e-4, 1.0), (8e-4, 2e-3, 1.0), (8e-4, 8e-4, 0.25)]
+)
+def test_decay_is_that_of_composers_decoupled_adamw(tiny, lr, embedding_lr, filter_rate):
     model, decay = tiny(M2BertForMaskedLM), 1e-2  # large enough to be seen
+    taps = re.compile(r"(gated|residual)_filter\.(inputs|freq|deltas|back|ahead)")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optim = optimizer(model, settings(lr=lr, embedding_lr=embedding_lr, weight_decay=decay))
+    rates = dict(lr=lr, embedding_lr=embedding_lr, filter_rate=filter_rate)
+    optim = optimizer(model, settings(**rates, weight_decay=decay))
     grads, shares = [0.3, -0.1, 0.2], [0.5, 1.0, 0.25]
     for grad, share in zip(grads, shares):
         give_gradients(model, grad)
@@ -54,6 +60,7 @@ def test_decay_is_that_of_composers_decoupled_adamw(tiny, lr, embedding_lr):
         optim.step()
     for name, p in model.named_parameters():
         peak = embedding_lr if "word_embeddings" in name else lr
+        peak *= filter_rate if taps.search(name) else 1.0
         expected = composers(before[name], grads, peak, shares, decay)
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
 

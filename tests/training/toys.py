@@ -25,6 +25,7 @@ PRETRAIN = dict(
     mask_rate=0.30,
     variable_share=0.30,
     lr_by_length={},
+    filter_rate=1.0,
     parameter_groups="none",
     dropout=0.0,
     warmup=0.06,
