@@ -22,6 +22,10 @@ small. With rows of norm sqrt(D), 400,000 tokens of pretraining taught nothing.
 Before that, the mean of e is taken off, each word counted as often as it contributes, p w: it is
 what all documents have in common.
 
+Words of one meaning share a direction, so a bag cannot ask for one of them alone, as BM25 does.
+With `own` = o, e / |e| is replaced by the direction of sqrt(1 - o) e / |e| + sqrt(o) g, g a random
+direction of each word: random directions are nearly orthogonal, the more so the larger D.
+
 Axes: V words, D width of the encoder, D0 of the vectors.
 """
 
@@ -148,6 +152,7 @@ def start(
     frequencies: np.ndarray,
     special_ids: list[int],
     weights: str = "sif",
+    own: float = 0.0,
 ) -> None:
     """Put word vectors into an M2-BERT (`initialization: identity`), in place.
 
@@ -157,12 +162,13 @@ def start(
         encoder: M2BertForMaskedLM or M2BertForRetrieval.
         frequencies: (V,), how often each word stands in the training text (`frequencies`).
         weights: "sif", or "none": w = 1.
+        own: share of a word's direction that no other word has.
     """
     p = frequencies / max(1, frequencies.sum())
     w = SMOOTHING / (SMOOTHING + p) if weights == "sif" else np.ones(len(p))
     w[special_ids] = 0.0
     D = encoder.config.hidden_size
-    rows = torch.from_numpy(table(vectors, p, w, D)).float()
+    rows = torch.from_numpy(table(vectors, p, w, D, own)).float()
     with torch.no_grad():
         words = encoder.get_input_embeddings().weight
         words[: len(rows)] = rows
@@ -175,7 +181,9 @@ def start(
             encoder.decoder.bias[: len(seen)] = seen.float()
 
 
-def table(vectors: np.ndarray, p: np.ndarray, w: np.ndarray, D: int) -> np.ndarray:
+def table(
+    vectors: np.ndarray, p: np.ndarray, w: np.ndarray, D: int, own: float = 0.0
+) -> np.ndarray:
     """The rows of the docstring, (V, D), float64."""
     share = p * w
     e = vectors - (share[:, None] * vectors).sum(axis=0) / max(share.sum(), 1e-12)
@@ -185,10 +193,18 @@ def table(vectors: np.ndarray, p: np.ndarray, w: np.ndarray, D: int) -> np.ndarr
     norm = np.linalg.norm(e, axis=1)
     q = np.quantile(w * norm, QUANTILE)
     s = np.minimum(1.0, w * norm / max(q, 1e-12))
-    directions = e / np.maximum(norm, 1e-12)[:, None]
+    directions = np.zeros((len(e), D - 2))
+    directions[:, :k] = e / np.maximum(norm, 1e-12)[:, None]
+    if own:
+        random = unit(np.random.default_rng(0).normal(size=directions.shape))
+        directions = unit(math.sqrt(1 - own) * directions + math.sqrt(own) * random)
     Q = basis(D)
-    inside = (s[:, None] * directions) @ Q[:, 2 : 2 + k].T
+    inside = (s[:, None] * directions) @ Q[:, 2:].T
     return DEVIATION * math.sqrt(D) * (inside + np.sqrt(1.0 - s**2)[:, None] * Q[:, 1])
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def basis(D: int) -> np.ndarray:

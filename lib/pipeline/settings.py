@@ -113,6 +113,7 @@ class Data(Settings):
 class WordVectors(Settings):
     model: str  # package:<name>, a hub id, or the absolute path of a folder
     weights: Literal["sif", "none"]  # smooth inverse frequency, or every word alike
+    own: Share = 0.0  # of a word's direction that is random, so that no other word has it
 
 
 class Model(Settings):

@@ -59,6 +59,20 @@ def test_rows_have_one_norm_and_say_how_much_a_word_counts(D, k, seed):
         np.testing.assert_allclose(inside @ inside.T, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("own", [0.25, 0.5, 1.0])
+def test_a_share_of_a_words_direction_is_its_own(own):
+    rng, D = np.random.default_rng(0), 512
+    vectors, p = rng.normal(size=(V, 20)), np.full(V, 1 / V)
+    vectors[7] = vectors[6]
+    rows = word_vectors.table(vectors, p, np.ones(V), D, own)
+    plain = word_vectors.table(vectors, p, np.ones(V), D)
+    c = neutral(D).double().numpy()
+    inside = [table - table @ np.outer(c, c) for table in (rows, plain)]
+    sizes = [np.linalg.norm(table, axis=1) for table in inside]
+    np.testing.assert_allclose(*sizes, rtol=1e-6)  # words count as much as before
+    assert inside[0][6] @ inside[0][7] / sizes[0][6] ** 2 == pytest.approx(1 - own, abs=0.1)
+
+
 @torch.no_grad()
 def test_an_embedding_is_the_weighted_bag_of_its_words():
     model, w, p = started(), weight(), FREQUENCIES / FREQUENCIES.sum()
