@@ -142,7 +142,11 @@ def pretrain(
 
     compile_kernels(model, precision, text.length)
     optim = optimizer(model, s)
-    shares = warmup_then_linear(math.ceil(s.tokens / s.batch_tokens), s.warmup, s.final_lr)
+    steps = 0
+    if s.tokens:  # a text of which nothing is read need not be there
+        per_step = text.tokens_of_step(s.batch_tokens, s.mixture, s.variable_share)
+        steps = math.ceil(s.tokens / per_step)
+    shares = warmup_then_linear(steps, s.warmup, s.final_lr)
     with dropout(model, s.dropout):
         return train(
             model, optim, shares, gradient, "pretraining", s.seed, checkpoints, show_progress

@@ -142,6 +142,12 @@ def apportioned(shares: list[float], total: int) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
+def composition(streams: list[tuple[float, Examples]]) -> tuple[tuple[int, ...], list[float]]:
+    """Of each stream, its examples in a block of BLOCK, and their mean length in tokens."""
+    lengths = [len(examples.tokens) / len(examples) for _, examples in streams]
+    return apportioned([share for share, _ in streams], BLOCK), lengths
+
+
 @dataclass
 class PretrainingText:
     """The examples that pretraining draws from, by source.
@@ -225,19 +231,24 @@ class PretrainingText:
             streams += [pair for pair in zip(shares, sources.values()) if part]
         return streams
 
+    def tokens_of_step(self, tokens: int, mixture: str, variable_share: float) -> float:
+        """Tokens of a step of `batch`, the mean over all steps."""
+        counts, lengths = composition(self.streams(mixture, variable_share))
+        return max(tokens, np.dot(counts, lengths) / BLOCK)
+
     def batch(
         self, step: int, seed: int, tokens: int, mixture: str, variable_share: float
     ) -> list[list[np.ndarray]]:
         """The examples of a step, in buckets of similar length.
 
-        A step has at least one example; the mean over all steps is `tokens` tokens. "short" draws
+        A step has at least one example; the mean over all steps is `tokens` tokens, or that of an
+        example if it is more (`tokens_of_step`). "short" draws
         from `variable`, "long" from `maximum`, and "mixed" from both: each BLOCK examples hold
         `variable_share` of variable ones, and each source's share of Table 2. A stream is drawn
         without replacement: its next epoch begins, in another order, after its last example.
         """
         streams = self.streams(mixture, variable_share)
-        counts = apportioned([share for share, _ in streams], BLOCK)
-        lengths = [len(examples.tokens) / len(examples) for _, examples in streams]
+        counts, lengths = composition(streams)
         per_step = max(1.0, tokens * BLOCK / np.dot(counts, lengths))
         rows = []
         for number in range(int(step * per_step), int((step + 1) * per_step)):

@@ -90,6 +90,12 @@ def test_a_pass_reads_nothing_back_from_its_device(text, tiny, monkeypatch):
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
+def test_the_budget_holds_where_one_example_has_more_tokens_than_a_step(text, tiny):
+    for budget in (800, 3_000):
+        curve = learn(tiny(M2BertForMaskedLM), text, tokens=budget, batch_tokens=10, lr=1e-3)
+        assert budget / 2 < curve[-1]["tokens"] < 2 * budget
+
+
 @pytest.mark.parametrize("mixer", ["long_conv", *MIXERS])
 def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny, mixer):
     model = tiny(M2BertForMaskedLM, mixer=mixer)
