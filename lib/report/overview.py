@@ -285,17 +285,20 @@ def retrievers(o: Overview):
     fig, axes = plt.subplots(1, len(o.groups), figsize=size, sharey=True, squeeze=False)
     names = [results.marked(o.profile, row) for row in o.rows]
     for ax, (group, tasks) in zip(axes[0], o.groups.items()):
+        named = set()
         for y, row in enumerate(o.rows):
             for reads, marker, ms, color in (("first_128", "|", 9, "C3"), ("all", "o", 4, "C0")):
                 if score := pooled(o, row, tasks, reads):
                     mean, low, high = 100 * np.array(score)
                     bar = {"xerr": [[mean - low], [high - mean]], "fmt": marker, "ms": ms}
-                    name = reads if y == 0 else None
+                    name = None if reads in named else reads
+                    named.add(reads)
                     ax.errorbar(mean, y, **bar, color=color, capsize=2, lw=1, label=name)
         ax.set(title=display.label(group), xlabel="nDCG@10 × 100", xlim=(0, 100))
         ax.set(yticks=range(len(o.rows)), yticklabels=names)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if named:  # of the last group; nothing else is shown if no row has run
+        axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
     return fig
 
