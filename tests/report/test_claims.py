@@ -108,11 +108,11 @@ def test_a_row_that_was_trained_on_test_decides_no_claim(printed, scored):
 
 
 def test_the_needles_places_are_compared_query_by_query(printed, scored):
-    scored("laptop", "reads_32k", values(0.5))
-    runs = params.data("laptop") / "runs" / "reads_32k"
+    scored("study", "reads_32k", values(0.5))
+    runs = params.data("study") / "runs" / "reads_32k"
     needles = [(place, f"n{i}", 1.0 - place / 39) for place in (0, 20, 39) for i in range(12)]
     pd.DataFrame(needles, columns=["place", "qid", "ndcg@10"]).to_parquet(runs / "needle.parquet")
-    line = lines()["needle_fades"]
+    line = lines("study")["needle_fades"]
     assert line["ours"] == "-100.0 [-100.0, -100.0]" and line["n"] == 12
     assert line["verdict"] == "reproduces" and line["the paper's"] == "-81.2"
     assert (line["seeds"], line["seed by seed"]) == ("1", "–")
@@ -120,7 +120,7 @@ def test_the_needles_places_are_compared_query_by_query(printed, scored):
     flat = [(place, qid, 0.5) for place, qid, _ in needles]
     columns = ["place", "qid", "ndcg@10"]
     pd.DataFrame(flat, columns=columns).to_parquet(runs / "seed_43" / "needle.parquet")
-    line = lines()["needle_fades"]
+    line = lines("study")["needle_fades"]
     assert line["ours"] == "-50.0 [-50.0, -50.0]" and line["n"] == 12
     assert (line["seeds"], line["seed by seed"]) == ("2", "-100.0, +0.0")
     # One of the two trainings shows nothing: 2.80 times the root of 0.5 / 2 is more than 81.2.

@@ -33,10 +33,10 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, ve
 
 
 def test_an_ablation_compares_on_the_same_queries_and_names_who_is_missing(scored):
-    reference, other, *missing = params.rows("laptop", "ablations")["loss"]["rows"]
+    reference, other, *missing = params.rows("laptop", "ablations")["start"]["rows"]
     scored("laptop", reference, {BOOK: [0.0, 0.25, 0.5]}, reads=("all", "first_128"))
     scored("laptop", other, {BOOK: [0.25, 0.5, 0.75]}, reads=("all", "first_128"))
-    frame = comparison.ablation("laptop", "loss").set_index("row")
+    frame = comparison.ablation("laptop", "start").set_index("row")
     assert set(frame["tasks"]) == {"books, deep"}
     assert frame.at[reference, "ndcg@10"] == 0.25 and math.isnan(frame.at[reference, "difference"])
     columns = ["ndcg@10", *comparison.DIFFERENCE, "queries"]
