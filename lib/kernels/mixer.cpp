@@ -42,46 +42,6 @@
 constexpr long W = LANES;
 struct half { uint16_t bits; };  // a float16; a plain uint16_t is a bfloat16
 
-#if defined(__AVX512F__) && LANES == 16
-using V = __m512;
-
-static inline V all(float x) { return _mm512_set1_ps(x); }
-static inline V zero() { return _mm512_setzero_ps(); }
-static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
-static inline V fms(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }    // a b - c
-static inline V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
-static inline V fnms(V a, V b, V c) { return _mm512_fnmsub_ps(a, b, c); }  // -a b - c
-static inline V minus(V a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
-static inline V over(V a, V b) { return _mm512_div_ps(a, b); }
-static inline V magnitude(V a) { return _mm512_abs_ps(a); }
-static inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
-static inline V round_even(V a) { return _mm512_roundscale_ps(a, 0); }
-static inline V times_power(V a, V i) { return _mm512_scalef_ps(a, i); }  // a 2^i
-static inline V if_negative(V x, V a, V b) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
-}
-static inline V load(const float* p) { return _mm512_loadu_ps(p); }
-static inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-static inline V load(const uint16_t* p) {
-    __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(i, 16));
-}
-static inline void store(uint16_t* p, V v) {  // to nearest, ties to even; no number stays none
-    const __m512i one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7fff);
-    __m512i i = _mm512_castps_si512(v), odd = _mm512_and_epi32(_mm512_srli_epi32(i, 16), one);
-    i = _mm512_srli_epi32(_mm512_add_epi32(i, _mm512_add_epi32(most, odd)), 16);
-    __mmask16 none = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    i = _mm512_mask_mov_epi32(i, none, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(i));
-}
-static inline V load(const half* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-}
-static inline void store(half* p, V v) {
-    __m256i i = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256((__m256i*)p, i);
-}
-#else
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
@@ -96,7 +56,6 @@ static inline V fnms(V a, V b, V c) { return -(a * b) - c; }
 static inline V minus(V a) { return -a; }
 static inline V over(V a, V b) { return a / b; }
 static inline V magnitude(V a) { return (V)((U)a & 0x7fffffffu); }
-static inline V larger(V a, V b) { return a > b ? a : b; }
 static inline V round_even(V a) { return (a + 12582912.0f) - 12582912.0f; }  // |a| < 2^22
 static inline V times_power(V a, V i) {  // -127 < i < 128
     return a * (V)((__builtin_convertvector(i, I) + 127) << 23);
@@ -118,6 +77,16 @@ static inline void store(uint16_t* p, V v) {
     H found = __builtin_convertvector(v != v ? U{} + 0x7fc0u : rounded, H);
     std::memcpy(p, &found, sizeof found);
 }
+// GCC 12 makes neither a maximum nor a conversion from float16 of the operators.
+#if defined(__AVX512F__) && LANES == 16
+static inline V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V load(const half* p) { return (V)_mm512_cvtph_ps(read<__m256i>(p)); }
+static inline void store(half* p, V v) {
+    __m256i i = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &i, sizeof i);
+}
+#else
+static inline V larger(V a, V b) { return a > b ? a : b; }
 #if defined(__F16C__) && LANES == 8
 static inline V load(const half* p) { return _mm256_cvtph_ps(read<__m128i>(p)); }
 static inline void store(half* p, V v) {
