@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from lib.pipeline import files, params
+from lib.pipeline import files, params, schedule
 from lib.pipeline.errors import require
 from lib.pipeline.params import ParamsError
 
@@ -69,7 +69,7 @@ def repro(arguments: list[str]) -> int:
         make_folders(root, profile, stages)
         if not (root / ".git").exists():
             configure(root, root)
-        code = dvc(root, commands)
+        code = dvc(root, commands, profile, jobs(design, profile))
     else:
         design = changed(design, profile, given)
         home.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def repro(arguments: list[str]) -> int:
             values = {**design["data"]["base"], **design["data"].get(profile, {})}
             folders = {values["source"], values["pretraining"]} - set(SOURCES)
             depend(home / "dvc.yaml", sorted(folders))
-            code = dvc(home, commands)
+            code = dvc(home, commands, profile, jobs(design, profile))
             report = home / "data" / "report" / profile
             if code == 0 and report.is_dir():
                 with files.replacing(root / "data" / "report" / name) as draft:
@@ -261,33 +261,76 @@ def configure(root: Path, home: Path) -> None:
 # ------------------------------------------------------------------ DVC
 
 
-def dvc(folder: Path, commands: list[list[str]]) -> int:
+def jobs(design: dict, profile: str) -> int:
+    """Stages at a time."""
+    compute = {**design["compute"]["base"], **design["compute"].get(profile, {})}
+    return schedule.at_once(compute["threads"] * compute["processes"])
+
+
+def dvc(folder: Path, commands: list[list[str]], profile: str, jobs: int) -> int:
     """`dvc repro` in a folder, for each list of arguments until one fails; the exit code."""
-    codes = (reproduced(folder, arguments) for arguments in commands)
+    codes = (reproduced(folder, arguments, profile, jobs) for arguments in commands)
     return next((code for code in codes if code), 0)
 
 
-def reproduced(folder: Path, arguments: list[str]) -> int:
-    """`dvc repro` once. Its stages run with this Python, and it ends when we are ended."""
+def reproduced(folder: Path, arguments: list[str], profile: str, jobs: int) -> int:
+    """`dvc repro` once, several stages at a time if there is room and no option says otherwise."""
+    running: list[subprocess.Popen] = []
+
+    def start(arguments: list[str], **options) -> subprocess.Popen:
+        running.append(begin(folder, arguments, **options))
+        return running[-1]
+
+    def end(*_) -> None:
+        for process in running:
+            process.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    if jobs > 1 and not any(one.startswith("-") for one in arguments):
+        code = ahead(folder, arguments, profile, jobs, start)
+        if code:
+            return code
+    process = start(["repro", *arguments])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the stage too; DVC says what it leaves
+            continue
+
+
+def ahead(folder: Path, targets: list[str], profile: str, jobs: int, start) -> int:
+    """What is out of date, `jobs` stages at a time; the exit code. Errors of DVC's are left to the
+    `dvc repro` that follows, which says them in its own words."""
+    from dvc.exceptions import DvcException
+
+    timings = folder / "data" / "report" / profile / "timings" / "stages"
+    try:
+        plan = schedule.plan(folder, targets, timings)
+    except DvcException:
+        return 0
+    if len(plan.needs) < 2:
+        return 0
+    pipe: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    one = ["--wait-for-lock", "repro", "--single-item"]
+    return schedule.ahead(plan, jobs, lambda stage: start([*one, stage], **pipe))
+
+
+def begin(folder: Path, arguments: list[str], **options) -> subprocess.Popen:
+    """Start DVC. Its stages run with this Python, and it ends when we are ended."""
 
     def with_parent() -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", *arguments],
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
         env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},  # DVC would take fish, which is not sh
         preexec_fn=with_parent,
+        **options,
     )
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: process.terminate())
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the stage too; DVC says what it leaves
-            continue
 
 
 def summary(report: Path, root: Path) -> str:

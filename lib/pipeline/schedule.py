@@ -1,0 +1,185 @@
+"""Several stages at a time: a small model fills one core, and a machine has more.
+
+    at_once(threads)              how many stages of so many threads this machine has room for
+    ahead(folder, targets, …)     run what is out of date, several stages at a time
+
+DVC runs one stage after the other, but lets other processes of its own work on other stages. So
+each stage that is out of date, or may become so, is given to a `dvc repro --single-item` as soon as
+all that it needs is there, those first that most seconds wait for. A stage with `meta: {alone:
+true}` in dvc.yaml measures time and has the machine to itself. What is left for the plain `dvc
+repro` that follows is to find everything up to date.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+import psutil
+
+MEMORY = 2 * 2**30  # of a stage, about: bytes
+SECONDS = 30.0  # of a stage that has never run
+# What DVC says around each stage.
+CHATTER = ("Running stage ", "> ", "Updating lock ", "Generating lock ", "Use `dvc push`")
+
+
+def at_once(threads: int) -> int:
+    """How many stages of `threads` threads this machine has the cores and the memory for.
+
+    On a GPU, of which stages would share the memory, one.
+    """
+    if Path("/dev/nvidiactl").exists():
+        return 1
+    process = psutil.Process()
+    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    return max(1, min((cores or 1) // threads, psutil.virtual_memory().available // MEMORY))
+
+
+@dataclass
+class Plan:
+    """The stages to run. `needs`: of each stage, those among them that it waits for."""
+
+    needs: dict[str, set[str]]
+    alone: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def urgency(self) -> dict[str, float]:
+        """Of each stage: the seconds that it and the longest chain of stages behind it take."""
+        waiting: dict[str, list[str]] = {stage: [] for stage in self.needs}
+        for stage, needed in self.needs.items():
+            for one in needed:
+                waiting[one].append(stage)
+        found: dict[str, float] = {}
+
+        def of(stage: str) -> float:
+            if stage not in found:
+                after = max(map(of, waiting[stage]), default=0.0)
+                found[stage] = self.seconds.get(stage, SECONDS) + after
+            return found[stage]
+
+        return {stage: of(stage) for stage in self.needs}
+
+
+def plan(folder: Path, targets: list[str], timings: Path) -> Plan:
+    """What `dvc repro` of these targets may have to run: what is out of date, and what follows it.
+
+    Args:
+        targets: stages, stage@row, or [] for all.
+        timings: the folder of <stage>-<row>.json, with the seconds of earlier runs.
+
+    Raises:
+        DvcException: DVC cannot read the pipeline, or another DVC is at work on it.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(folder)) as repo:
+        graph = repo.index.graph
+        stages = {name_of(stage.addressing): stage for stage in graph}
+        needs = {
+            name: {name_of(one.addressing) for one in graph.successors(stage)}
+            for name, stage in stages.items()
+        }
+        changed = {*map(name_of, repo.status())}
+    wanted = ancestors(needs, [n for n in needs if not targets or {n, group(n)} & set(targets)])
+    for name in TopologicalSorter(needs).static_order():
+        if needs[name] & changed:
+            changed.add(name)
+    todo = changed & wanted
+    return Plan(
+        {name: needs[name] & todo for name in needs if name in todo},
+        {name for name in todo if (stages[name].meta or {}).get("alone")},
+        {name: seconds for name in todo if (seconds := measured(timings, name))},
+    )
+
+
+def name_of(address: str) -> str:
+    """finetune@opl of .work/study/dvc.yaml:finetune@opl."""
+    return address.rpartition(":")[2]
+
+
+def group(stage: str) -> str:
+    """finetune of finetune@opl."""
+    return stage.partition("@")[0]
+
+
+def ancestors(needs: dict[str, set[str]], stages: Iterable[str]) -> set[str]:
+    """The stages and all that they need."""
+    found: set[str] = set()
+    rest = list(stages)
+    while rest:
+        stage = rest.pop()
+        if stage not in found:
+            found.add(stage)
+            rest += needs[stage]
+    return found
+
+
+def measured(timings: Path, stage: str) -> float:
+    """The seconds that a stage took when it last ran; 0 if nobody knows."""
+    path = timings / f"{stage.replace('@', '-')}.json"
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> int:
+    """Run the stages of a plan, up to `jobs` at a time; the exit code of the first that fails.
+
+    After a failure or Ctrl-C nothing new begins, and what runs is waited for.
+
+    Args:
+        start: begins one stage; its process writes to a pipe, whose lines are shown by stage.
+    """
+    urgency, order = plan.urgency(), [*plan.needs]
+    sorter = TopologicalSorter(plan.needs)
+    sorter.prepare()
+    ready: list[str] = []
+    running: dict[str, subprocess.Popen] = {}
+    ended: SimpleQueue[tuple[str, int]] = SimpleQueue()
+    begun = code = 0
+    while sorter.is_active() and (running or not code):
+        ready += sorter.get_ready()
+        ready.sort(key=lambda stage: (-urgency[stage], order.index(stage)))
+        while ready and not code and room(running, ready[0], plan.alone, jobs):
+            stage, begun = ready.pop(0), begun + 1
+            print(f"[{begun} of {len(order)}] {stage}", flush=True)
+            running[stage] = start(stage)
+            Thread(target=watch, args=(stage, running[stage], ended), daemon=True).start()
+        try:
+            stage, result = ended.get()
+        except KeyboardInterrupt:  # reaches the stages, too
+            code = code or 130
+            continue
+        del running[stage]
+        if result == 0:
+            sorter.done(stage)
+        elif not code:
+            code = result
+            waited = f"; {' and '.join(running)} runs to its end" if running else ""
+            print(f"{stage} failed{waited}", flush=True)
+    return code
+
+
+def watch(stage: str, process: subprocess.Popen, ended: SimpleQueue) -> None:
+    """Show what a stage writes, and say when it has ended."""
+    for line in process.stdout or ():
+        show(stage, line)
+    ended.put((stage, process.wait()))
+
+
+def room(running: Iterable[str], stage: str, alone: set[str], jobs: int) -> bool:
+    """Whether a stage may begin beside those that run."""
+    running = set(running)
+    return not running or (len(running) < jobs and stage not in alone and not running & alone)
+
+
+def show(stage: str, line: bytes) -> None:
+    """A line of a stage, under its name; of a progress bar only what it leaves."""
+    text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].rstrip()
+    if text and not text.startswith(CHATTER):
+        print(f"{stage} | {text}", flush=True)
