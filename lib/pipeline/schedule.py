@@ -11,6 +11,7 @@ repro` that follows is to find everything up to date.
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,9 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-import psutil
-
-MEMORY = 2 * 2**30  # of a stage, about: bytes
+MEMORY = 3 * 2**30  # bytes of the machine's memory for each stage
 SECONDS = 30.0  # of a stage that has never run
 # What DVC says around each stage.
 CHATTER = ("Running stage ", "> ", "Updating lock ", "Generating lock ", "Use `dvc push`")
@@ -34,9 +33,10 @@ def at_once(threads: int) -> int:
     """
     if Path("/dev/nvidiactl").exists():
         return 1
-    process = psutil.Process()
-    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
-    return max(1, min((cores or 1) // threads, psutil.virtual_memory().available // MEMORY))
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores // threads, memory // MEMORY))
 
 
 @dataclass
