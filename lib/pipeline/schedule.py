@@ -23,7 +23,12 @@ from threading import Thread
 MEMORY = 3 * 2**30  # bytes of the machine's memory for each stage
 SECONDS = 30.0  # of a stage that has never run
 # What DVC says around each stage.
-CHATTER = ("Running stage ", "> ", "Updating lock ", "Generating lock ", "Use `dvc push`")
+CHATTER = (
+    *("Running stage ", "> ", "Updating lock ", "Generating lock ", "Use `dvc push`"),
+    *("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage"),
+    "WARNING: 'data/report/",  # … is empty: a kind of stage without rows
+)
+)
 
 
 def at_once(threads: int) -> int:
@@ -180,6 +185,6 @@ def room(running: Iterable[str], stage: str, alone: set[str], jobs: int) -> bool
 
 def show(stage: str, line: bytes) -> None:
     """A line of a stage, under its name; of a progress bar only what it leaves."""
-    text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].rstrip()
+    text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].strip()
     if text and not text.startswith(CHATTER):
         print(f"{stage} | {text}", flush=True)
