@@ -28,7 +28,6 @@ CHATTER = (
     *("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage"),
     "WARNING: 'data/report/",  # … is empty: a kind of stage without rows
 )
-)
 
 
 def at_once(threads: int) -> int:
