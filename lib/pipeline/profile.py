@@ -311,9 +311,9 @@ def ahead(folder: Path, targets: list[str], profile: str, jobs: int, start) -> i
         return 0
     if len(plan.needs) < 2:
         return 0
-    pipe: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     one = ["--wait-for-lock", "repro", "--single-item"]
-    return schedule.ahead(plan, jobs, lambda stage: start([*one, stage], **pipe))
+    return schedule.ahead(plan, jobs, lambda stage: start([*one, stage], **pipes))
 
 
 def begin(folder: Path, arguments: list[str], **options) -> subprocess.Popen:

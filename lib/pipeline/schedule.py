@@ -13,12 +13,14 @@ repro` that follows is to find everything up to date.
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import TextIO
 
 MEMORY = 3 * 2**30  # bytes of the machine's memory for each stage
 SECONDS = 30.0  # of a stage that has never run
@@ -137,7 +139,7 @@ def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> in
     After a failure or Ctrl-C nothing new begins, and what runs is waited for.
 
     Args:
-        start: begins one stage; its process writes to a pipe, whose lines are shown by stage.
+        start: begins one stage, whose process writes to pipes.
     """
     urgency, order = plan.urgency(), [*plan.needs]
     sorter = TopologicalSorter(plan.needs)
@@ -171,8 +173,10 @@ def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> in
 
 def watch(stage: str, process: subprocess.Popen, ended: SimpleQueue) -> None:
     """Show what a stage writes, and say when it has ended."""
-    for line in process.stdout or ():
-        show(stage, line)
+    errors = Thread(target=show, args=(stage, process.stderr, sys.stderr), daemon=True)
+    errors.start()
+    show(stage, process.stdout, sys.stdout)
+    errors.join()
     ended.put((stage, process.wait()))
 
 
@@ -182,8 +186,9 @@ def room(running: Iterable[str], stage: str, alone: set[str], jobs: int) -> bool
     return not running or (len(running) < jobs and stage not in alone and not running & alone)
 
 
-def show(stage: str, line: bytes) -> None:
-    """A line of a stage, under its name; of a progress bar only what it leaves."""
-    text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].strip()
-    if text and not text.startswith(CHATTER):
-        print(f"{stage} | {text}", flush=True)
+def show(stage: str, lines: Iterable[bytes] | None, place: TextIO) -> None:
+    """The lines of a stage, under its name; of a progress bar only what it leaves."""
+    for line in lines or ():
+        text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].strip()
+        if text and not text.startswith(CHATTER):
+            print(f"{stage} | {text}", file=place, flush=True)

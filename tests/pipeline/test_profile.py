@@ -517,5 +517,5 @@ def test_a_failure_among_stages_side_by_side_is_the_outcome(house):
     replace(house / "dvc.yaml", "echo ${key} > data", "test ${key} != opl && echo ${key} > data")
     outcome = repro("smoke")
     assert outcome.returncode not in (0, None)
-    assert "failed to run" in outcome.stdout and "train@opl" in outcome.stdout
+    assert "train@opl | ERROR: failed to reproduce" in outcome.stderr
     assert not (house / "data" / "report" / "smoke" / "index.html").exists()

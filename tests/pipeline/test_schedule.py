@@ -92,14 +92,8 @@ def test_after_a_failure_nothing_begins_and_what_runs_is_waited_for(capsys):
 
 
 def test_lines_stand_under_their_stage_without_what_dvc_adds(capsys):
-    for line in (
-        "Running stage 'a':\n",
-        "> python\n",
-        "\n",
-        "\r 10 %\r 90 %\rloss 3.2\n",
-        "\r   \r\n",
-    ):
-        schedule.show("finetune@opl", line.encode())
+    said = ("Running stage 'a':", "> python", "", "\r 10 %\r 90 %\rloss 3.2", "\r   \r")
+    schedule.show("finetune@opl", [f"{line}\n".encode() for line in said], sys.stdout)
     assert capsys.readouterr().out == "finetune@opl | loss 3.2\n"
 
 
