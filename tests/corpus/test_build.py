@@ -441,6 +441,20 @@ def test_a_mirror_in_parquet_comes_out_as_it_went_in(other, tmp_path):
     ]
 
 
+def test_what_is_common_in_a_collection_is_counted_in_its_own_train_documents(other, tmp_path):
+    """The pretraining text knows foxes alone, train has owls, test has hens: owls are counted."""
+    for split, word in (("train", "word1"), ("test", "word2")):
+        passages, queries = {"x": f"{word} " * 30}, {"9": (word, ["x"])}
+        table(tmp_path / "mirror", split, passages=passages, queries=queries, evidence=False)
+    other |= {"tokenizer": str(vocabulary(tmp_path / "vocabulary", pieces=3))}
+    build.build(tmp_path / "corpus", **other)
+    tokenizer = load_tokenizer(tmp_path / "corpus")
+    found = token_rows.counts(tokenizer, tmp_path / "corpus")
+    texts = found[: 5 + 2 * 37].sum()
+    train, test = found[tokenizer.convert_tokens_to_ids(["word1", "word2"])]
+    assert 0 < texts and train == 30 and test == 0
+
+
 def test_a_mirror_in_jsonl_comes_out_as_it_went_in(other, tmp_path):
     lines(lines(tmp_path / "lines"), "other")
     lines(tmp_path / "lines", "toy", "validation")
