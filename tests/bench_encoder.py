@@ -190,6 +190,8 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=12)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
+    if given.beside and not given.model:
+        parser.error("--beside needs --model")
     if given.beside:
         beside(given.beside, given.model, given.threads)
     elif given.documents:

@@ -188,9 +188,9 @@ def write_tables(folder: Path, tables: Tables, rows: list[Row]):
 def write_tokens(folder: Path, tables: Tables, tokenizer, given: bool) -> None:
     """The tokens of all documents and queries, so that no later stage has to tokenise them.
 
-    And the counts of the training text in `folder`, for the starts from word vectors. Of a `given`
-    collection its own train documents are as many of them: which words are common there, no other
-    text says.
+    And the counts of the training text in `folder`, for the starts from word vectors; of a `given`
+    collection also those of up to as many tokens of its own train documents, since no other text
+    says which words are common there.
     """
     texts = dict.fromkeys(
         text

@@ -77,7 +77,7 @@ static inline void store(uint16_t* p, V v) {
     H found = __builtin_convertvector(v != v ? U{} + 0x7fc0u : rounded, H);
     std::memcpy(p, &found, sizeof found);
 }
-// GCC 12 makes neither a maximum nor a conversion from float16 of the operators.
+// GCC 12 makes neither a maximum nor conversions of float16 of the operators.
 #if defined(__AVX512F__) && LANES == 16
 static inline V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V load(const half* p) { return (V)_mm512_cvtph_ps(read<__m256i>(p)); }

@@ -284,6 +284,7 @@ def reproduced(folder: Path, arguments: list[str], profile: str, jobs: int) -> i
     def end(*_) -> None:
         for process in running:
             process.terminate()
+        raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
@@ -302,12 +303,10 @@ def reproduced(folder: Path, arguments: list[str], profile: str, jobs: int) -> i
 def ahead(folder: Path, targets: list[str], profile: str, jobs: int, start) -> int:
     """What is out of date, `jobs` stages at a time; the exit code. Errors of DVC's are left to the
     `dvc repro` that follows, which says them in its own words."""
-    from dvc.exceptions import DvcException
-
     timings = folder / "data" / "report" / profile / "timings" / "stages"
     try:
         plan = schedule.plan(folder, targets, timings)
-    except DvcException:
+    except Exception:  # DVC's libraries raise nothing more exact
         return 0
     if len(plan.needs) < 2:
         return 0
@@ -319,16 +318,18 @@ def ahead(folder: Path, targets: list[str], profile: str, jobs: int, start) -> i
 def begin(folder: Path, arguments: list[str], **options) -> subprocess.Popen:
     """Start DVC. Its stages run with this Python, and it ends when we are ended."""
 
+    linux = sys.platform == "linux"
+    prctl = ctypes.CDLL(None).prctl if linux else None  # found before the fork: threads may run
+
     def with_parent() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return subprocess.Popen(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
         env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},  # DVC would take fish, which is not sh
-        preexec_fn=with_parent,
+        preexec_fn=with_parent if linux else None,
         **options,
     )
 

@@ -1,7 +1,8 @@
 """Several stages at a time: a small model fills one core, and a machine has more.
 
     at_once(threads)              how many stages of so many threads this machine has room for
-    ahead(folder, targets, …)     run what is out of date, several stages at a time
+    plan(folder, targets, …)      the stages that are out of date, and what each waits for
+    ahead(plan, jobs, start)      run them, up to `jobs` at a time
 
 DVC runs one stage after the other, but lets other processes of its own work on other stages. So
 each stage that is out of date, or may become so, is given to a `dvc repro --single-item` as soon as
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -22,7 +24,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TextIO
 
-MEMORY = 3 * 2**30  # bytes of the machine's memory for each stage
+MEMORY = 3 * 2**30  # bytes of the machine's memory for each thread of a stage
 SECONDS = 30.0  # of a stage that has never run
 # What DVC says around each stage.
 CHATTER = (
@@ -37,12 +39,20 @@ def at_once(threads: int) -> int:
 
     On a GPU, of which stages would share the memory, one.
     """
-    if Path("/dev/nvidiactl").exists():
+    if any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd")):
         return 1
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(cores // threads, memory // MEMORY))
+    return max(1, min(cores, memory() // MEMORY) // threads)
+
+
+def memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return machine
 
 
 @dataclass
@@ -166,18 +176,21 @@ def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> in
             sorter.done(stage)
         elif not code:
             code = result
-            waited = f"; {' and '.join(running)} runs to its end" if running else ""
-            print(f"{stage} failed{waited}", flush=True)
+            waited = f"; waiting for {' and '.join(running)}" if running else ""
+            print(f"{stage} failed{waited}", file=sys.stderr, flush=True)
     return code
 
 
 def watch(stage: str, process: subprocess.Popen, ended: SimpleQueue) -> None:
-    """Show what a stage writes, and say when it has ended."""
-    errors = Thread(target=show, args=(stage, process.stderr, sys.stderr), daemon=True)
-    errors.start()
-    show(stage, process.stdout, sys.stdout)
-    errors.join()
-    ended.put((stage, process.wait()))
+    """Show what a stage writes, and say when it has ended, even if nobody reads us any more."""
+    pipes = (process.stdout, sys.stdout), (process.stderr, sys.stderr)
+    threads = [Thread(target=show, args=(stage, *pair), daemon=True) for pair in pipes]
+    for thread in threads:
+        thread.start()
+    code = process.wait()
+    for thread in threads:
+        thread.join(timeout=5)  # what a stage that was ended has left behind may hold its pipes
+    ended.put((stage, code))
 
 
 def room(running: Iterable[str], stage: str, alone: set[str], jobs: int) -> bool:
@@ -189,6 +202,7 @@ def room(running: Iterable[str], stage: str, alone: set[str], jobs: int) -> bool
 def show(stage: str, lines: Iterable[bytes] | None, place: TextIO) -> None:
     """The lines of a stage, under its name; of a progress bar only what it leaves."""
     for line in lines or ():
-        text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2].strip()
-        if text and not text.startswith(CHATTER):
-            print(f"{stage} | {text}", file=place, flush=True)
+        text = line.decode("utf-8", "replace").rstrip().rpartition("\r")[2]
+        if text and not text.strip().startswith(CHATTER):
+            with suppress(OSError, ValueError):  # our own output is closed: the stage goes on
+                print(f"{stage} | {text}", file=place, flush=True)

@@ -14,7 +14,7 @@ import pytest
 from dvc.config import Config
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lib.pipeline import params, profile
+from lib.pipeline import params, profile, schedule
 from lib.pipeline.__main__ import main
 from lib.pipeline.params import ParamsError
 
@@ -498,6 +498,12 @@ def test_a_report_that_is_not_there_says_how_to_make_it(house, capsys, monkeypat
 # ------------------------------------------------------------------ several stages at a time
 
 
+side_by_side = pytest.mark.skipif(
+    schedule.at_once(1) < 2, reason="this machine has no room for two stages at a time"
+)
+
+
+@side_by_side
 def test_stages_side_by_side_make_what_one_after_the_other_makes(house):
     """Of three rows and a page: each once, then nothing; then a row that has changed."""
     rows = ["reads_32k", "opl", "reads_warm"]
@@ -513,9 +519,38 @@ def test_stages_side_by_side_make_what_one_after_the_other_makes(house):
     assert trained() == ["opl"]
 
 
+@side_by_side
 def test_a_failure_among_stages_side_by_side_is_the_outcome(house):
     replace(house / "dvc.yaml", "echo ${key} > data", "test ${key} != opl && echo ${key} > data")
     outcome = repro("smoke")
     assert outcome.returncode not in (0, None)
     assert "train@opl | ERROR: failed to reproduce" in outcome.stderr
     assert not (house / "data" / "report" / "smoke" / "index.html").exists()
+
+
+@side_by_side
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stages_side_by_side_end_with_us_and_nothing_new_begins(house, number):
+    replace(
+        house / "dvc.yaml",
+        'cmd: echo ${key} >> "$COUNT"',
+        'cmd: echo ${key} >> "$COUNT" && sleep 20',
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lib.pipeline", "repro", "smoke"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    counted = Path(os.environ["COUNT"])
+    deadline = time.monotonic() + 60
+    while not (counted.exists() and len(counted.read_text().split()) == 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    if number == signal.SIGINT:  # Ctrl-C reaches the group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=15) != 0
+    assert len(trained()) == 2
+    assert not (house / ".work/smoke/data/report/smoke/index.html").exists()

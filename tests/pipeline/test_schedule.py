@@ -1,8 +1,13 @@
 """Stages that run side by side do so in an order, and up to a number, that the pipeline allows."""
 
+import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -88,7 +93,7 @@ def test_after_a_failure_nothing_begins_and_what_runs_is_waited_for(capsys):
     assert schedule.ahead(Plan(needs), 2, start) == 3
     assert set(toys.begun) == {"bad", "slow"}
     assert toys.processes["slow"].poll() == 0 and time.monotonic() - started > 0.5
-    assert "bad failed; slow runs to its end" in capsys.readouterr().out
+    assert "bad failed; waiting for slow" in capsys.readouterr().err
 
 
 def test_lines_stand_under_their_stage_without_what_dvc_adds(capsys):
@@ -99,3 +104,31 @@ def test_lines_stand_under_their_stage_without_what_dvc_adds(capsys):
 
 def test_what_is_needed_comes_with_a_target():
     assert schedule.ancestors(NEEDS, ["b"]) == {"data", "a", "b"}
+
+
+def test_the_pipeline_has_one_stage_that_measures_and_a_plan_knows_it(tmp_path):
+    root = Path(__file__).parents[2]
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy2(root / name, tmp_path / name)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
+    found = schedule.plan(tmp_path, [], tmp_path)
+    assert found.alone == {"efficiency"} and found.needs["data"] == {"strip"}
+    row = schedule.plan(tmp_path, ["evaluate@opl"], tmp_path).needs
+    assert set(row) == {"strip", "data", "pretrain@start_2k", "finetune@opl", "evaluate@opl"}
+    assert set(schedule.plan(tmp_path, ["finetune"], tmp_path).needs) > {"finetune@opl"}
+
+
+def test_a_reader_that_has_gone_stops_no_stage(monkeypatch):
+    """`make repro | head`: the lines go nowhere, the stages go on."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        process = Toys(0)("a")
+        ended = SimpleQueue()
+        schedule.watch("a", process, ended)
+        monkeypatch.undo()
+        assert ended.get(timeout=5) == ("a", 0)
+        with suppress(OSError):
+            gone.close()
