@@ -30,6 +30,7 @@ SECONDS = 30.0  # of a stage that has never run
 CHATTER = (
     *("Running stage ", "> ", "Updating lock ", "Generating lock ", "Use `dvc push`"),
     *("To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage"),
+    *("Stage '", "Data and pipelines are up to date"),
     "WARNING: 'data/report/",  # … is empty: a kind of stage without rows
 )
 
