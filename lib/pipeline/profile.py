@@ -69,7 +69,7 @@ def repro(arguments: list[str]) -> int:
         make_folders(root, profile, stages)
         if not (root / ".git").exists():
             configure(root, root)
-        code = dvc(root, commands, profile, jobs(design, profile))
+        code = dvc(root, commands, profile, design)
     else:
         design = changed(design, profile, given)
         home.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def repro(arguments: list[str]) -> int:
             values = {**design["data"]["base"], **design["data"].get(profile, {})}
             folders = {values["source"], values["pretraining"]} - set(SOURCES)
             depend(home / "dvc.yaml", sorted(folders))
-            code = dvc(home, commands, profile, jobs(design, profile))
+            code = dvc(home, commands, profile, design)
             report = home / "data" / "report" / profile
             if code == 0 and report.is_dir():
                 with files.replacing(root / "data" / "report" / name) as draft:
@@ -261,14 +261,10 @@ def configure(root: Path, home: Path) -> None:
 # ------------------------------------------------------------------ DVC
 
 
-def jobs(design: dict, profile: str) -> int:
-    """Stages at a time."""
-    compute = {**design["compute"]["base"], **design["compute"].get(profile, {})}
-    return schedule.at_once(compute["threads"] * compute["processes"])
-
-
-def dvc(folder: Path, commands: list[list[str]], profile: str, jobs: int) -> int:
+def dvc(folder: Path, commands: list[list[str]], profile: str, design: dict) -> int:
     """`dvc repro` in a folder, for each list of arguments until one fails; the exit code."""
+    compute = {**design["compute"]["base"], **design["compute"].get(profile, {})}
+    jobs = schedule.at_once(compute["threads"] * compute["processes"])
     codes = (reproduced(folder, arguments, profile, jobs) for arguments in commands)
     return next((code for code in codes if code), 0)
 
@@ -317,7 +313,6 @@ def ahead(folder: Path, targets: list[str], profile: str, jobs: int, start) -> i
 
 def begin(folder: Path, arguments: list[str], **options) -> subprocess.Popen:
     """Start DVC. Its stages run with this Python, and it ends when we are ended."""
-
     linux = sys.platform == "linux"
     prctl = ctypes.CDLL(None).prctl if linux else None  # found before the fork: threads may run
 

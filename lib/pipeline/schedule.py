@@ -38,7 +38,7 @@ CHATTER = (
 def at_once(threads: int) -> int:
     """How many stages of `threads` threads this machine has the cores and the memory for.
 
-    On a GPU, of which stages would share the memory, one.
+    On a GPU one, since stages would share its memory.
     """
     if any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd")):
         return 1
@@ -66,19 +66,12 @@ class Plan:
 
     def urgency(self) -> dict[str, float]:
         """Of each stage: the seconds that it and the longest chain of stages behind it take."""
-        waiting: dict[str, list[str]] = {stage: [] for stage in self.needs}
-        for stage, needed in self.needs.items():
-            for one in needed:
-                waiting[one].append(stage)
-        found: dict[str, float] = {}
-
-        def of(stage: str) -> float:
-            if stage not in found:
-                after = max(map(of, waiting[stage]), default=0.0)
-                found[stage] = self.seconds.get(stage, SECONDS) + after
-            return found[stage]
-
-        return {stage: of(stage) for stage in self.needs}
+        found, behind = {}, dict.fromkeys(self.needs, 0.0)
+        for stage in reversed([*TopologicalSorter(self.needs).static_order()]):
+            found[stage] = self.seconds.get(stage, SECONDS) + behind[stage]
+            for one in self.needs[stage]:
+                behind[one] = max(behind[one], found[stage])
+        return found
 
 
 def plan(folder: Path, targets: list[str], timings: Path) -> Plan:
@@ -152,7 +145,7 @@ def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> in
     Args:
         start: begins one stage, whose process writes to pipes.
     """
-    urgency, order = plan.urgency(), [*plan.needs]
+    order = sorted(plan.needs, key=plan.urgency().__getitem__, reverse=True)
     sorter = TopologicalSorter(plan.needs)
     sorter.prepare()
     ready: list[str] = []
@@ -161,7 +154,7 @@ def ahead(plan: Plan, jobs: int, start: Callable[[str], subprocess.Popen]) -> in
     begun = code = 0
     while sorter.is_active() and (running or not code):
         ready += sorter.get_ready()
-        ready.sort(key=lambda stage: (-urgency[stage], order.index(stage)))
+        ready.sort(key=order.index)
         while ready and not code and room(running, ready[0], plan.alone, jobs):
             stage, begun = ready.pop(0), begun + 1
             print(f"[{begun} of {len(order)}] {stage}", flush=True)

@@ -19,16 +19,15 @@ NEEDS = {"data": set(), "a": {"data"}, "b": {"a"}, "c": {"data"}, "page": {"b", 
 
 
 class Toys:
-    """Stages that take some time, or fail; when each began and ended."""
+    """Stages that take some time, or fail; their processes in the order of their beginning."""
 
     def __init__(self, seconds=0.15, failing=()):
-        self.seconds, self.failing, self.begun, self.processes = seconds, failing, {}, {}
+        self.seconds, self.failing, self.processes = seconds, failing, {}
 
     def __call__(self, stage: str) -> subprocess.Popen:
         code = (
             f"import sys, time; time.sleep({self.seconds}); sys.exit({3 * (stage in self.failing)})"
         )
-        self.begun[stage] = [*self.begun]  # what had begun before
         self.processes[stage] = subprocess.Popen(
             [sys.executable, "-S", "-c", f"print('{stage} is here'); {code}"],
             stdout=subprocess.PIPE,
@@ -50,7 +49,7 @@ def test_a_stage_waits_for_what_it_needs_and_for_room(jobs):
         return toys(stage)
 
     assert schedule.ahead(Plan(NEEDS), jobs, start) == 0
-    assert sorted(toys.begun) == sorted(NEEDS)
+    assert sorted(toys.processes) == sorted(NEEDS)
     assert max(most) == min(jobs, 2)  # two at most have what they need
 
 
@@ -65,7 +64,7 @@ def test_those_come_first_for_which_most_seconds_wait():
         "end": 60,
     }
     schedule.ahead(Plan(needs, seconds=seconds), 1, toys)
-    assert list(toys.begun) == ["chain", "end", "long", "short"]
+    assert list(toys.processes) == ["chain", "end", "long", "short"]
 
 
 def test_a_stage_that_measures_has_the_machine_to_itself():
@@ -91,7 +90,7 @@ def test_after_a_failure_nothing_begins_and_what_runs_is_waited_for(capsys):
         return toys(stage)
 
     assert schedule.ahead(Plan(needs), 2, start) == 3
-    assert set(toys.begun) == {"bad", "slow"}
+    assert set(toys.processes) == {"bad", "slow"}
     assert toys.processes["slow"].poll() == 0 and time.monotonic() - started > 0.5
     assert "bad failed; waiting for slow" in capsys.readouterr().err
 
