@@ -153,7 +153,7 @@ def work(profile: str, table: str, row: str, known: Facts) -> Work:
 
 
 def pretraining(profile: str, row: str, known: Facts) -> Work:
-    """The work of a row of pretrained or continued.
+    """The work of a row of pretrained or continued, with all its seeds.
 
     The mixture gives each kind its share of the examples, and each source an equal part of it. One
     example is a short text, or L tokens of the long ones. A stream of n examples that has a share s
@@ -164,7 +164,7 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
     times in T tokens. Every token counts as one of a text of L tokens.
     """
     s = params.settings(profile, "pretrain", row)
-    L, T = params.length(profile, s["length"]), s["tokens"]
+    L, T, seeds = params.length(profile, s["length"]), s["tokens"], len(s["seeds"])
     part = {"short": 1.0, "long": 0.0, "mixed": s["variable_share"]}[s["mixture"]]
     streams = []  # (share of the examples, number of examples, their mean length)
     for share, kind in ((part, "short"), (1 - part, "long")):
@@ -179,7 +179,7 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
     shape = config(profile, row, L, known.vocabulary)
     step = max(1.0, s["batch_tokens"] / L)
     operations = 3 * T * (forward(shape, L, step) / L + head(shape, s["mask_rate"]))
-    return Work(row, "text", float(T), float(epochs), float(operations))
+    return Work(row, "text", float(seeds * T), float(epochs), float(seeds * operations))
 
 
 def finetuning(profile: str, row: str, known: Facts) -> Work:

@@ -16,6 +16,7 @@ import copy
 from collections.abc import Iterable
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import cycle
 from pathlib import Path
 
 from lib.pipeline.errors import require
@@ -171,15 +172,26 @@ def needs(profile: str, rows: Iterable[str]) -> set[str]:
 def trainings(profile: str, row: str) -> dict[int, str]:
     """{seed: folder in data/models and data/runs} of a row: `opl`, then `opl/seed_43`.
 
-    A row of `distilled` takes its first seed alone: retrievers start from one model. The seed of a
-    row that is not fine-tuned here is 0.
+    The seed of a row that is not trained here is 0.
     """
     design = load_for(profile)
-    if row not in {**design["distilled"], **design["retrievers"]}:
-        return {0: row}
-    first, *others = settings(profile, "finetune", row)["seeds"]
-    others = others if row in design["retrievers"] else []
-    return {first: row} | {seed: f"{row}/seed_{seed}" for seed in others}
+    for stage, tables in TRAINED_BY.items():
+        if any(row in design[table] for table in tables):
+            first, *others = settings(profile, stage, row)["seeds"]
+            return {first: row} | {seed: f"{row}/seed_{seed}" for seed in others}
+    return {0: row}
+
+
+def starts(profile: str, row: str) -> dict[int, str]:
+    """{seed: folder in data/models of the model that this training of a row starts from}.
+
+    The first training starts from the first model of `pretrained`, the second from its second, and
+    so on, from its first again when they are used up: the luck of pretraining is in a row's spread
+    if what it is `pretrained` from has several seeds.
+    """
+    before = trained(load_for(profile))[row]["pretrained"]
+    models = cycle(trainings(profile, before).values())
+    return dict(zip(trainings(profile, row), models))
 
 
 def merged(design: dict, profile: str) -> dict:

@@ -139,7 +139,21 @@ class Model(Settings):
         return self
 
 
-class Pretrain(Settings):
+class Trained(Settings):
+    """What is trained once for each of its seeds."""
+
+    seeds: Annotated[list[Amount], AfterValidator(distinct)]
+
+    @property
+    def seed(self) -> int:
+        """The seed of a training; `of(seed)` are the settings of another one."""
+        return self.seeds[0]
+
+    def of(self, seed: int) -> Self:
+        return self.model_copy(update={"seeds": [seed]})
+
+
+class Pretrain(Trained):
     tokens: Amount
     batch_tokens: Count
     lr: Rate
@@ -155,10 +169,9 @@ class Pretrain(Settings):
     weight_decay: Rate  # of a step at the peak rate
     mixture: Literal["short", "long", "mixed"]
     extend_filters: Literal["stretch", "tile", "extrapolate"]
-    seed: Amount
 
 
-class Finetune(Settings):
+class Finetune(Trained):
     loss: Literal["opl", "mnrl", "contrastive", "triplet", "prototype", "none"]
     documents: Count  # per step; explicit and hard negatives come on top
     documents_seen: Amount
@@ -185,7 +198,6 @@ class Finetune(Settings):
     weight_decay: Rate
     warmup: Share
     evaluations: Amount  # on validation during training, evenly spread
-    seeds: Annotated[list[Amount], AfterValidator(distinct)]  # one model for each
     whiten: bool  # start from a pooler that whitens the training texts
     pretraining_texts: Amount  # of a step of distilling, beside its documents and queries
 
@@ -206,14 +218,6 @@ class Finetune(Settings):
     def longest(self, reads: int) -> int:
         """Tokens of the longest document in training, of a model that reads so many."""
         return min(reads, self.document_length or reads)
-
-    @property
-    def seed(self) -> int:
-        """The seed of a training; `of(seed)` are the settings of another one."""
-        return self.seeds[0]
-
-    def of(self, seed: int) -> Self:
-        return self.model_copy(update={"seeds": [seed]})
 
     def at(self, lr: float) -> Self:
         """The settings at another rate; `embedding_lr` keeps its proportion to `lr`."""

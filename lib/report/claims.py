@@ -131,10 +131,14 @@ def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     rows = claim["rows"]
     (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in rows)
     missing = f"{rows[1]}: {ABSENT}" if math.isnan(a - b) else ""
-    cells = {"rows": " − ".join(rows), "seeds": "1, 1"}
+    seeds = [mlm_by_seed(profile, row) for row in rows]
+    named = ", ".join(map(comparison.seeds_and_spread, seeds))
+    cells = {"rows": " − ".join(rows), "seeds": "" if missing else named}
     low, high = a_low - b_high, a_high - b_low
     detectable = statistics.detectable((high - low) / 2 / 1.96)
-    return Evidence((a - b, low, high), detectable=detectable, cells=cells, missing=missing)
+    by_seed = [x - y for x in seeds[0].values() for y in seeds[1].values()]
+    ours = a - b, low, high
+    return Evidence(ours, by_seed=by_seed, detectable=detectable, cells=cells, missing=missing)
 
 
 def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
@@ -142,6 +146,16 @@ def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
     metrics = results.load_metrics(profile, "pretrain").query("status == 'run'")
     columns = [f"mlm_accuracy_validation.{part}" for part in ("mean", "low", "high")]
     return tuple(metrics.reindex(index=[row], columns=columns).loc[row])
+
+
+def mlm_by_seed(profile: str, row: str) -> dict[int, float]:
+    """{seed: MLM accuracy of its model} of a pretrained row; {} if it was not run."""
+    values = results.read_json(results.source(profile, "pretrain", row) / "metrics.json")
+    accuracy = values.get("mlm_accuracy_validation")
+    if accuracy is None:
+        return {}
+    alone = {params.settings(profile, "pretrain", row)["seeds"][0]: accuracy["mean"]}
+    return {int(seed): value for seed, value in accuracy.get("by_seed", alone).items()}
 
 
 def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:

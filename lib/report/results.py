@@ -47,7 +47,8 @@ def folder(out, profile: str, step: str = "", row: str | None = None) -> Path:
     if row is None:
         return profile_folder / step
     design, tables = params.load_for(profile), STAGES.get(step, {})
-    return profile_folder / next((s for s in tables if row in design[tables[s]]), step) / row
+    name = row.partition("/")[0]  # of another seed: `params.trainings`
+    return profile_folder / next((s for s in tables if name in design[tables[s]]), step) / row
 
 
 def source(profile: str, step: str = "", row: str | None = None) -> Path:

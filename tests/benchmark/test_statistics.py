@@ -179,6 +179,28 @@ def test_a_standard_error_by_hand():
     assert statistics.detectable(2.0, power=0.5) == pytest.approx(2 * 1.960, abs=1e-3)
 
 
+def test_the_interval_over_trainings_by_hand():
+    assert statistics.over_trainings([(0.2, 0.1, 0.4)]) == (0.2, 0.1, 0.4)
+    alike = [(0.2, 0.1, 0.3)] * 3  # the same examples three times: no narrower
+    assert statistics.over_trainings(alike) == pytest.approx((0.2, 0.1, 0.3))
+    # Variance of the means 1; Student's 4.303 / sqrt(3) = 2.484, and 3² + 2.484² = 3.895².
+    apart = [(10.0, 7.0, 13.0), (11.0, 8.0, 14.0), (12.0, 9.0, 15.0)]
+    assert statistics.over_trainings(apart) == pytest.approx((11, 11 - 3.895, 11 + 3.895), abs=1e-3)
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.02, 0.1])
+def test_the_interval_over_three_trainings_holds_the_truth(luck):
+    """In 95 of 100 experiments or more, whether the luck is that of examples or of seeds."""
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(1_000):
+        shared = 0.03 * rng.standard_normal()
+        means = shared + luck * rng.standard_normal(3)
+        _, low, high = statistics.over_trainings([(m, m - 0.059, m + 0.059) for m in means])
+        held += low <= 0 <= high
+    assert held >= 930
+
+
 @pytest.mark.parametrize("seeds", [(3, 3), (4, 2), (5, 1)])
 @pytest.mark.parametrize("tau", [0.0, 0.03])
 def test_the_squared_error_is_the_variance_of_the_difference(seeds, tau):

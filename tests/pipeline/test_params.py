@@ -103,18 +103,31 @@ def test_a_row_overrides_its_profile_and_a_profile_overrides_base(edit):
 
 
 def test_a_row_is_trained_once_for_each_of_its_seeds(edit):
-    """The first seed's model is the row's own, and a model that others start from is one."""
+    """The first seed's model is the row's own, the others' lie below it."""
     edit(("finetune.laptop.seeds", [9, 7]), ("retrievers.opl.seeds", [3, 5, 4]))
     assert params.trainings("laptop", "opl") == {3: "opl", 5: "opl/seed_5", 4: "opl/seed_4"}
     assert params.trainings("laptop", "mnrl") == {9: "mnrl", 7: "mnrl/seed_7"}
     assert params.trainings("smoke", "mnrl") == {42: "mnrl"}
-    assert params.trainings("laptop", "prototype_32k") == {9: "prototype_32k"}
+    places = {9: "prototype_32k", 7: "prototype_32k/seed_7"}
+    assert params.trainings("laptop", "prototype_32k") == places
+    assert params.trainings("laptop", "mixed_2k") == {17: "mixed_2k"}
     assert params.trainings("laptop", "bm25") == {0: "bm25"}
     for seeds in ([], [1, 1]):
         edit(("retrievers.opl.seeds", seeds))
         with pytest.raises(ParamsError) as error:
             params.load()
         refused(str(error.value), "retrievers.opl.seeds", "different", str(seeds))
+
+
+def test_each_training_starts_from_another_model_as_long_as_there_are_some(edit):
+    """Third training from the third model; one more than there are begins with the first again."""
+    edit(
+        ("pretrained.mixed_2k.seeds", [1, 2]),
+        ("retrievers.mixed.seeds", [3, 5, 4]),
+    )
+    assert params.starts("laptop", "mixed") == {3: "mixed_2k", 5: "mixed_2k/seed_2", 4: "mixed_2k"}
+    assert params.starts("laptop", "opl") == {42: "warm_32k"}
+    assert params.starts("laptop", "prototype_32k") == {42: "warm_32k"}
 
 
 def test_a_rate_by_length_stands_between_the_profile_and_the_row(edit):

@@ -154,4 +154,22 @@ def test_accuracies_are_compared_end_against_end(printed):
     line = lines("study")["warm_start_accuracy"]
     assert line["ours"] == "+20.0 [+10.0, +30.0]" and line["verdict"] == "reproduces"
     assert line["detectable"] == "14.3"  # 2.80 / 1.96 of half the interval
+    assert (line["seeds"], line["seed by seed"]) == ("1, 1", "–")
     assert math.isnan(claims.mlm_accuracy("study", "mixed_2k")[0])
+
+
+def test_accuracies_of_several_seeds_that_disagree_decide_nothing(printed):
+    """The interval says +5, and one pair of seeds says the contrary."""
+    for stage, row, by_seed in (
+        ("pretrain", "cold_32k", {17: 0.10, 18: 0.12, 19: 0.11}),
+        ("continue", "warm_32k", {17: 0.18, 18: 0.19, 19: 0.11}),
+    ):
+        mean = sum(by_seed.values()) / 3
+        accuracy = {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "by_seed": by_seed}
+        metrics = {"mlm_accuracy_validation": accuracy}
+        results.metric(metrics, stage, row, params.data("study"), "study")
+    assert claims.mlm_by_seed("study", "warm_32k") == {17: 0.18, 18: 0.19, 19: 0.11}
+    assert claims.mlm_by_seed("study", "mixed_2k") == {}
+    line = lines("study")["warm_start_accuracy"]
+    assert line["ours"] == "+5.0 [+3.0, +7.0]" and line["verdict"] == "undecided"
+    assert line["seeds"] == "3 (SD 4.4), 3 (SD 1.0)" and "-1.0" in line["seed by seed"]

@@ -110,7 +110,7 @@ def test_pretraining_learns_and_counts_tokens_not_seconds(text, tiny, mixer):
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model(text, tiny):
     def run(seed):
         model = tiny(M2BertForMaskedLM)
-        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, seed=seed)
+        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, seeds=[seed])
         return weights(model)
 
     first, second, other = run(1), run(1), run(2)
@@ -176,7 +176,7 @@ def test_dropout_is_a_function_of_seed_step_and_pass(text, tiny, monkeypatch):
     def run(noise, dropout=0.1, seed=5):
         model = tiny(M2BertForMaskedLM)
         torch.manual_seed(noise)
-        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, dropout=dropout, seed=seed)
+        learn(model, text, tokens=600, batch_tokens=200, lr=1e-3, dropout=dropout, seeds=[seed])
         return weights(model)
 
     first, again = run(noise=1), run(noise=2)

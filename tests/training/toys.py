@@ -33,7 +33,7 @@ PRETRAIN = dict(
     weight_decay=1e-5,
     mixture="mixed",
     extend_filters="stretch",
-    seed=17,
+    seeds=[17],
 )
 FINETUNE = dict(
     loss="mnrl",
