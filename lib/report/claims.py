@@ -133,7 +133,7 @@ def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     missing = f"{rows[1]}: {ABSENT}" if math.isnan(a - b) else ""
     seeds = [mlm_by_seed(profile, row) for row in rows]
     named = ", ".join(map(comparison.seeds_and_spread, seeds))
-    cells = {"rows": " − ".join(rows), "seeds": "" if missing else named}
+    cells = {"rows": " − ".join(rows), "seeds": named}
     low, high = a_low - b_high, a_high - b_low
     detectable = statistics.detectable((high - low) / 2 / 1.96)
     by_seed = [x - y for x in seeds[0].values() for y in seeds[1].values()]

@@ -216,9 +216,19 @@ def test_tasks_of_any_name_with_evidence_and_several_answers_write_nothing_outsi
         ]
         task_files(tmp_path / "names", documents, queries, evidence, split=split)
     before = sorted(tmp_path.rglob("*"))
-    place = report(
-        house, repro(house, f"--data={tmp_path / 'names'}", f"--text={text}", f"--set={SMALL}")
-    )
+    options = f"--set={SMALL} pretrain.seeds=[17,18]"  # and each seed starts from another model
+    place = report(house, repro(house, f"--data={tmp_path / 'names'}", f"--text={text}", options))
+    models = place.parents[1] / "models"
+    for model, before_it in (
+        ("reads_32k", "start_32k"),
+        ("reads_32k/seed_43", "start_32k/seed_18"),
+        ("warm_32k/seed_18", "mixed_8k/seed_18"),
+    ):
+        record = json.loads((models / model / "training.json").read_text(encoding="utf-8"))
+        assert record["starts_from"] == before_it
+    learned = json.loads((place / "continue" / "warm_32k" / "metrics.json").read_text())
+    assert learned["mlm_accuracy_validation"]["by_seed"].keys() == {"17", "18"}
+    assert (place / "continue" / "warm_32k" / "seed_18" / "curve.csv").is_file()
     assert sorted(tmp_path.rglob("*")) == before and not [
         path for path in house.rglob("*escaped*") if "%2F" not in path.name
     ]
