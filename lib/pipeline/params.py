@@ -5,6 +5,7 @@
     rows(profile, "retrievers")       the rows a profile runs
     group(profile, "loss")            the part of them that answers one question
     trainings(profile, "opl")         the seeds of a row, and the folder of each one's model
+    starts(profile, "opl")            the seeds of a row, and where the model of each one begins
 
 `base` of a stage holds every key that its notebooks read, and gives each its
 type: anything else is an error, and the message says which key was probably
@@ -187,9 +188,11 @@ def starts(profile: str, row: str) -> dict[int, str]:
 
     The first training starts from the first model of `pretrained`, the second from its second, and
     so on, from its first again when they are used up: the luck of pretraining is in a row's spread
-    if what it is `pretrained` from has several seeds.
+    if what it is `pretrained` from has several seeds. {} for a row that starts from none.
     """
-    before = trained(load_for(profile))[row]["pretrained"]
+    before = trained(load_for(profile))[row].get("pretrained")
+    if before is None:
+        return {}
     models = cycle(trainings(profile, before).values())
     return dict(zip(trainings(profile, row), models))
 

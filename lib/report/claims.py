@@ -4,8 +4,8 @@
     entries()                   the claims themselves
 
 A claim about nDCG@10 compares two rows on the same queries. Its p-value is corrected after Holm
-for all such claims that have an expected sign. The warm start's accuracy has an interval only,
-and the needle's p-value stands alone.
+for all such claims that have an expected sign. The warm start's accuracy has no p-value, and the
+needle's stands alone.
 """
 
 import math
@@ -126,7 +126,8 @@ def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     """MLM accuracy of two pretrained models: the ends of the intervals against each other.
 
     The result is wider than an interval of paired differences, never narrower. What is detectable
-    follows from half its width, 1.96 standard errors.
+    follows from half its width, as if that were 1.96 standard errors: too large if a row has two or
+    three seeds, whose interval is Student's.
     """
     rows = claim["rows"]
     (a, a_low, a_high), (b, b_low, b_high) = (mlm_accuracy(profile, row) for row in rows)
@@ -150,12 +151,14 @@ def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
 
 def mlm_by_seed(profile: str, row: str) -> dict[int, float]:
     """{seed: MLM accuracy of its model} of a pretrained row; {} if it was not run."""
-    values = results.read_json(results.source(profile, "pretrain", row) / "metrics.json")
-    accuracy = values.get("mlm_accuracy_validation")
-    if accuracy is None:
+    if row not in results.rows(profile, "pretrain"):
         return {}
-    alone = {params.settings(profile, "pretrain", row)["seeds"][0]: accuracy["mean"]}
-    return {int(seed): value for seed, value in accuracy.get("by_seed", alone).items()}
+    values = results.read_json(results.source(profile, "pretrain", row) / "metrics.json")
+    if "mlm_accuracy_validation" not in values:
+        return {}
+    accuracy, (first, *_) = values["mlm_accuracy_validation"], params.trainings(profile, row)
+    by_seed = accuracy.get("by_seed", {first: accuracy["mean"]})
+    return {int(seed): value for seed, value in by_seed.items()}
 
 
 def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:

@@ -244,7 +244,7 @@ def over_seeds(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(profile: str, step: str, names: Iterable[str]) -> pd.DataFrame:
-    """Training curves under each other: row, step, tokens, loss, lr, accuracy."""
+    """Training curves of the first seeds: row, step, tokens, loss, lr, accuracy."""
     paths = {source(profile, step, row) / "curve.csv": {"row": row} for row in names}
     return stacked(paths, CURVES)
 

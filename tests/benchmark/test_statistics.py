@@ -190,7 +190,7 @@ def test_the_interval_over_trainings_by_hand():
 
 @pytest.mark.parametrize("luck", [0.0, 0.02, 0.1])
 def test_the_interval_over_three_trainings_holds_the_truth(luck):
-    """In 95 of 100 experiments or more, whether the luck is that of examples or of seeds."""
+    """In about 95 of 100 experiments or more, whether the luck is that of examples or of seeds."""
     rng = np.random.default_rng(2)
     held = 0
     for _ in range(1_000):

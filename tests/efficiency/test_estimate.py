@@ -60,6 +60,14 @@ def test_epochs_of_a_mixture_by_hand(house):
     assert work("mixed_8k").tokens == 40_000 and work("mixed_8k").reads == "text"
 
 
+def test_two_seeds_of_pretraining_read_twice_as_much_and_the_same_text_as_often(house, design):
+    once = work("mixed_8k")
+    design({"pretrained.mixed_8k.seeds": [17, 18]})
+    twice = work("mixed_8k")
+    assert (twice.tokens, twice.operations) == (2 * once.tokens, 2 * once.operations)
+    assert twice.epochs == once.epochs
+
+
 def test_of_several_sources_the_smallest_is_read_most_often(house):
     short = {"short": {"c4": np.full(10, 52.0), "wikipedia": np.full(90, 52.0)}}
     equal = {"short": {"c4": np.full(50, 52.0), "wikipedia": np.full(50, 52.0)}}

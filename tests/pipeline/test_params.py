@@ -128,6 +128,11 @@ def test_each_training_starts_from_another_model_as_long_as_there_are_some(edit)
     assert params.starts("laptop", "mixed") == {3: "mixed_2k", 5: "mixed_2k/seed_2", 4: "mixed_2k"}
     assert params.starts("laptop", "opl") == {42: "warm_32k"}
     assert params.starts("laptop", "prototype_32k") == {42: "warm_32k"}
+    assert params.starts("laptop", "mixed_2k") == {}
+    edit(("distilled.prototype_32k.seeds", [1, 2]), ("retrievers.prototype.seeds", [3, 4]))
+    assert params.starts("laptop", "prototype_32k") == {1: "warm_32k", 2: "warm_32k"}
+    places = {3: "prototype_32k", 4: "prototype_32k/seed_2"}
+    assert params.starts("laptop", "prototype") == places
 
 
 def test_a_rate_by_length_stands_between_the_profile_and_the_row(edit):

@@ -1,5 +1,6 @@
 """Every claim of the paper has its line, its verdict, and the number that the paper printed."""
 
+import json
 import math
 from pathlib import Path
 
@@ -170,6 +171,11 @@ def test_accuracies_of_several_seeds_that_disagree_decide_nothing(printed):
         results.metric(metrics, stage, row, params.data("study"), "study")
     assert claims.mlm_by_seed("study", "warm_32k") == {17: 0.18, 18: 0.19, 19: 0.11}
     assert claims.mlm_by_seed("study", "mixed_2k") == {}
+    metrics = {"mlm_accuracy_validation": {"mean": 0.3, "low": 0.2, "high": 0.4}}
+    left_over = results.source("study", "pretrain", "row_of_old")  # it has left params.yaml
+    left_over.mkdir(parents=True)
+    (left_over / "metrics.json").write_text(json.dumps(metrics))
+    assert claims.mlm_by_seed("study", "row_of_old") == {}
     line = lines("study")["warm_start_accuracy"]
     assert line["ours"] == "+5.0 [+3.0, +7.0]" and line["verdict"] == "undecided"
     assert line["seeds"] == "3 (SD 4.4), 3 (SD 1.0)" and "-1.0" in line["seed by seed"]

@@ -28,6 +28,15 @@ def write(values: dict, stage: str, row: str | None, profile: str = "smoke") -> 
     results.metric(values, stage, row, params.data(profile), profile)
 
 
+def test_another_seed_has_its_folder_below_that_of_its_row(house):
+    places = {
+        step: results.folder("out", "smoke", step, f"{row}/seed_18")
+        for step, row in (("pretrain", "warm_32k"), ("finetune", "opl"))
+    }
+    assert places["pretrain"] == Path("out/report/smoke/continue/warm_32k/seed_18")
+    assert places["finetune"] == Path("out/report/smoke/finetune/opl/seed_18")
+
+
 # ------------------------------------------------------------------ metrics
 
 
