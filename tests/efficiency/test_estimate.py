@@ -62,7 +62,7 @@ def test_epochs_of_a_mixture_by_hand(house):
 
 def test_two_seeds_of_pretraining_read_twice_as_much_and_the_same_text_as_often(house, design):
     once = work("mixed_8k")
-    design({"pretrained.mixed_8k.seeds": [17, 18]})
+    design({"pretrain.smoke.seeds": [17, 18]})
     twice = work("mixed_8k")
     assert (twice.tokens, twice.operations) == (2 * once.tokens, 2 * once.operations)
     assert twice.epochs == once.epochs
