@@ -3,6 +3,7 @@
 use(compute)                           the device, after setting the number of threads
 kind(device)                           what decides the last bits of a result, for its record
 to_device(ids, mask, pad_id, model)    a batch where its model is
+there(length, model)                   the tokens of a row there, with what it is filled up with
 """
 
 import math
@@ -66,9 +67,9 @@ def to_device(ids: Tensor, mask: Tensor, pad_id: int, model: nn.Module) -> tuple
     Args:
         mask: of `pad`: each row's ones come first.
     """
-    device = next(model.parameters()).device
-    if device.type == "cpu":
+    if not fills_up(model):
         return ids, mask
+    device = next(model.parameters()).device
     packed, tokens = aligned((ids, mask), (pad_id, 0), model.config), mask.sum(dim=1)
     ids, mask = sent(packed, device).long()
     kernels.keep_tokens(mask, sent(tokens, device))
@@ -83,10 +84,24 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 def aligned(tensors: Sequence[Tensor], fills: Sequence[int], config) -> Tensor:
     """Tensors of a batch, int32 (k, n, L), with L filled up to a multiple of 64.
 
-    Batches then have few shapes, and their rows begin at aligned addresses. L is at most the
-    model's maximum, and stays as it is if padding changes the model's results.
+    Batches then have few shapes, and their rows begin at aligned addresses.
     """
-    L, masks = tensors[0].shape[1], getattr(config, "mask_padding", True)
-    width = min(64 * math.ceil(L / 64), config.max_position_embeddings) if masks else L
-    filled = zip(tensors, fills)
-    return torch.stack([F.pad(x.int(), (0, width - L), value=fill) for x, fill in filled])
+    L = tensors[0].shape[1]
+    room, filled = width(L, config) - L, zip(tensors, fills)
+    return torch.stack([F.pad(x.int(), (0, room), value=fill) for x, fill in filled])
+
+
+def width(length: int, config) -> int:
+    """`length` filled up to a multiple of 64, to at most the model's maximum; as it is if padding
+    changes the model's results."""
+    masks = getattr(config, "mask_padding", True)
+    return min(64 * math.ceil(length / 64), config.max_position_embeddings) if masks else length
+
+
+def there(length: int, model: nn.Module) -> int:
+    """The tokens of a row of `length` tokens after `to_device`."""
+    return width(length, model.config) if fills_up(model) else length
+
+
+def fills_up(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type != "cpu"
