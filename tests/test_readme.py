@@ -135,7 +135,7 @@ def modules(lib: Path) -> str:
 
 
 # Layers, width and intermediate width; the 80M shape is what was measured.
-SHAPES = {"`gpu`, 21M": (6, 384, 1536), "80M": (12, 768, 3072), "0.8B": (24, 2048, 8192)}
+SHAPES = {"`gpu`, 15M": (2, 384, 768), "80M": (12, 768, 3072), "0.8B": (24, 2048, 8192)}
 GPUS = {"H200": 4.8, "H100 SXM": 3.35, "A100, 80 GB": 2.04}  # TB/s of memory
 PAPER_TOKENS = 36_700_160_000
 
