@@ -169,10 +169,12 @@ def pretraining(profile: str, row: str, known: Facts) -> Work:
     streams = []  # (share of the examples, number of examples, their mean length)
     for share, kind in ((part, "short"), (1 - part, "long")):
         for sizes in known.texts[kind].values() if share else ():
-            cut = np.minimum(sizes, L)
-            n, mean = (
-                (len(cut), cut.mean()) if kind == "short" else ((sizes - 2).sum() / (L - 2), L)
-            )
+            mean = float(L)
+            if kind == "short" and s["variable_lengths"] == "uniform":
+                mean = (min(10, L) + L) / 2
+            n = (sizes - 2).sum() / (mean - 2)
+            if kind == "short" and s["variable_lengths"] == "natural":
+                n, mean = len(sizes), np.minimum(sizes, L).mean()
             streams.append((share / len(known.texts[kind]), n, mean))
     length = sum(share * mean for share, _, mean in streams)
     epochs = max((share * T / length / n for share, n, _ in streams), default=0.0)

@@ -163,6 +163,7 @@ class Pretrain(Trained):
     parameter_groups: Literal["none", "intended"]
     mask_rate: Share
     variable_share: Share  # of the examples: of variable length
+    variable_lengths: Literal["natural", "uniform"]
     dropout: Share
     warmup: Share
     final_lr: Share  # of the peak

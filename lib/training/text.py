@@ -28,6 +28,7 @@ from lib.pipeline.errors import TrainingError, require
 
 PASS_TOKENS = 32_768  # in one forward pass of pretraining; gradients of a larger step are added up
 BLOCK = 1_000  # examples in which the mixture is exact
+LONGEST = 4 * 8192  # tokens of a text before it is concatenated with others
 # Table 2: the examples of each source, of a hundred. Other sources have equal shares.
 TABLE_2 = {
     "short": {"c4": 10, "wikipedia": 10, "bookcorpus": 10},
@@ -111,6 +112,15 @@ class Examples:
         rows = np.pad(stream, ((0, 0), (1, 1)), constant_values=((0, 0), (first, last)))
         return Examples(rows.ravel(), np.arange(n + 1) * (width + 2))
 
+    def cut_at_random(self, least: int, most: int, first: int, last: int) -> "Examples":
+        """As `cut`, with widths that are drawn uniformly from `least` to `most`."""
+        rng = np.random.default_rng([len(self.tokens), least, most])
+        widths = rng.integers(least, most, len(self.tokens) // max(1, least), endpoint=True)
+        ends = np.cumsum(widths)
+        ends = ends[ends <= len(self.tokens)]
+        pieces = np.split(self.tokens[: ends[-1] if len(ends) else 0], ends[:-1])
+        return Examples.of([first, *piece, last] for piece in pieces if len(piece))
+
 
 @lru_cache(maxsize=16)
 def permutation(n: int, seed: int, stream: int, epoch: int) -> np.ndarray:
@@ -153,7 +163,8 @@ class PretrainingText:
     """The examples that pretraining draws from, by source.
 
     variable    an example per short text: its first `length` tokens, at least 10 (the paper's "10
-                tokens up to the maximum")
+                tokens up to the maximum"); or, with `lengths: uniform`, the short texts of a source
+                concatenated and cut into pieces of 10 to `length` tokens, each length as often
     maximum     the long texts of a source concatenated, cut every length - 2 tokens, with [CLS] and
                 [SEP] around each piece
     """
@@ -171,12 +182,14 @@ class PretrainingText:
         tokenizer,
         length: int,
         limit_tokens=math.inf,
+        lengths: str = "natural",
     ) -> "PretrainingText":
         """Tokenise the short and the long texts of each source, in a random order.
 
         Args:
             short, long: the texts by source; a list if there is one source.
             limit_tokens: of each kind; about as many are read, an equal part of each source.
+            lengths: of the variable examples, natural or uniform.
         """
         short, long = (texts if isinstance(texts, dict) else {"": texts} for texts in (short, long))
 
@@ -190,14 +203,19 @@ class PretrainingText:
                 if total >= limit:
                     return
 
+        ends = tokenizer.cls_token_id, tokenizer.sep_token_id
+        least = min(10, length)
+
         def variable(texts: list[str]) -> Examples:
-            found = rows(texts, length, limit_tokens / len(short))
-            return Examples.of(row for row in found if len(row) >= min(10, length))
+            limit = limit_tokens / len(short)
+            if lengths == "uniform":
+                inner = Examples.of(row[1:-1] for row in rows(texts, LONGEST, limit))
+                return inner.cut_at_random(least - 2, length - 2, *ends)
+            return Examples.of(row for row in rows(texts, length, limit) if len(row) >= least)
 
         def maximum(texts: list[str]) -> Examples:
-            found = rows(texts, 4 * 8192, limit_tokens / len(long))
-            inner = Examples.of(row[1:-1] for row in found)
-            return inner.cut(length - 2, tokenizer.cls_token_id, tokenizer.sep_token_id)
+            found = rows(texts, LONGEST, limit_tokens / len(long))
+            return Examples.of(row[1:-1] for row in found).cut(length - 2, *ends)
 
         parts = [
             {source: examples for source, texts in sources.items() if len(examples := make(texts))}

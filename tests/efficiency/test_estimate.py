@@ -83,6 +83,13 @@ def test_epochs_of_one_kind_leave_the_other_out(house, design):
     assert work("mixed_8k", none) == work("mixed_8k")
 
 
+def test_epochs_of_uniform_lengths_by_hand(house, design):
+    """Ten texts of 50 tokens, in pieces of 10 to 256 tokens, with [CLS] and [SEP] in both."""
+    design({"pretrain.smoke.mixture": "short", "pretrain.smoke.variable_lengths": "uniform"})
+    length = (10 + 256) / 2
+    assert work("mixed_8k").epochs == pytest.approx(40_000 / length / (500 / (length - 2)))
+
+
 def test_epochs_of_pairs_by_hand(house, design):
     # 320 documents bring two queries each at most: (1 + 2 + 2) / 3 of 10 pairs.
     assert work("reads_32k").epochs == pytest.approx(320 * 5 / 3 / 10)

@@ -76,6 +76,26 @@ def test_a_text_shorter_than_ten_tokens_is_no_example(tokenizer):
     assert [len(row) for row in text.variable[""]] == [11] and text.maximum == {}
 
 
+@given(st.integers(0, 400), st.integers(1, 9), st.integers(0, 9))
+def test_pieces_of_random_widths_are_the_stream_and_leave_less_than_one_of_it(T, least, more):
+    stream, most = Examples.of([list(range(T))]), least + more
+    pieces = [row.tolist() for row in stream.cut_at_random(least, most, -1, -2)]
+    assert all([row[0], row[-1]] == [-1, -2] for row in pieces)
+    assert {len(row) - 2 for row in pieces} <= set(range(least, most + 1))
+    inner = [token for row in pieces for token in row[1:-1]]
+    assert inner == list(range(len(inner))) and T - len(inner) < most
+
+
+def test_uniform_lengths_are_each_as_frequent_whatever_the_texts_are(tokenizer):
+    text = PretrainingText.from_texts(SENTENCES * 400, [], tokenizer, 16, lengths="uniform")
+    count = Counter(len(row) for row in text.variable[""])
+    expected = count.total() / 7
+    assert sorted(count) == [10, 11, 12, 13, 14, 15, 16] and expected > 100
+    assert all(abs(n - expected) < 4 * expected**0.5 for n in count.values())
+    # Each of these sentences is too short to be an example.
+    assert not PretrainingText.from_texts(SENTENCES * 400, [], tokenizer, 16).variable
+
+
 def stored(sizes: dict[str, int], length: int, first: int) -> dict[str, Examples]:
     """Examples of one length by source; no two rows are equal."""
     stored = {}

@@ -24,6 +24,7 @@ SENTENCES = [
 PRETRAIN = dict(
     mask_rate=0.30,
     variable_share=0.30,
+    variable_lengths="natural",
     lr_by_length={},
     filter_rate=1.0,
     parameter_groups="none",
