@@ -175,8 +175,8 @@ def verify(what: str, dtype: torch.dtype, device: torch.device, kernel, torch_wa
 def fastest(what: str, ways: dict[str, Callable], rounds: int = 10) -> str:
     """The name of the function with the smallest time on a GPU; the log has the times.
 
-    The functions take turns. The first two rounds, which may compile, do not count. Of the others
-    the shortest counts: several stages may share the GPU, and what they take is no function's.
+    The functions take turns. The first two rounds, which may compile, do not count. Other stages on
+    the GPU only add time, so the shortest of the other rounds is the least disturbed.
     """
     times = {name: [] for name in ways}
     for _ in range(2 + rounds):

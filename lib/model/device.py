@@ -3,7 +3,7 @@
 use(compute)                           the device, after setting the number of threads
 kind(device)                           what decides the last bits of a result, for its record
 to_device(ids, mask, pad_id, model)    a batch where its model is
-there(length, model)                   the tokens of a row there, with what it is filled up with
+padded_length(length, model)           the tokens of a row there, with its padding
 """
 
 import math
@@ -67,7 +67,7 @@ def to_device(ids: Tensor, mask: Tensor, pad_id: int, model: nn.Module) -> tuple
     Args:
         mask: of `pad`: each row's ones come first.
     """
-    if not fills_up(model):
+    if not pads_rows(model):
         return ids, mask
     device = next(model.parameters()).device
     packed, tokens = aligned((ids, mask), (pad_id, 0), model.config), mask.sum(dim=1)
@@ -87,21 +87,22 @@ def aligned(tensors: Sequence[Tensor], fills: Sequence[int], config) -> Tensor:
     Batches then have few shapes, and their rows begin at aligned addresses.
     """
     L = tensors[0].shape[1]
-    room, filled = width(L, config) - L, zip(tensors, fills)
+    room, filled = aligned_length(L, config) - L, zip(tensors, fills)
     return torch.stack([F.pad(x.int(), (0, room), value=fill) for x, fill in filled])
 
 
-def width(length: int, config) -> int:
+def aligned_length(length: int, config) -> int:
     """`length` filled up to a multiple of 64, to at most the model's maximum; as it is if padding
     changes the model's results."""
     masks = getattr(config, "mask_padding", True)
     return min(64 * math.ceil(length / 64), config.max_position_embeddings) if masks else length
 
 
-def there(length: int, model: nn.Module) -> int:
+def padded_length(length: int, model: nn.Module) -> int:
     """The tokens of a row of `length` tokens after `to_device`."""
-    return width(length, model.config) if fills_up(model) else length
+    return aligned_length(length, model.config) if pads_rows(model) else length
 
 
-def fills_up(model: nn.Module) -> bool:
+def pads_rows(model: nn.Module) -> bool:
+    """Whether `to_device` pads rows for a model: a CPU gains nothing from rows of few lengths."""
     return next(model.parameters()).device.type != "cpu"

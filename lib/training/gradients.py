@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.model.device import there, to_device
+from lib.model.device import padded_length, to_device
 from lib.model.tokens import pad
 from lib.operators.long_conv import filters_once
 from lib.training import ranks
@@ -79,7 +79,7 @@ def backward(
         return embed_pass(model, *plan[i], pad_id, context)
 
     longest = max(len(row) for rows in texts for row in rows)
-    with filters_once(model, there(longest, model)):
+    with filters_once(model, padded_length(longest, model)):
         with state if twice else EXACT, torch.set_grad_enabled(not twice):
             parts = {i: embedded(i) for i in mine}
         vectors = []

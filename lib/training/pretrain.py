@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.benchmark import statistics
-from lib.model.device import sent, there, to_device
+from lib.model.device import padded_length, sent, to_device
 from lib.operators.long_conv import filters_once
 from lib.pipeline.settings import Pretrain
 from lib.training import ranks
@@ -131,7 +131,7 @@ def pretrain(
         loss = correct = 0.0
         mine = ranks.share([ids.numel() for ids, _, _ in batch])
         longest = max(ids.shape[1] for ids, _, _ in batch)
-        with filters_once(model, there(longest, model)):
+        with filters_once(model, padded_length(longest, model)):
             for number in mine:
                 seed_dropout(s, step, number)
                 of_pass, hits = backward(model, *batch[number], pad_id, targets, context)

@@ -32,6 +32,16 @@ def test_a_batch_stays_as_it_is_if_padding_changes_results(tiny):
     assert device.to_device(ids, ids, 0, tiny())[0] is ids  # on a CPU
 
 
+@pytest.mark.parametrize(
+    "place, masks, expected", [("cpu", True, 70), ("meta", True, 80), ("meta", False, 70)]
+)
+def test_the_padded_length_is_that_of_the_rows_on_the_device(tiny, place, masks, expected):
+    model = tiny(max_position_embeddings=80, mask_padding=masks).to(place)
+    assert device.padded_length(70, model) == expected
+    ids = torch.ones(2, 70).long()
+    assert device.to_device(ids, ids, 0, model)[0].shape == (2, expected)
+
+
 def test_a_batch_on_another_device_brings_its_numbers_of_tokens(tiny):
     ids, mask = tokens.pad([[2, 9, 8, 7, 3], [2, 9, 3]], 0)
     ids, there = device.to_device(ids, mask, 0, tiny(max_position_embeddings=80).to("meta"))

@@ -303,7 +303,7 @@ def graph(graphs):
     return graphs({**DESIGN, **tables, "rows": {}, "groups": {}})
 
 
-@pytest.mark.parametrize("profile", [name for name in DESIGN["lengths"] if name != "gpu"])
+@pytest.mark.parametrize("profile", DESIGN["lengths"])
 def test_whoever_adds_up_waits_for_every_row(graphs, profile):
     waits, design = networkx.descendants, params.select(DESIGN, profile)
     graph = graphs({**DESIGN, **design, "profile": profile, "rows": {}, "groups": {}})

@@ -113,7 +113,7 @@ def test_filters_shared_by_all_passes_give_the_gradient_of_each_pass_by_itself(
     torch.testing.assert_close(gradient(shared), gradient(single), rtol=1e-9, atol=1e-13)
 
 
-def test_rows_that_a_gpu_fills_up_have_the_gradient_of_the_rows(pairs, tiny, monkeypatch):
+def test_rows_that_a_gpu_pads_rows_have_the_gradient_of_the_rows(pairs, tiny, monkeypatch):
     """The filters of a step reach as far as its filled rows, where torch does without the kernels.
 
     On one H200 a row of 31,671 tokens was filled up to 31,680, and its filters were not.
@@ -122,7 +122,7 @@ def test_rows_that_a_gpu_fills_up_have_the_gradient_of_the_rows(pairs, tiny, mon
     texts, found = (pairs.documents[docs], pairs.queries[queries]), []
     assert max(len(row) for row in texts[0]) % 64
     for fills in (False, True):
-        monkeypatch.setattr(device, "fills_up", lambda model, fills=fills: fills)
+        monkeypatch.setattr(device, "pads_rows", lambda model, fills=fills: fills)
         model = tiny(max_position_embeddings=100).double()
         backward(model, texts, values("mnrl", torch.tensor(target)), pairs.pad_id, 80)
         found.append(gradient(model))

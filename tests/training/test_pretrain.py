@@ -48,12 +48,12 @@ def test_how_a_step_is_bucketed_does_not_change_its_gradient(text, tiny, monkeyp
     torch.testing.assert_close(models[0], models[1], rtol=0, atol=2e-4)
 
 
-def test_rows_that_a_gpu_fills_up_teach_what_the_rows_teach(text, tiny, monkeypatch):
+def test_rows_that_a_gpu_pads_rows_teach_what_the_rows_teach(text, tiny, monkeypatch):
     longest = {max(len(row) for row in bucket) for bucket in text.batch(0, 0, 64, "short", 0.3)}
     assert max(longest) % 64
     models = []
     for fills in (False, True):
-        monkeypatch.setattr(device, "fills_up", lambda model, fills=fills: fills)
+        monkeypatch.setattr(device, "pads_rows", lambda model, fills=fills: fills)
         models.append(tiny(M2BertForMaskedLM, max_position_embeddings=100))
         learn(models[-1], text, tokens=128, batch_tokens=64, mixture="short", lr=1e-3)
     torch.testing.assert_close(*map(weights, models), rtol=0, atol=2e-4)
