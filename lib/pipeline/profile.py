@@ -264,7 +264,8 @@ def configure(root: Path, home: Path) -> None:
 def dvc(folder: Path, commands: list[list[str]], profile: str, design: dict) -> int:
     """`dvc repro` in a folder, for each list of arguments until one fails; the exit code."""
     compute = {**design["compute"]["base"], **design["compute"].get(profile, {})}
-    jobs = schedule.at_once(compute["threads"] * compute["processes"])
+    threads, stages = compute["threads"] * compute["processes"], compute["stages_per_gpu"]
+    jobs = schedule.at_once(threads, stages if compute["processes"] == 1 else 1)
     codes = (reproduced(folder, arguments, profile, jobs) for arguments in commands)
     return next((code for code in codes if code), 0)
 

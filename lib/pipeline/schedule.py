@@ -1,6 +1,6 @@
 """Several stages at a time: a small model fills one core, and a machine has more.
 
-    at_once(threads)              how many stages of so many threads this machine has room for
+    at_once(threads, per_gpu)     how many stages of so many threads this machine has room for
     plan(folder, targets, …)      the stages that are out of date, and what each waits for
     ahead(plan, jobs, start)      run them, up to `jobs` at a time
 
@@ -35,16 +35,21 @@ CHATTER = (
 )
 
 
-def at_once(threads: int) -> int:
+def at_once(threads: int, per_gpu: int = 1) -> int:
     """How many stages of `threads` threads this machine has the cores and the memory for.
 
-    On a GPU one, since stages would share its memory.
+    Args:
+        per_gpu: the most on a machine with a GPU, since stages share its memory.
     """
-    if any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd")):
-        return 1
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, memory() // MEMORY) // threads)
+    room = max(1, min(cores, memory() // MEMORY) // threads)
+    return min(room, per_gpu) if has_gpu() else room
+
+
+def has_gpu() -> bool:
+    """Whether the system has a driver of a GPU; torch, which would know, takes seconds to ask."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd"))
 
 
 def memory() -> int:

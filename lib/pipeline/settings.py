@@ -89,6 +89,7 @@ class Settings(BaseModel):
 class Compute(Settings):
     threads: Count  # of each process
     processes: Count  # that train one model, or embed its documents, on this machine
+    stages_per_gpu: Count  # that run at a time on a machine with a GPU, if processes is 1
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["float32", "bfloat16"]  # of matrix multiplications
 

@@ -498,6 +498,19 @@ def test_a_report_that_is_not_there_says_how_to_make_it(house, capsys, monkeypat
 # ------------------------------------------------------------------ several stages at a time
 
 
+@pytest.mark.parametrize(
+    "gpu, threads, per_gpu, expected",
+    [(False, 1, 1, 16), (False, 2, 8, 8), (True, 2, 1, 1), (True, 2, 8, 8), (True, 4, 8, 4)],
+)
+def test_stages_have_cores_of_their_own_and_share_a_gpu_as_far_as_they_may(
+    monkeypatch, gpu, threads, per_gpu, expected
+):
+    monkeypatch.setattr(schedule, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(schedule, "memory", lambda: 128 * 2**30)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert schedule.at_once(threads, per_gpu) == expected
+
+
 side_by_side = pytest.mark.skipif(
     schedule.at_once(1) < 2, reason="this machine has no room for two stages at a time"
 )
