@@ -547,7 +547,7 @@ def test_stages_side_by_side_end_with_us_and_nothing_new_begins(house, number):
     replace(
         house / "dvc.yaml",
         'cmd: echo ${key} >> "$COUNT"',
-        'cmd: echo ${key} >> "$COUNT" && sleep 20',
+        'cmd: echo ${key} >> "$COUNT" && sleep 120',
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "lib.pipeline", "repro", "smoke"],
@@ -564,6 +564,6 @@ def test_stages_side_by_side_end_with_us_and_nothing_new_begins(house, number):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(timeout=15) != 0
+    assert process.wait(timeout=60) != 0
     assert len(trained()) == 2
     assert not (house / ".work/smoke/data/report/smoke/index.html").exists()
