@@ -547,13 +547,15 @@ def test_stages_side_by_side_end_with_us_and_nothing_new_begins(house, number):
     replace(
         house / "dvc.yaml",
         'cmd: echo ${key} >> "$COUNT"',
-        'cmd: echo ${key} >> "$COUNT" && sleep 120',
+        'cmd: echo ${key} >> "$COUNT" && sleep 20',
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "lib.pipeline", "repro", "smoke"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # What a shell has started with & ignores SIGINT, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     counted = Path(os.environ["COUNT"])
     deadline = time.monotonic() + 60
@@ -564,6 +566,6 @@ def test_stages_side_by_side_end_with_us_and_nothing_new_begins(house, number):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=15) != 0
     assert len(trained()) == 2
     assert not (house / ".work/smoke/data/report/smoke/index.html").exists()
