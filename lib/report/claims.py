@@ -86,7 +86,7 @@ def line(claim: dict, evidence: Evidence) -> dict:
         "p, Holm": display.chance(p),
         "verdict": verdict,
     } | cells
-    unsettled = verdict in (comparison.NOT_HERE, comparison.UNDECIDED, comparison.NO_POWER)
+    unsettled = verdict in comparison.UNSETTLED
     answer = claim.get("next", "") if unsettled or always else missing or "–"
     return cells | {"tried, and what would settle it": answer}
 

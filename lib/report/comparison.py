@@ -28,6 +28,8 @@ from lib.report import display, results
 
 REPRODUCES, NOT_HERE = "reproduces", "does not reproduce at this scale"
 UNDECIDED, NO_POWER, NO_CLAIM = "undecided", "no power", "no claim"
+SMALLER = "undecided, smaller than the paper's"
+UNSETTLED = NOT_HERE, UNDECIDED, SMALLER, NO_POWER  # a claim that asks for an answer
 FEW = 30  # queries: fewer are no group of their own
 WHERE = {"deep": "in the second half", "shallow": "in the first 15 %"}
 SCORE = ["ndcg@10", "low", "high"]
@@ -342,20 +344,28 @@ def verdict(
 ) -> str:
     """Has a difference the sign that the paper found, beyond chance?
 
+    Where this is undecided, the size of the paper's own difference says what is known. If the
+    comparison could not have seen it, there was no power. If it could, and the whole interval and
+    all pairs of trainings lie below it, our difference is smaller, whatever its sign.
+
     Args:
         low, high: the ends of its interval; expected: +1 or -1, the paper's sign; 0: no claim.
         p: corrected for the other comparisons of a table; from 0.05 on nothing is decided.
         by_seed: one difference per pair of trainings; seeds that disagree decide nothing.
-        detectable: the smallest difference that the comparison could have seen; if it is larger
-            than the paper's own difference, `printed`, what is undecided has no power.
+        detectable: the smallest difference that the comparison could have seen.
+        printed: the paper's own difference; NaN if it gives none.
     """
     if math.isnan(low) or math.isnan(high):
         return results.NOT_RUN
     if not expected:
         return NO_CLAIM
-    undecided = NO_POWER if detectable > abs(printed) else UNDECIDED
-    if p >= 0.05 or by_seed and min(by_seed) <= 0 <= max(by_seed):
-        return undecided
     if expected < 0:
-        low, high = -high, -low
-    return REPRODUCES if low > 0 else NOT_HERE if high < 0 else undecided
+        low, high, by_seed = -high, -low, [-value for value in by_seed]
+    if p < 0.05 or math.isnan(p):
+        if low > 0 and min(by_seed, default=low) > 0:
+            return REPRODUCES
+        if high < 0 and max(by_seed, default=high) < 0:
+            return NOT_HERE
+    if detectable > abs(printed):
+        return NO_POWER
+    return SMALLER if max([high, *by_seed]) < abs(printed) else UNDECIDED

@@ -40,10 +40,10 @@ STAGES = {
     "overview": ("11_figures", None),
 }
 NUMBER = re.compile(rf"[-+–\d.,%\[\] ]*|{results.NOT_RUN}")
-GOOD = dict.fromkeys(("reproduces", "matches"), "yes")
-OPEN = ("undecided", "no power", "differs", results.NOT_RUN, "cannot run here")
+GOOD = dict.fromkeys((comparison.REPRODUCES, "matches"), "yes")
+OPEN = (*comparison.UNSETTLED, "differs", results.NOT_RUN, "cannot run here")
 OPEN = dict.fromkeys(OPEN, "soft")
-VERDICTS = GOOD | {comparison.NOT_HERE: "no"} | OPEN  # the class of a cell in page.css
+VERDICTS = GOOD | OPEN | {comparison.NOT_HERE: "no"}  # the class of a cell in page.css
 PAGES = Environment(loader=PackageLoader("lib.report"), autoescape=True, trim_blocks=True)
 PAGES.globals |= {"code_css": safe.code_css, "verdicts": VERDICTS, "no": results.NOT_RUN}
 

@@ -128,11 +128,27 @@ def test_what_could_not_have_been_seen_is_said():
     undecided = dict(low=-0.1, high=0.3, expected=1)
     assert comparison.verdict(**undecided, detectable=0.28, printed=0.2) == "no power"
     assert comparison.verdict(**undecided, detectable=0.28, printed=-0.3) == "undecided"
+    assert comparison.verdict(**undecided, detectable=0.28, printed=-0.31) == comparison.SMALLER
     assert comparison.verdict(**undecided, detectable=0.28) == "undecided"  # the paper gives none
     seen = dict(low=0.1, high=0.3, expected=1, detectable=0.28, printed=0.2)
     assert comparison.verdict(**seen) == "reproduces"  # found, so it could be
     assert comparison.verdict(**seen, by_seed=[0.3, -0.1]) == "no power"
     assert comparison.verdict(**seen, p=0.2) == "no power"
+
+
+def test_an_interval_below_the_papers_difference_says_that_ours_is_smaller():
+    """No sign is found, but all that the interval and the seeds leave open is smaller."""
+    level = dict(low=-0.01, high=0.02, detectable=0.03, printed=0.1)
+    assert comparison.verdict(**level, expected=1) == comparison.SMALLER
+    assert comparison.verdict(**level, expected=1, by_seed=[0.09, -0.09]) == comparison.SMALLER
+    assert comparison.verdict(**level, expected=1, by_seed=[0.11, -0.09]) == "undecided"
+    # The same with the paper's sign turned: now the other end may be as large as the paper's.
+    far = dict(low=-0.12, high=0.02, detectable=0.03, printed=-0.1)
+    assert comparison.verdict(**far, expected=-1) == "undecided"
+    assert comparison.verdict(**far, expected=1) == comparison.SMALLER
+    assert comparison.verdict(0.0, 0.0, -1, 1.0, [0.0], 0.0, -0.812) == comparison.SMALLER
+    # Of one sign, but not certain among many comparisons.
+    assert comparison.verdict(0.01, 0.02, 1, 0.2, [], 0.03, 0.1) == comparison.SMALLER
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,7 @@ def test_a_real_difference_of_the_detectable_size_gets_its_verdict():
         p = statistics.p_value(a, b, resamples=500)
         by_seed = [x.mean() - y.mean() for x in rows[0] for y in rows[1]]
         found.append(comparison.verdict(low, high, 1, p, by_seed, error, 1.0))
-    assert found.count("reproduces") >= 26 and {*found} <= {"reproduces", "undecided"}
+    assert found.count("reproduces") >= 26 and {*found} <= {"reproduces", comparison.SMALLER}
 
 
 # ------------------------------------------------------------------ which queries are compared
