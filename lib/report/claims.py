@@ -137,28 +137,33 @@ def accuracy(claim: dict, profile: str, tasks: list[Task]) -> Evidence:
     cells = {"rows": " − ".join(rows), "seeds": named}
     low, high = a_low - b_high, a_high - b_low
     detectable = statistics.detectable((high - low) / 2 / 1.96)
-    by_seed = [x - y for x in seeds[0].values() for y in seeds[1].values()]
+    by_seed = comparison.each_pair(*seeds)
     ours = a - b, low, high
     return Evidence(ours, by_seed=by_seed, detectable=detectable, cells=cells, missing=missing)
 
 
 def mlm_accuracy(profile: str, row: str) -> tuple[float, float, float]:
     """(mean, low, high) of a pretrained row on held-out text; NaN if it was not run."""
-    metrics = results.load_metrics(profile, "pretrain").query("status == 'run'")
-    columns = [f"mlm_accuracy_validation.{part}" for part in ("mean", "low", "high")]
-    return tuple(metrics.reindex(index=[row], columns=columns).loc[row])
+    found = held_out(profile, row)
+    return tuple(found.get(part, math.nan) for part in ("mean", "low", "high"))
 
 
 def mlm_by_seed(profile: str, row: str) -> dict[int, float]:
     """{seed: MLM accuracy of its model} of a pretrained row; {} if it was not run."""
+    found = held_out(profile, row)
+    if not found:
+        return {}
+    first, *_ = params.trainings(profile, row)
+    by_seed = found.get("by_seed", {first: found["mean"]})
+    return {int(seed): value for seed, value in by_seed.items()}
+
+
+def held_out(profile: str, row: str) -> dict:
+    """MLM accuracy of a pretrained row of params.yaml as its stage wrote it; {} if not run."""
     if row not in results.rows(profile, "pretrain"):
         return {}
-    values = results.read_json(results.source(profile, "pretrain", row) / "metrics.json")
-    if "mlm_accuracy_validation" not in values:
-        return {}
-    accuracy, (first, *_) = values["mlm_accuracy_validation"], params.trainings(profile, row)
-    by_seed = accuracy.get("by_seed", {first: accuracy["mean"]})
-    return {int(seed): value for seed, value in by_seed.items()}
+    metrics = results.read_json(results.source(profile, "pretrain", row) / "metrics.json")
+    return metrics.get("mlm_accuracy_validation", {})
 
 
 def needle(claim: dict, profile: str, tasks: list[Task]) -> Evidence:

@@ -120,9 +120,13 @@ def against(values: pd.DataFrame, row: str, reference: str) -> tuple[tuple, floa
     pair = [seeds_mean(values, name).to_dict() for name in (row, reference)]
     if not all(pair):
         return NOT_MEASURED, math.nan, []
-    a, b = (each_seed(values, name) for name in (row, reference))
-    by_seed = [x - y for x in a.values() for y in b.values()]
+    by_seed = each_pair(*(each_seed(values, name) for name in (row, reference)))
     return statistics.paired(*pair), statistics.p_value(*pair), by_seed
+
+
+def each_pair(scores: dict[int, float], reference: dict[int, float]) -> list[float]:
+    """The score of each training of a row minus that of each training of the reference."""
+    return [x - y for x in scores.values() for y in reference.values()]
 
 
 def detectable(values: pd.DataFrame, row: str, reference: str) -> float:
