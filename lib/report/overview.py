@@ -198,7 +198,8 @@ def ladder(o: Overview):
             ax.minorticks_off()
         ax.set(xlabel="tokens read", ylabel="nDCG@10 × 100", ylim=(0, 100), title=title)
         if series and not (books and ax is axes[1]):
-            ax.legend(loc="upper left", fontsize=None if books else 7)
+            covers = dict(frameon=True, framealpha=1, edgecolor="none")  # the dotted lines
+            ax.legend(loc="upper left", fontsize=None if books else 7, **covers)
     paper_ladder(axes[2])
     fig.tight_layout()
     return fig, ladder_caption(bool(books), len(o.ladder))
@@ -305,7 +306,7 @@ def retrievers(o: Overview):
 
 def training(o: Overview):
     """All training curves, each smoothed over a twentieth of its steps."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     curve_panel(left, o, "pretrain", o.pretraining, "accuracy", 100)
     left.set(title="pretraining", ylabel=ACCURACY, ylim=(0, None))
     curve_panel(right, o, "finetune", o.finetuning, "loss", 1)
@@ -322,7 +323,7 @@ def curve_panel(ax, o: Overview, step: str, metrics: pd.DataFrame, value: str, s
             look = {"lw": 1.3, "color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
             ax.plot(curve["tokens"] / 1e6, scale * smooth, **look, label=row)
     ax.set(xlabel="million tokens")
-    ax.legend(fontsize=7, ncols=2 if curves["row"].nunique() > 8 else 1)
+    ax.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
 def where(o: Overview, read: pd.DataFrame):
