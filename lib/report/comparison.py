@@ -350,13 +350,14 @@ def verdict(
 
     Where this is undecided, the size of the paper's own difference says what is known. If the
     comparison could not have seen it, there was no power. If it could, and the whole interval and
-    all pairs of trainings lie below it, our difference is smaller, whatever its sign.
+    all pairs of trainings lie below it, counted in the paper's direction, ours is smaller: it may
+    have the other sign, and then any size.
 
     Args:
         low, high: the ends of its interval; expected: +1 or -1, the paper's sign; 0: no claim.
         p: corrected for the other comparisons of a table; from 0.05 on nothing is decided.
         by_seed: one difference per pair of trainings; seeds that disagree decide nothing.
-        detectable: the smallest difference that the comparison could have seen.
+        detectable: the smallest difference that the comparison could have seen; NaN: not known.
         printed: the paper's own difference; NaN if it gives none.
     """
     if math.isnan(low) or math.isnan(high):
